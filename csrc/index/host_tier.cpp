@@ -1,0 +1,124 @@
+#include "kvtier/index/host_tier.h"
+
+#include <numeric>
+
+#include "kvtier/core/status.h"
+
+namespace kvtier {
+
+HostTier::HostTier(const Options& options)
+    : class_of_group_(options.class_of_group),
+      leaf_first_(options.leaf_first),
+      index_(std::accumulate(options.slots_per_class.begin(), options.slots_per_class.end(), std::size_t{0}),
+             options.hash_seed) {
+  for (const std::uint32_t slots : options.slots_per_class) {
+    classes_.push_back({SlotPool(slots), std::make_unique<LruPolicy>(index_.capacity())});
+  }
+}
+
+HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, NamespaceId name_space,
+                                        std::uint32_t depth, Entry* parent) {
+  if (Entry* found = index_.find(key, group)) {
+    return {found->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending, found};
+  }
+  Class& tier_class = classes_[class_of(group)];
+  // The parent has no child yet to hold it; the reservation's own parent must not be its victim.
+  if (parent != nullptr) ++parent->children;
+  std::optional<SlotId> slot = tier_class.slots.take();
+  if (!slot && evict_one(tier_class)) slot = tier_class.slots.take();
+  if (parent != nullptr) --parent->children;
+  if (!slot) return {ReserveOutcome::declined, nullptr};
+
+  Entry& entry = index_.insert(key, group);
+  entry.name_space = name_space;
+  entry.depth = depth;
+  entry.slot = *slot;
+  if (parent != nullptr) index_.set_parent(entry, *parent);
+  return {ReserveOutcome::reserved, &entry};
+}
+
+bool HostTier::evict_one(Class& tier_class) {
+  const auto may_evict = [this](EntryId id) {
+    const Entry& entry = index_.at(id);
+    return entry.pins == 0 && (!leaf_first_ || entry.children == 0);
+  };
+  const std::optional<EntryId> victim = tier_class.policy->victim(may_evict);
+  if (!victim) return false;
+  drop(index_.at(*victim));
+  ++evictions_;
+  return true;
+}
+
+bool HostTier::commit(Entry& entry) {
+  KVTIER_CHECK(entry.state == SlotState::filling);
+  if (!entry.linked) {
+    free_slot(entry);
+    return false;
+  }
+  entry.state = SlotState::ready;
+  class_for(entry).slots.step(entry.slot, SlotState::ready);
+  class_for(entry).policy->insert(index_.id(entry));
+  return true;
+}
+
+void HostTier::abort(Entry& entry) {
+  KVTIER_CHECK(entry.state == SlotState::filling);
+  if (entry.linked) index_.unlink(entry);
+  free_slot(entry);
+}
+
+void HostTier::quarantine(Entry& entry) {
+  KVTIER_CHECK(entry.state == SlotState::filling);
+  if (entry.linked) index_.unlink(entry);
+  entry.state = SlotState::leaving;
+  class_for(entry).slots.step(entry.slot, SlotState::leaving);
+}
+
+void HostTier::release_quarantined(Entry& entry) {
+  KVTIER_CHECK(entry.state == SlotState::leaving && entry.pins == 0);
+  free_slot(entry);
+}
+
+void HostTier::pin(Entry& entry) {
+  KVTIER_CHECK(entry.state == SlotState::ready);
+  if (entry.pins++ == 0) ++pinned_blocks_;
+  ++pins_;
+}
+
+void HostTier::unpin(Entry& entry) {
+  KVTIER_CHECK(entry.pins > 0);
+  --pins_;
+  if (--entry.pins > 0) return;
+  --pinned_blocks_;
+  if (entry.state == SlotState::leaving) free_slot(entry);
+}
+
+void HostTier::touch(Entry& entry) {
+  KVTIER_CHECK(entry.linked && entry.state == SlotState::ready);
+  class_for(entry).policy->touch(index_.id(entry));
+}
+
+void HostTier::drop(Entry& entry) {
+  index_.unlink(entry);
+  if (entry.state == SlotState::filling) return;  // commit() or abort() frees the slot
+  class_for(entry).policy->erase(index_.id(entry));
+  if (entry.pins > 0) {
+    entry.state = SlotState::leaving;
+    class_for(entry).slots.step(entry.slot, SlotState::leaving);
+  } else {
+    free_slot(entry);
+  }
+}
+
+void HostTier::free_slot(Entry& entry) {
+  class_for(entry).slots.step(entry.slot, SlotState::free);
+  entry.state = SlotState::free;
+  index_.erase(entry);
+}
+
+double HostTier::bytes_per_block() const {
+  constexpr double kPerSlot = sizeof(SlotState) + sizeof(SlotId);
+  return index_.bytes_per_entry() + kPerSlot + static_cast<double>(LruPolicy::kBytesPerEntry);
+}
+
+}  // namespace kvtier

@@ -1,0 +1,94 @@
+// HostTier: the life of blocks in host slots, as pure bookkeeping: no memory, no device, no thread.
+//
+//   reserve --> filling --commit--> ready --evict / drop--> (gone)
+//                  |                  |
+//                abort             drop while pinned --> leaving --last unpin--> (gone)
+//
+// It joins the Index (which block), a SlotPool per size class (which slot) and an EvictionPolicy per size
+// class (who goes). Only `ready` entries may be read (I3), pinned ones are not evicted and their slots not
+// reused (I4), and free + filling + ready + leaving = capacity after every call (I1).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kvtier/index/index.h"
+
+namespace kvtier {
+
+// What reserve() found. Outcomes, not failures.
+enum class ReserveOutcome : std::uint8_t {
+  reserved,  // a slot is held; commit() or abort() must follow
+  present,   // ready already
+  pending,   // somebody is filling it
+  declined,  // no slot is free and none may be evicted
+};
+
+// Threads: none of its own; guarded by the engine mutex. Errors: a misuse is a bug (KVTIER_CHECK).
+class HostTier {
+ public:
+  struct Options {
+    std::vector<std::uint32_t> slots_per_class;
+    std::vector<std::size_t> class_of_group;
+    std::uint64_t hash_seed = 0;
+    // LRU never evicts a block while a block that hangs on it is resident.
+    bool leaf_first = true;
+  };
+  explicit HostTier(const Options& options);
+
+  struct Reservation {
+    ReserveOutcome outcome;
+    Entry* entry;  // null when declined
+  };
+  Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth, Entry* parent);
+  // The copy has run. Returns false when the block was dropped meanwhile: its slot is free again.
+  bool commit(Entry& entry);
+  // The copy failed and can touch the slot no more.
+  void abort(Entry& entry);
+  // The copy failed but may still run: unfindable at once, its slot held until release_quarantined().
+  void quarantine(Entry& entry);
+  void release_quarantined(Entry& entry);
+
+  // Requires a ready entry.
+  void pin(Entry& entry);
+  // Never touches: recency is the caller's statement, made by touch().
+  void unpin(Entry& entry);
+  // Requires a linked, ready entry.
+  void touch(Entry& entry);
+  // Unfindable at once. The slot is freed now, or with the last pin, or when its filling ends.
+  void drop(Entry& entry);
+
+  Index& index() { return index_; }
+  std::size_t class_of(GroupId group) const { return class_of_group_[raw(group)]; }
+  SlotPool& slots(std::size_t class_index) { return classes_[class_index].slots; }
+  const SlotPool& slots(std::size_t class_index) const { return classes_[class_index].slots; }
+  std::size_t num_classes() const { return classes_.size(); }
+
+  std::uint64_t evictions() const { return evictions_; }
+  std::uint32_t pinned_blocks() const { return pinned_blocks_; }
+  std::uint64_t pins() const { return pins_; }
+  // Bytes of bookkeeping per slot of capacity: index, slot states and the policy's links.
+  double bytes_per_block() const;
+
+ private:
+  struct Class {
+    SlotPool slots;
+    std::unique_ptr<EvictionPolicy> policy;
+  };
+  bool evict_one(Class& tier_class);
+  void free_slot(Entry& entry);
+  Class& class_for(const Entry& entry) { return classes_[class_of(entry.group)]; }
+
+  std::vector<std::size_t> class_of_group_;
+  bool leaf_first_;
+  Index index_;
+  std::vector<Class> classes_;
+  std::uint64_t evictions_ = 0;
+  std::uint64_t pins_ = 0;
+  std::uint32_t pinned_blocks_ = 0;
+};
+
+}  // namespace kvtier

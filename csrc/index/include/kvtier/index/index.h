@@ -1,0 +1,135 @@
+// Index: (key, group) -> Entry, for a million blocks and tens of thousands of keys a lookup.
+//
+// One record is one cache line: key, state and slot are read with a single miss. The table beside it is
+// open-addressed, {tag, id} pairs at a load of at most one half, probed linearly. A batch of lookups is
+// software-pipelined: first all buckets are prefetched, then all records, then compared, so that the
+// misses of a batch overlap (the technique: group prefetching, Chen et al., ICDE 2004). Everything is
+// allocated for `capacity` at the start; nothing is ever rehashed under the engine mutex.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kvtier/core/types.h"
+#include "kvtier/index/eviction.h"
+#include "kvtier/index/slot_pool.h"
+
+namespace kvtier {
+
+struct alignas(64) Entry {
+  BlockKey key;
+  GroupId group;
+  SlotState state;  // of its host slot
+  bool linked;      // findable; false once dropped while its slot is still held
+  NamespaceId name_space;
+  std::uint32_t depth;       // blocks before it in its sequence
+  std::uint32_t children;    // resident entries whose parent this is
+  SlotId slot;
+  std::uint32_t pins;
+  std::uint32_t generation;  // counts reuses of this record
+  std::uint32_t parent;      // raw EntryId, valid while its generation is parent_generation(); see Index
+};
+static_assert(sizeof(Entry) == 64);
+
+// Threads: none of its own; guarded by its owner. Never allocates after construction.
+class Index {
+ public:
+  // At most `capacity` entries. `seed` decides where keys land in the table.
+  Index(std::size_t capacity, std::uint64_t seed);
+
+  // The linked entry of (key, group), or null.
+  Entry* find(const BlockKey& key, GroupId group);
+  // Calls sink(i, Entry* or null) for every key, in order.
+  template <typename Sink>
+  void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink);
+
+  // A new linked entry, state `filling`. Requires that none is linked under (key, group) and size() < capacity.
+  Entry& insert(const BlockKey& key, GroupId group);
+  // Makes it unfindable, so that its key may be inserted anew.
+  void unlink(Entry& entry);
+  // Ends an unlinked entry; its record may be reused.
+  void erase(Entry& entry);
+
+  // The parent counts this child until the child is erased. Entries hold the child -> parent link by id and
+  // generation, so that a parent that went first is never mistaken for its record's next user.
+  void set_parent(Entry& child, Entry& parent);
+
+  EntryId id(const Entry& entry) const { return EntryId{static_cast<std::uint32_t>(&entry - entries_.data())}; }
+  Entry& at(EntryId id) { return entries_[raw(id)]; }
+  std::size_t size() const { return size_; }
+  std::size_t capacity() const { return entries_.size(); }
+  // All records ever used, for sweeps: those with `linked` set are live.
+  std::span<Entry> records() { return {entries_.data(), used_}; }
+  // Bytes allocated per entry of capacity, without the policy.
+  double bytes_per_entry() const;
+
+ private:
+  struct Bucket {
+    std::uint32_t tag;  // upper half of the hash; lower bits choose the bucket
+    std::uint32_t id;   // raw EntryId, or kEmpty
+  };
+  static constexpr std::uint32_t kEmpty = 0xffffffffU;
+  static constexpr std::size_t kBatch = 32;  // misses kept in flight
+
+  std::uint64_t hash(const BlockKey& key, GroupId group) const;
+  std::size_t home(std::uint64_t h) const { return static_cast<std::size_t>(h) & mask_; }
+  static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
+  void release_parent(Entry& child);
+
+  std::vector<Entry> entries_;
+  std::vector<std::uint32_t> parent_generations_;
+  std::vector<std::uint32_t> free_records_;
+  std::vector<Bucket> table_;
+  std::size_t mask_;
+  std::size_t used_ = 0;  // records [0, used_) were used at least once
+  std::size_t size_ = 0;
+  std::uint64_t seed_;
+};
+
+inline std::uint64_t Index::hash(const BlockKey& key, GroupId group) const {
+  // Keys are digests already, but a caller may hand in anything, so all 32 bytes are folded in with a
+  // secret seed: two 64 x 64 -> 128 bit products, as in wyhash.
+  std::uint64_t words[4];
+  std::memcpy(words, key.bytes.data(), sizeof words);
+  __extension__ using Wide = unsigned __int128;
+  const Wide a = static_cast<Wide>(words[0] ^ seed_) * (words[1] ^ 0x9e3779b97f4a7c15ULL);
+  const Wide b = static_cast<Wide>(words[2] ^ seed_ ^ raw(group)) * (words[3] ^ 0xd6e8feb86659fd93ULL);
+  const std::uint64_t x = static_cast<std::uint64_t>(a) ^ static_cast<std::uint64_t>(a >> 64);
+  const std::uint64_t y = static_cast<std::uint64_t>(b) ^ static_cast<std::uint64_t>(b >> 64);
+  const Wide c = static_cast<Wide>(x ^ 0xa0761d6478bd642fULL) * (y ^ seed_ ^ 0xe7037ed1a0b428dbULL);
+  return static_cast<std::uint64_t>(c) ^ static_cast<std::uint64_t>(c >> 64);
+}
+
+template <typename Sink>
+void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) {
+  std::uint64_t hashes[kBatch];
+  std::uint32_t ids[kBatch];
+  for (std::size_t begin = 0; begin < keys.size(); begin += kBatch) {
+    const std::size_t n = std::min(kBatch, keys.size() - begin);
+    for (std::size_t i = 0; i < n; ++i) {
+      hashes[i] = hash(keys[begin + i], group);
+      __builtin_prefetch(&table_[home(hashes[i])]);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      // The first bucket with the right tag is nearly always the one; the compare below decides.
+      std::size_t at = home(hashes[i]);
+      while (table_[at].id != kEmpty && table_[at].tag != tag(hashes[i])) at = (at + 1) & mask_;
+      ids[i] = table_[at].id;
+      if (ids[i] != kEmpty) __builtin_prefetch(&entries_[ids[i]]);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      Entry* entry = nullptr;
+      if (ids[i] != kEmpty) {
+        entry = &entries_[ids[i]];
+        if (!(entry->key == keys[begin + i] && entry->group == group)) entry = find(keys[begin + i], group);
+      }
+      sink(begin + i, entry);
+    }
+  }
+}
+
+}  // namespace kvtier

@@ -1,0 +1,100 @@
+#include "kvtier/index/index.h"
+
+#include <bit>
+
+#include "kvtier/core/status.h"
+
+namespace kvtier {
+
+Index::Index(std::size_t capacity, std::uint64_t seed)
+    : entries_(capacity),
+      parent_generations_(capacity, 0),
+      table_(std::bit_ceil(std::max<std::size_t>(capacity, 8) * 2), Bucket{0, kEmpty}),
+      mask_(table_.size() - 1),
+      seed_(seed) {
+  KVTIER_CHECK(capacity < kEmpty);
+  free_records_.reserve(capacity);
+}
+
+Entry* Index::find(const BlockKey& key, GroupId group) {
+  const std::uint64_t h = hash(key, group);
+  for (std::size_t at = home(h); table_[at].id != kEmpty; at = (at + 1) & mask_) {
+    if (table_[at].tag != tag(h)) continue;
+    Entry& entry = entries_[table_[at].id];
+    if (entry.key == key && entry.group == group) return &entry;
+  }
+  return nullptr;
+}
+
+Entry& Index::insert(const BlockKey& key, GroupId group) {
+  KVTIER_CHECK(size_ < capacity());
+  std::uint32_t id;
+  if (!free_records_.empty()) {
+    id = free_records_.back();
+    free_records_.pop_back();
+  } else {
+    id = static_cast<std::uint32_t>(used_++);
+  }
+  ++size_;
+  Entry& entry = entries_[id];
+  entry = Entry{key, group, SlotState::filling, true, NamespaceId{0}, 0, 0, SlotId{0}, 0, entry.generation + 1, kEmpty};
+
+  const std::uint64_t h = hash(key, group);
+  std::size_t at = home(h);
+  while (table_[at].id != kEmpty) at = (at + 1) & mask_;
+  table_[at] = {tag(h), id};
+  return entry;
+}
+
+void Index::unlink(Entry& entry) {
+  KVTIER_CHECK(entry.linked);
+  entry.linked = false;
+  const std::uint32_t wanted = raw(id(entry));
+  std::size_t hole = home(hash(entry.key, entry.group));
+  while (table_[hole].id != wanted) {
+    KVTIER_CHECK(table_[hole].id != kEmpty);
+    hole = (hole + 1) & mask_;
+  }
+  // Backward shift (Knuth 6.4, algorithm R): no tombstones, so lookups never slow down with age.
+  for (std::size_t at = (hole + 1) & mask_; table_[at].id != kEmpty; at = (at + 1) & mask_) {
+    const Entry& other = entries_[table_[at].id];
+    const std::size_t from_home = (at - home(hash(other.key, other.group))) & mask_;
+    if (from_home >= ((at - hole) & mask_)) {
+      table_[hole] = table_[at];
+      hole = at;
+    }
+  }
+  table_[hole].id = kEmpty;
+}
+
+void Index::set_parent(Entry& child, Entry& parent) {
+  release_parent(child);
+  child.parent = raw(id(parent));
+  parent_generations_[raw(id(child))] = parent.generation;
+  ++parent.children;
+}
+
+void Index::release_parent(Entry& child) {
+  if (child.parent == kEmpty) return;
+  Entry& parent = entries_[child.parent];
+  if (parent.generation == parent_generations_[raw(id(child))]) {
+    KVTIER_CHECK(parent.children > 0);
+    --parent.children;
+  }
+  child.parent = kEmpty;
+}
+
+void Index::erase(Entry& entry) {
+  KVTIER_CHECK(!entry.linked);
+  release_parent(entry);
+  ++entry.generation;  // children that still name this record no longer count on it
+  free_records_.push_back(raw(id(entry)));
+  --size_;
+}
+
+double Index::bytes_per_entry() const {
+  const std::size_t bytes = entries_.size() * (sizeof(Entry) + sizeof(std::uint32_t) * 2) + table_.size() * sizeof(Bucket);
+  return static_cast<double>(bytes) / static_cast<double>(std::max<std::size_t>(1, entries_.size()));
+}
+
+}  // namespace kvtier
