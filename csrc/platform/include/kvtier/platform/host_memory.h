@@ -13,18 +13,25 @@ class HostMemory {
  public:
   virtual ~HostMemory() = default;
 
-  // Bytes that this process may still take: the least of what its cgroup (v1 or v2) and the machine leave.
+  // Bytes that this process may still take: the least of what its cgroups (v1 and v2) and the machine
+  // leave, or the free huge pages if those are more (platform/memory_limit.h).
   virtual Result<std::uint64_t> available_bytes() = 0;
-  // A new anonymous shared file of exactly `bytes`, close-on-exec, of huge pages if enough are reserved.
+  // A new anonymous shared file of exactly `bytes`, close-on-exec, of huge pages if `bytes` is a multiple
+  // of theirs and enough are reserved. Its size can never change again. The caller closes it.
   virtual Result<int> create_shared(std::uint64_t bytes) = 0;
-  // Maps it whole, shared, not inherited by fork(); transparent huge pages advised.
+  // Maps it whole at a multiple of 2 MiB, shared, not inherited by fork(); transparent huge pages advised.
   virtual Result<std::byte*> map_shared(int fd, std::uint64_t bytes) = 0;
   virtual void unmap(std::byte* begin, std::uint64_t bytes) = 0;
-  // Makes the pages of the range present and writable.
+  // Makes the pages of the range present and writable; their bytes stay what they are.
   virtual Status populate(std::byte* begin, std::uint64_t bytes) = 0;
 };
 
 // The real one. Lives as long as the process.
 HostMemory& linux_host_memory();
+
+namespace internal {
+// populate() for kernels that cannot do it in one call. Memory that runs out here ends the process.
+void touch_pages(std::byte* begin, std::uint64_t bytes);
+}  // namespace internal
 
 }  // namespace kvtier

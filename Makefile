@@ -1,0 +1,65 @@
+# The project's verbs; .ci/run calls the same ones. `make demo` and `make test` set up all they need.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Folders too: their times change when a file comes or goes.
+native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
+
+.PHONY: help setup build demo test test-cpp test-py asan tsan lint lint-py lint-cpp tidy stubs stubs-check format wheel clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: .venv/.ready  ## system packages (if any is missing) and .venv
+build: .venv/.built  ## the package, editable, into .venv; rebuilds what changed in csrc/
+
+demo: build  ## the demonstration
+	kvtier demo
+
+test: test-cpp test-py  ## all tests that need no GPU
+test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
+	scripts/ctest.sh dev $(CTEST_ARGS)
+test-py: build  ## Python tests (PYTEST_ARGS="-k name"); reads the dev preset's compile commands
+	scripts/configure.sh dev
+	pytest -m "not gpu" $(PYTEST_ARGS)
+asan: setup  ## C++ tests under AddressSanitizer and UBSan
+	scripts/ctest.sh asan $(CTEST_ARGS)
+tsan: setup  ## C++ tests under ThreadSanitizer
+	scripts/ctest.sh tsan $(CTEST_ARGS)
+
+lint: lint-py lint-cpp stubs-check  ## every static check
+lint-py: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	PYTHONPATH=src lint-imports
+lint-cpp: setup tidy
+	clang-format --dry-run -Werror $(cpp_files)
+tidy: setup
+	scripts/tidy.sh
+stubs-check: build
+	python scripts/stubs.py --check
+stubs: build  ## writes src/kvtier/_core.pyi from the built module
+	python scripts/stubs.py
+format: setup  ## formats Python and C++ in place
+	ruff check --fix-only --quiet .
+	ruff format .
+	clang-format -i $(cpp_files)
+
+wheel: setup  ## a wheel, into dist/
+	pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+clean:  ## removes what was built; keeps .venv's packages
+	rm -rf build dist .venv/.built .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/.ready: requirements-dev.txt scripts/system-packages.sh scripts/make-venv.sh
+	scripts/system-packages.sh
+	scripts/make-venv.sh
+	touch $@
+.venv/.built: .venv/.ready $(native_inputs)
+	mkdir -p build
+	flock build/pip.lock pip install --quiet --no-deps --no-build-isolation \
+	  --config-settings=cmake.define.KVTIER_WERROR=ON --editable .
+	touch $@

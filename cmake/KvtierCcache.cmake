@@ -1,0 +1,10 @@
+# Compiles through ccache when it is installed and no launcher was chosen.
+find_program(KVTIER_CCACHE ccache)
+mark_as_advanced(KVTIER_CCACHE)
+if(KVTIER_CCACHE)
+  foreach(language CXX CUDA)
+    if(NOT DEFINED CMAKE_${language}_COMPILER_LAUNCHER)
+      set(CMAKE_${language}_COMPILER_LAUNCHER "${KVTIER_CCACHE}")
+    endif()
+  endforeach()
+endif()

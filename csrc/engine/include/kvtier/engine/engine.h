@@ -1,0 +1,171 @@
+// Engine: the whole; what users open and close.
+//
+// It joins a pure HostTier (which block is in which slot, guarded by the one mutex) with an Arena (the
+// slots' memory) and, per attached device, Transfers (the copies). Every operation has the same shape:
+//
+//   1. under the mutex: decide - reserve slots or pin blocks, and note an Operation that owns them;
+//   2. without it: submit the copies;
+//   3. on the waiter's thread, under the mutex again: commit or abort, unpin, count; then settle the Ticket.
+//
+// The mutex is never held across a copy, a device call, a callback or Python (I6), and long loops let go
+// of it every thousand blocks. Outcomes are values; a failure below makes a miss (I7); a bug marks the
+// engine failed: every lookup then misses and stats().health says why.
+//
+// Several ranks: with GroupSpec::num_stripes > 1 a slot holds one stripe per rank, and only grants (below)
+// move blocks: this engine is then the keeper, and the workers of RankWorker copy.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvtier/core/clock.h"
+#include "kvtier/core/layout.h"
+#include "kvtier/core/status.h"
+#include "kvtier/core/types.h"
+#include "kvtier/engine/stats.h"
+#include "kvtier/engine/ticket.h"
+#include "kvtier/memory/arena.h"
+#include "kvtier/platform/device.h"
+#include "kvtier/transfer/page_map.h"
+
+namespace kvtier {
+
+struct EngineConfig {
+  std::vector<GroupSpec> groups;
+  std::uint64_t host_bytes = 0;
+  std::uint64_t chunk_bytes = std::uint64_t{128} << 20;
+  std::shared_ptr<const Clock> clock;     // null: the steady clock
+  HostMemory* memory = nullptr;           // null: the real one; must outlive the engine
+  std::optional<std::uint64_t> hash_seed; // nullopt: random
+
+  Status validate() const;
+  // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
+  ArenaGeometry geometry() const;
+  std::vector<std::size_t> class_of_group() const;
+};
+
+// State of one key in one group. The numbers are part of the Python API.
+enum class BlockState : std::uint8_t { miss = 0, pending = 1, ready = 2 };
+
+// What lookup() found. Advisory: nothing holds the blocks until they are pinned or loaded.
+struct Match {
+  std::size_t num_keys = 0;
+  std::vector<std::vector<BlockState>> states;  // [group][key]
+  // Longest prefix that every group can restore: all blocks of it ready for full attention; for a
+  // sliding window those that the window reaches back to. In blocks.
+  std::size_t ready_blocks = 0;
+};
+
+// Pins on the ready prefix of a Match. While it lives the blocks are not evicted. Released by release(),
+// by the destructor, when its time to live is over, or by Engine::close(). Threads: any.
+class Lease {
+ public:
+  virtual ~Lease() = default;
+  virtual std::size_t num_blocks() const = 0;  // of each group's prefix
+  virtual bool active() const = 0;
+  virtual void release() = 0;
+};
+
+// Attached pages of one group on one device. Made by attach(); shared.
+class Pages {
+ public:
+  virtual ~Pages() = default;
+  virtual const PageMap& map() const = 0;
+  virtual GroupId group() const = 0;
+  virtual Device& device() const = 0;
+  virtual bool attached() const = 0;
+};
+
+struct StoreRequest {
+  std::span<const BlockKey> keys;
+  std::span<const PageId> pages;  // pages_per_block for each key
+  StreamHandle stream{0};
+  std::uint32_t first_block = 0;  // depth of keys[0] in its sequence
+  std::optional<BlockKey> parent; // of keys[0]; nullopt at the beginning of a sequence, or when not known
+  std::string_view name_space;
+};
+
+struct LoadRequest {
+  std::span<const BlockKey> keys;
+  std::span<const PageId> pages;
+  StreamHandle stream{0};
+  std::uint32_t first_block = 0;
+  std::uint32_t layers_per_batch = 0;  // > 0: layer-wise, accepted only when every block is ready
+};
+
+// Slots handed to the ranks' workers: the keeper's half of a store or load.
+struct Grant {
+  std::uint64_t id = 0;                 // 0: nothing was granted, all outcomes are final
+  std::vector<std::uint32_t> blocks;    // indices into the keys of the request
+  std::vector<SlotId> slots;            // of those blocks, in the group's size class
+  std::shared_ptr<Ticket> ticket;
+};
+
+struct FlushResult {
+  std::uint64_t settled = 0;  // stores that ended while flush() waited
+  std::uint64_t durable = 0;  // blocks on disk; 0 without a disk tier
+};
+
+// Threads: every method from any thread. Blocks: only wait-like methods, as said there.
+// After fork() every method of the child answers StatusCode::closed.
+class Engine {
+ public:
+  // Errors: invalid_argument for a bad config; resource when memory or threads cannot be had.
+  // Returns before the arena is prefaulted; blocks can be stored as soon as its first chunk is.
+  static Result<std::shared_ptr<Engine>> open(EngineConfig config);
+  virtual ~Engine() = default;
+
+  // Borrows the tensors' memory until detach() has returned ok. Errors: invalid_argument, device,
+  // unsupported, closed.
+  virtual Result<std::shared_ptr<Pages>> attach(std::shared_ptr<Device> device, GroupId group,
+                                                std::span<const TensorView> tensors) = 0;
+  // Refuses further transfers and blocks until none touches the pages. Errors: timeout: the pages must
+  // not be freed yet; call again.
+  virtual Status detach(Pages& pages, Deadline deadline) = 0;
+
+  // Never waits, never does I/O, never touches recency. A failed engine answers misses.
+  virtual Result<Match> lookup(std::span<const BlockKey> keys) = 0;
+  // Pins the prefix that is ready now, at most `max_blocks`, in every group. ttl_us: nullopt is for ever.
+  virtual Result<std::shared_ptr<Lease>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
+                                             std::optional<std::int64_t> ttl_us) = 0;
+
+  // Never wait for copies. Errors: invalid_argument (nothing was done), closed, unsupported.
+  virtual Result<std::shared_ptr<Ticket>> store(Pages& pages, const StoreRequest& request) = 0;
+  virtual Result<std::shared_ptr<Ticket>> load(Pages& pages, const LoadRequest& request) = 0;
+
+  // The keeper's half. A grant is over when finish_part() was called once for each of `num_parts` ranks;
+  // `drained` false means that the rank's copies may still run: a store's slots are then quarantined,
+  // a load's pins kept for good.
+  virtual Result<Grant> grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) = 0;
+  virtual Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) = 0;
+  virtual Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) = 0;
+
+  // Refreshes the blocks that are there, last key oldest. Returns how many, summed over groups.
+  virtual Result<std::uint64_t> touch(std::span<const BlockKey> keys) = 0;
+  // No lookup finds the blocks any more when it returns. Running loads of them finish unharmed.
+  virtual Result<std::uint64_t> drop(std::span<const BlockKey> keys) = 0;
+  virtual Result<std::uint64_t> drop_namespace(std::string_view name_space) = 0;
+
+  // Ends leases whose time is over. Never waits. Returns the number of running transfers.
+  virtual Result<std::uint32_t> poll() = 0;
+  // Blocks until every store submitted before the call has settled. Errors: timeout.
+  virtual Result<FlushResult> flush(Deadline deadline) = 0;
+  // Blocks until the whole arena is prefaulted (benchmarks; nobody else needs to wait).
+  virtual Status wait_until_whole() = 0;
+  virtual Result<EngineStats> stats() = 0;
+
+  // Refuses new work, blocks until running transfers have ended, ends all leases and frees everything.
+  // Idempotent. Errors: timeout: closed for new work, but the memory stays until a later close() succeeds.
+  virtual Status close(Deadline deadline) = 0;
+  virtual bool closed() const = 0;
+
+  virtual const EngineConfig& config() const = 0;
+  virtual const Arena& arena() const = 0;
+};
+
+}  // namespace kvtier

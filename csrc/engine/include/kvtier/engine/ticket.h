@@ -1,0 +1,88 @@
+// Ticket: the handle of a running store or load.
+//
+// A store passes three moments: `released` (the pages may be reused), `ready` (others can hit the blocks)
+// and `durable` (they survive a restart). A load has one, `ready`. A moment is *settled* when it was
+// reached or will never be; the outcomes say which. Dropping a Ticket cancels nothing: what the transfer
+// needs (pins, reservations) belongs to the engine until the copies are over (I5).
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kvtier/core/mutex.h"
+#include "kvtier/core/status.h"
+#include "kvtier/transfer/transfers.h"
+
+namespace kvtier {
+
+enum class Moment : std::uint8_t { released, ready, durable };
+
+// What became of one block of a store or load. The numbers are part of the Python API.
+enum class BlockOutcome : std::uint8_t {
+  running = 0,   // not known yet
+  stored = 1,    // store: copied, visible
+  present = 2,   // store: was in the tier already
+  pending = 3,   // store: somebody else is filling it; load: not ready yet
+  declined = 4,  // store: no slot could be freed
+  loaded = 5,    // load: its bytes are in the pages
+  missed = 6,    // load: not in the tier
+  failed = 7,    // the copy failed; a store left nothing visible, a load left its pages undefined
+  dropped = 8,   // store: dropped by somebody while it was being copied
+};
+
+using Deadline = std::optional<std::chrono::steady_clock::time_point>;
+
+// Threads: any.
+class Ticket {
+ public:
+  Ticket(Direction direction, std::size_t num_blocks, bool has_disk);
+  ~Ticket();
+  Ticket(const Ticket&) = delete;
+  Ticket& operator=(const Ticket&) = delete;
+
+  Direction direction() const { return direction_; }
+  bool settled(Moment moment) const;
+  bool done() const { return settled(Moment::ready); }
+  // Blocks until the moment is settled. A deadline ends the wait (timeout), never the transfer. Errors:
+  // timeout; for `released` the device's error when it cannot prove that copies are over (the pages must
+  // not be reused); unsupported for `durable` without a disk tier.
+  Status wait(Moment moment, Deadline deadline) const;
+  // The first failure of the transfer, or ok. Final once done.
+  Status failure() const;
+  // One per block. Final once done.
+  std::vector<BlockOutcome> outcomes() const;
+  // Loads: blocks at the beginning whose bytes are in the pages. Stores: that others can hit or will.
+  std::size_t valid_blocks() const;
+
+  // See Transfer. A ticket that had nothing to copy orders nothing and succeeds.
+  Status wait_stream(StreamHandle stream) const;
+  Status wait_layer(std::uint32_t layer, StreamHandle stream) const;
+
+  // A descriptor that becomes readable when the ticket is done (an eventfd, owned by the ticket; made at
+  // the first call). Errors: resource when the process has no descriptor left.
+  Result<int> done_fd();
+
+  // For the engine only.
+  void set_outcome(std::size_t block, BlockOutcome outcome);
+  void set_transfer(std::shared_ptr<Transfer> transfer);
+  void fail(const Status& status);
+  void settle(Moment moment, Status error = Status::ok());
+
+ private:
+  const Direction direction_;
+  const bool has_disk_;
+  mutable Mutex mutex_;
+  mutable CondVar changed_;
+  std::vector<BlockOutcome> outcomes_ KVTIER_GUARDED_BY(mutex_);
+  std::shared_ptr<Transfer> transfer_ KVTIER_GUARDED_BY(mutex_);
+  Status failure_ KVTIER_GUARDED_BY(mutex_);
+  Status released_error_ KVTIER_GUARDED_BY(mutex_);
+  bool released_ KVTIER_GUARDED_BY(mutex_) = false;
+  bool ready_ KVTIER_GUARDED_BY(mutex_) = false;
+  int done_fd_ KVTIER_GUARDED_BY(mutex_) = -1;
+};
+
+}  // namespace kvtier

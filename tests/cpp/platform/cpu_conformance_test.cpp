@@ -1,0 +1,27 @@
+#include "conformance/device_conformance.h"
+
+#include "kvtier/platform/cpu_device.h"
+
+namespace kvtier::conformance {
+namespace {
+
+// The framework's stream is the calling thread: a kernel runs when it is launched.
+template <unsigned kThreads>
+class CpuHarness final : public DeviceHarness {
+ public:
+  Device& device() override { return *device_; }
+  std::byte* allocate(std::size_t bytes) override { return static_cast<std::byte*>(std::malloc(bytes)); }
+  void free(std::byte* begin) override { std::free(begin); }
+  StreamHandle framework_stream() override { return StreamHandle{0}; }
+  void launch(std::function<void()> kernel) override { kernel(); }
+  void framework_synchronize() override {}
+
+ private:
+  std::unique_ptr<Device> device_ = make_cpu_device({.copy_threads = kThreads});
+};
+
+using CpuHarnesses = ::testing::Types<CpuHarness<1>, CpuHarness<2>, CpuHarness<8>>;
+INSTANTIATE_TYPED_TEST_SUITE_P(Cpu, DeviceConformance, CpuHarnesses);
+
+}  // namespace
+}  // namespace kvtier::conformance

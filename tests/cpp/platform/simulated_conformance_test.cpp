@@ -1,0 +1,34 @@
+#include "conformance/device_conformance.h"
+
+#include "kvtier/platform/simulated_device.h"
+
+namespace kvtier::conformance {
+namespace {
+
+template <std::uint64_t kSeed>
+class SimulatedHarness final : public DeviceHarness {
+ public:
+  ~SimulatedHarness() override { EXPECT_EQ(device_.violations(), std::vector<std::string>{}); }
+  Device& device() override { return device_; }
+  std::byte* allocate(std::size_t bytes) override { return device_.allocate(bytes); }
+  void free(std::byte* begin) override { device_.free(begin); }
+  StreamHandle framework_stream() override { return stream_; }
+  void launch(std::function<void()> kernel) override { device_.launch(stream_, std::move(kernel)); }
+  void framework_synchronize() override { EXPECT_TRUE(ok(device_.host_synchronize(stream_))); }
+  bool hold_framework() override { return device_.hold(stream_), true; }
+  void release_framework() override { device_.release(stream_); }
+  bool begin_capture() override { return device_.begin_capture(stream_).is_ok(); }
+  void end_capture() override { static_cast<void>(device_.end_capture()); }
+
+ private:
+  SimulatedDevice device_{{.seed = kSeed}};
+  StreamHandle stream_ = device_.create_framework_stream();
+};
+
+using Seeds =
+    ::testing::Types<SimulatedHarness<1>, SimulatedHarness<2>, SimulatedHarness<3>, SimulatedHarness<4>,
+                     SimulatedHarness<5>, SimulatedHarness<6>, SimulatedHarness<7>, SimulatedHarness<8>>;
+INSTANTIATE_TYPED_TEST_SUITE_P(Simulated, DeviceConformance, Seeds);
+
+}  // namespace
+}  // namespace kvtier::conformance
