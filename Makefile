@@ -22,8 +22,7 @@ demo: build  ## the demonstration
 test: test-cpp test-py  ## all tests that need no GPU
 test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
 	scripts/ctest.sh dev $(CTEST_ARGS)
-test-py: build  ## Python tests (PYTEST_ARGS="-k name"); reads the dev preset's compile commands
-	scripts/configure.sh dev
+test-py: build  ## Python tests (PYTEST_ARGS="-k name")
 	pytest -m "not gpu" $(PYTEST_ARGS)
 asan: setup  ## C++ tests under AddressSanitizer and UBSan
 	scripts/ctest.sh asan $(CTEST_ARGS)
@@ -35,7 +34,7 @@ lint-py: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	PYTHONPATH=src lint-imports
+	PYTHONPATH=src lint-imports --no-logo
 lint-cpp: setup tidy
 	clang-format --dry-run -Werror $(cpp_files)
 tidy: setup

@@ -97,9 +97,9 @@ Result<int> Ticket::done_fd() {
   return done_fd_;
 }
 
-void Ticket::set_outcome(std::size_t block, BlockOutcome outcome) {
+void Ticket::set_outcomes(std::vector<BlockOutcome> outcomes) {
   MutexLock lock(mutex_);
-  outcomes_[block] = outcome;
+  outcomes_ = std::move(outcomes);
 }
 
 void Ticket::set_transfer(std::shared_ptr<Transfer> transfer) {

@@ -39,6 +39,11 @@ inline bool ordering_enabled(OrderingPoint point) {
           (1U << static_cast<unsigned>(point))) == 0;
 }
 
+// Whether a test has disabled anything at all.
+inline bool any_ordering_disabled() {
+  return internal::disabled_ordering_points.load(std::memory_order_relaxed) != 0;
+}
+
 // Tests only: disables one point, process-wide, while it lives.
 class DisableOrdering {
  public:

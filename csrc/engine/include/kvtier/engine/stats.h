@@ -58,6 +58,7 @@ struct EngineStats {
   std::uint64_t evictions = 0;
   std::uint64_t drops = 0;
 
+  std::string arena_problem;  // why the host tier is smaller than configured; empty if it is not
   std::string health = "ok";  // or what went wrong, for good
 };
 

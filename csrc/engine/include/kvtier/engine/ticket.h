@@ -66,7 +66,7 @@ class Ticket {
   Result<int> done_fd();
 
   // For the engine only.
-  void set_outcome(std::size_t block, BlockOutcome outcome);
+  void set_outcomes(std::vector<BlockOutcome> outcomes);
   void set_transfer(std::shared_ptr<Transfer> transfer);
   void fail(const Status& status);
   void settle(Moment moment, Status error = Status::ok());

@@ -1,0 +1,16 @@
+#include "common.h"
+
+namespace kvtier::bindings {
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The native core of kvtier. Private: use the package kvtier.";
+  m.attr("__version__") = KVTIER_VERSION;
+  bind_errors(m);
+  bind_keys(m);
+  bind_devices(m);
+  bind_simulated(m);
+  bind_ticket(m);
+  bind_engine(m);
+}
+
+}  // namespace kvtier::bindings

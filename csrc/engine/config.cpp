@@ -1,0 +1,71 @@
+#include <algorithm>
+#include <map>
+
+#include "kvtier/engine/engine.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::size_t kMaxGroups = 64;
+constexpr std::uint64_t kMaxSlotsPerClass = std::uint64_t{1} << 31;
+constexpr std::uint64_t kMaxHostBytes = std::uint64_t{1} << 46;
+
+// Groups whose slots have the same stride share a size class. Ordered, so every process agrees.
+std::map<std::uint64_t, std::uint32_t> groups_by_stride(const std::vector<GroupSpec>& groups) {
+  std::map<std::uint64_t, std::uint32_t> count;
+  for (const GroupSpec& group : groups) ++count[group.slot_stride_bytes()];
+  return count;
+}
+
+std::uint64_t bytes_of_one_block_each(const std::vector<GroupSpec>& groups) {
+  std::uint64_t bytes = 0;
+  for (const GroupSpec& group : groups) bytes += group.slot_stride_bytes();
+  return bytes;
+}
+
+}  // namespace
+
+Status EngineConfig::validate() const {
+  if (groups.empty() || groups.size() > kMaxGroups) {
+    return Status::invalid_argument("groups has " + std::to_string(groups.size()) + " entries; allowed: 1 to " +
+                                    std::to_string(kMaxGroups));
+  }
+  for (const GroupSpec& group : groups) {
+    KVTIER_RETURN_IF_ERROR(group.validate());
+    if (group.block_tokens != groups[0].block_tokens) {
+      return Status::invalid_argument("group '" + group.name + "': block_tokens is " +
+                                      std::to_string(group.block_tokens) + "; every group has that of the first, " +
+                                      std::to_string(groups[0].block_tokens));
+    }
+  }
+  const std::uint64_t least = bytes_of_one_block_each(groups);
+  if (host_bytes < least || host_bytes > kMaxHostBytes) {
+    return Status::invalid_argument("host is " + std::to_string(host_bytes) + " bytes; allowed: " +
+                                    std::to_string(least) + " (one block of every group) to " +
+                                    std::to_string(kMaxHostBytes));
+  }
+  return Status::ok();
+}
+
+ArenaGeometry EngineConfig::geometry() const {
+  const std::uint64_t blocks = host_bytes / bytes_of_one_block_each(groups);
+  ArenaGeometry geometry;
+  geometry.chunk_bytes = chunk_bytes;
+  for (const auto& [stride, count] : groups_by_stride(groups)) {
+    const std::uint64_t slots = std::min(blocks * count, kMaxSlotsPerClass);
+    geometry.classes.push_back({stride, static_cast<std::uint32_t>(slots)});
+  }
+  return geometry;
+}
+
+std::vector<std::size_t> EngineConfig::class_of_group() const {
+  const std::map<std::uint64_t, std::uint32_t> classes = groups_by_stride(groups);
+  std::vector<std::size_t> of_group;
+  for (const GroupSpec& group : groups) {
+    const auto found = classes.find(group.slot_stride_bytes());
+    of_group.push_back(static_cast<std::size_t>(std::distance(classes.begin(), found)));
+  }
+  return of_group;
+}
+
+}  // namespace kvtier

@@ -1,0 +1,327 @@
+// Opening, attaching, closing; and Engine itself, which owns the inside.
+#include "kvtier/engine/engine.h"
+
+#include <chrono>
+#include <random>
+
+#include "engine_impl.h"
+#include "kvtier/core/ordering.h"
+
+namespace kvtier {
+
+EngineImpl::EngineImpl(EngineConfig config, HostTier::Options options)
+    : config_(std::move(config)),
+      clock_(config_.clock ? config_.clock : std::make_shared<const SteadyClock>()),
+      tier_(options) {}
+
+Status EngineImpl::start() {
+  HostMemory& memory = config_.memory != nullptr ? *config_.memory : linux_host_memory();
+  Result<std::unique_ptr<Arena>> arena = Arena::create(
+      config_.geometry(), memory,
+      [this](std::size_t class_index, std::uint32_t usable) {
+        MutexLock lock(mutex_);
+        tier_.slots(class_index).grow(usable);
+      },
+      [this](const Status& status) {
+        // What was prefaulted serves on; the tier is only smaller than it was asked to be.
+        MutexLock lock(mutex_);
+        if (counters_.arena_problem.empty()) counters_.arena_problem = status.message();
+      });
+  if (!arena) return arena.status();
+  arena_ = std::move(*arena);
+  return Status::ok();
+}
+
+Status EngineImpl::check_open() {
+  if (closing_) return Status::closed("the engine is closed");
+  return Status::ok();
+}
+
+void EngineImpl::mark_failed(const std::string& why) {
+  MutexLock lock(mutex_);
+  if (counters_.health == "ok") counters_.health = why;
+}
+
+Result<std::shared_ptr<Pages>> EngineImpl::attach(std::shared_ptr<Device> device, GroupId group,
+                                                  std::span<const TensorView> tensors) {
+  if (raw(group) >= config_.groups.size()) {
+    return Status::invalid_argument("group is " + std::to_string(raw(group)) + "; allowed: 0 to " +
+                                    std::to_string(config_.groups.size() - 1));
+  }
+  const GroupSpec& spec = config_.groups[raw(group)];
+  if (spec.num_stripes > 1) {
+    return Status::unsupported("group '" + spec.name + "' has one stripe per rank: its pages are attached by workers");
+  }
+  Result<PageMap> map = PageMap::make(spec, tensors);
+  if (!map) return map.status();
+
+  MutexLock attach_lock(attach_mutex_);
+  {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+  }
+  Transfers* transfers = nullptr;
+  for (AttachedDevice& attached : devices_) {
+    if (attached.device == device) transfers = attached.transfers.get();
+  }
+  if (transfers == nullptr) {
+    KVTIER_RETURN_IF_ERROR(device->health());
+    Result<std::unique_ptr<Transfers>> made = Transfers::create(*device);
+    if (!made) return made.status();
+    transfers = made->get();
+    devices_.push_back({device, std::move(*made)});
+    arena_->register_with(*device);
+  }
+  auto pages = std::make_shared<PagesImpl>(*this, group, std::move(device), *transfers, std::move(*map));
+  MutexLock lock(mutex_);
+  all_pages_.push_back(pages);
+  return std::shared_ptr<Pages>(pages);
+}
+
+Status EngineImpl::detach(Pages& pages, Deadline deadline) {
+  auto* mine = dynamic_cast<PagesImpl*>(&pages);
+  if (mine == nullptr || mine->engine_ != this) return Status::invalid_argument("these pages are of another engine");
+  MutexLock lock(mutex_);
+  mine->attached_ = false;
+  while (mine->running_ > 0 && ordering_enabled(OrderingPoint::detach_after_copies)) {
+    if (mine->undrained_) {
+      return Status::device("detach: device " + mine->device_->name() +
+                            " cannot prove that its copies are over; the pages must never be freed");
+    }
+    if (!deadline) {
+      idle_.wait(lock);
+    } else if (!idle_.wait_until(lock, *deadline) && mine->running_ > 0) {
+      return Status::timeout("detach: " + std::to_string(mine->running_) +
+                             " transfers still touch the pages; they must not be freed yet");
+    }
+  }
+  if (ordering_enabled(OrderingPoint::detach_after_copies)) {
+    std::erase_if(all_pages_, [mine](const std::shared_ptr<Pages>& other) { return other.get() == mine; });
+  }
+  return Status::ok();
+}
+
+Status EngineImpl::wait_until_whole() {
+  {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    ++calls_;
+  }
+  const Status status = arena_->wait_until_whole();
+  MutexLock lock(mutex_);
+  --calls_;
+  idle_.notify_all();
+  return status;
+}
+
+Result<EngineStats> EngineImpl::stats() {
+  Arena::Stats arena;
+  {
+    MutexLock attach_lock(attach_mutex_);
+    if (arena_) arena = arena_->stats();
+  }
+  MutexLock lock(mutex_);
+  EngineStats stats = counters_;
+  const ArenaGeometry geometry = config_.geometry();
+  for (std::size_t i = 0; i < tier_.num_classes(); ++i) {
+    const SlotPool& slots = tier_.slots(i);
+    const SlotPool::Counts counts = slots.counts();
+    stats.host.push_back({geometry.classes[i].slot_stride_bytes, slots.capacity(), slots.usable(), counts.free,
+                          counts.filling, counts.ready, counts.leaving});
+  }
+  stats.host_bytes = arena.total_bytes;
+  stats.host_prefaulted_bytes = arena.prefaulted_bytes;
+  stats.registered_chunks = arena.registered_chunks;
+  stats.refused_chunks = arena.refused_chunks;
+  stats.index_bytes_per_block = tier_.bytes_per_block();
+  stats.pins = tier_.pins();
+  stats.pinned_blocks = tier_.pinned_blocks();
+  stats.leases = static_cast<std::uint32_t>(leases_.size());
+  stats.transfers_running = running_;
+  stats.evictions = tier_.evictions();
+  return stats;
+}
+
+bool EngineImpl::wait_idle(Deadline deadline) {
+  MutexLock lock(mutex_);
+  while (running_ > 0 || calls_ > 0) {
+    if (!deadline) {
+      idle_.wait(lock);
+    } else if (!idle_.wait_until(lock, *deadline) && (running_ > 0 || calls_ > 0)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+Status EngineImpl::close(Deadline deadline) {
+  {
+    MutexLock lock(mutex_);
+    closing_ = true;
+    if (closed_) return Status::ok();
+  }
+  if (!wait_idle(deadline)) {
+    return Status::timeout("close: transfers are still running; the engine takes no new work, and close() may be "
+                           "called again");
+  }
+  MutexLock attach_lock(attach_mutex_);
+  bool leak = false;
+  {
+    MutexLock lock(mutex_);
+    if (closed_) return Status::ok();
+    closed_ = true;
+    while (!leases_.empty()) end_lease(*leases_.back());
+    for (const std::shared_ptr<Pages>& pages : all_pages_) static_cast<PagesImpl&>(*pages).attached_ = false;
+    all_pages_.clear();
+    leak = undrained_ > 0;
+  }
+  // No transfer runs and no call is under way: only waiters' and arena's threads are left, and these end
+  // here, with mutex_ free, since their last callbacks take it.
+  if (leak) {
+    // A device could not prove that its copies are over. The memory they may touch is never given back.
+    static_cast<void>(arena_.release());
+    static_cast<void>(new std::vector<AttachedDevice>(std::move(devices_)));
+    devices_.clear();
+    return Status::ok();
+  }
+  for (AttachedDevice& attached : devices_) attached.transfers.reset();
+  for (AttachedDevice& attached : devices_) arena_->unregister_from(*attached.device);
+  devices_.clear();
+  arena_.reset();
+  return Status::ok();
+}
+
+bool EngineImpl::closed() {
+  MutexLock lock(mutex_);
+  return closing_;
+}
+
+namespace {
+
+// How long dropping the last reference to an engine waits for transfers before it gives up its memory.
+constexpr std::chrono::seconds kDropTimeout{10};
+
+class LeaseHandle final : public Lease {
+ public:
+  LeaseHandle(std::weak_ptr<EngineImpl> engine, std::shared_ptr<LeaseState> state)
+      : engine_(std::move(engine)), state_(std::move(state)), num_blocks_(state_->num_blocks) {}
+  ~LeaseHandle() override { release(); }
+
+  std::size_t num_blocks() const override { return num_blocks_; }
+  bool active() const override {
+    const std::shared_ptr<EngineImpl> engine = engine_.lock();
+    return engine && !engine->in_forked_child() && engine->lease_active(*state_);
+  }
+  void release() final {
+    const std::shared_ptr<EngineImpl> engine = engine_.lock();
+    if (engine && !engine->in_forked_child()) engine->release(*state_);
+  }
+
+ private:
+  std::weak_ptr<EngineImpl> engine_;
+  std::shared_ptr<LeaseState> state_;
+  std::size_t num_blocks_;
+};
+
+class EngineHandle final : public Engine {
+ public:
+  explicit EngineHandle(std::shared_ptr<EngineImpl> impl) : impl_(std::move(impl)) {}
+
+  ~EngineHandle() override {
+    // Threads that a forked child does not have, or copies that will not end, may still use the inside:
+    // then it is never freed.
+    const bool over =
+        !impl_->in_forked_child() && impl_->close(std::chrono::steady_clock::now() + kDropTimeout).is_ok();
+    if (!over) static_cast<void>(new std::shared_ptr<EngineImpl>(impl_));
+  }
+
+  Result<std::shared_ptr<Pages>> attach(std::shared_ptr<Device> device, GroupId group,
+                                        std::span<const TensorView> tensors) override {
+    return impl_->guarded([&] { return impl_->attach(std::move(device), group, tensors); });
+  }
+  Status detach(Pages& pages, Deadline deadline) override {
+    return impl_->guarded([&] { return impl_->detach(pages, deadline); });
+  }
+  Result<Match> lookup(std::span<const BlockKey> keys) override {
+    return impl_->guarded([&] { return impl_->lookup(keys); });
+  }
+  Result<std::shared_ptr<Lease>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
+                                     std::optional<std::int64_t> ttl_us) override {
+    return impl_->guarded([&]() -> Result<std::shared_ptr<Lease>> {
+      Result<std::shared_ptr<LeaseState>> state = impl_->pin(keys, max_blocks, ttl_us);
+      if (!state) return state.status();
+      return std::shared_ptr<Lease>(std::make_shared<LeaseHandle>(impl_, std::move(*state)));
+    });
+  }
+  Result<std::shared_ptr<Ticket>> store(Pages& pages, const StoreRequest& request) override {
+    return impl_->guarded([&] { return impl_->store(pages, request); });
+  }
+  Result<std::shared_ptr<Ticket>> load(Pages& pages, const LoadRequest& request) override {
+    return impl_->guarded([&] { return impl_->load(pages, request); });
+  }
+  Result<Grant> grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) override {
+    return impl_->guarded([&] { return impl_->grant_store(group, request, num_parts); });
+  }
+  Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) override {
+    return impl_->guarded([&] { return impl_->grant_load(group, request, num_parts); });
+  }
+  Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) override {
+    return impl_->guarded([&] { return impl_->finish_part(grant_id, outcome); });
+  }
+  Result<std::uint64_t> touch(std::span<const BlockKey> keys) override {
+    return impl_->guarded([&] { return impl_->touch(keys); });
+  }
+  Result<std::uint64_t> drop(std::span<const BlockKey> keys) override {
+    return impl_->guarded([&] { return impl_->drop(keys); });
+  }
+  Result<std::uint64_t> drop_namespace(std::string_view name_space) override {
+    return impl_->guarded([&] { return impl_->drop_namespace(name_space); });
+  }
+  Result<std::uint32_t> poll() override {
+    return impl_->guarded([&] { return impl_->poll(); });
+  }
+  Result<FlushResult> flush(Deadline deadline) override {
+    return impl_->guarded([&] { return impl_->flush(deadline); });
+  }
+  Status wait_until_whole() override {
+    return impl_->guarded([&] { return impl_->wait_until_whole(); });
+  }
+  Result<EngineStats> stats() override {
+    return impl_->guarded([&] { return impl_->stats(); });
+  }
+  Status close(Deadline deadline) override {
+    return impl_->guarded([&] { return impl_->close(deadline); });
+  }
+  bool closed() const override { return impl_->in_forked_child() || impl_->closed(); }
+  const EngineConfig& config() const override { return impl_->config(); }
+  const Arena& arena() const override { return impl_->arena(); }
+
+ private:
+  std::shared_ptr<EngineImpl> impl_;
+};
+
+}  // namespace
+
+Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
+  KVTIER_RETURN_IF_ERROR(config.validate());
+  const ArenaGeometry geometry = config.geometry();
+  KVTIER_RETURN_IF_ERROR(geometry.validate());
+  HostTier::Options options;
+  for (const ArenaClass& size_class : geometry.classes) options.slots_per_class.push_back(size_class.num_slots);
+  options.class_of_group = config.class_of_group();
+  if (config.hash_seed) {
+    options.hash_seed = *config.hash_seed;
+  } else {
+    std::random_device random;
+    options.hash_seed = (std::uint64_t{random()} << 32) | random();
+  }
+  try {
+    auto impl = std::make_shared<EngineImpl>(std::move(config), options);
+    KVTIER_RETURN_IF_ERROR(impl->start());
+    return std::shared_ptr<Engine>(std::make_shared<EngineHandle>(std::move(impl)));
+  } catch (const std::bad_alloc&) {
+    return Status::resource("no memory for the index of " + std::to_string(geometry.total_bytes()) + " host bytes");
+  }
+}
+
+}  // namespace kvtier

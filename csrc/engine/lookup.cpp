@@ -1,0 +1,228 @@
+// What does not move bytes: lookup, leases, touch, drop.
+#include <algorithm>
+
+#include "engine_impl.h"
+
+namespace kvtier {
+namespace {
+
+// Keys handled per hold of the mutex: about 100 us, so that a completion never waits long for a lookup.
+constexpr std::size_t kKeysPerHold = 4096;
+
+}  // namespace
+
+// The longest prefix that all groups can restore. Full attention needs every block of it. A sliding window
+// needs only the blocks that the window reaches back to, so there the answer can lie behind a gap.
+std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>& states, std::size_t num_keys) const {
+  const auto ready = [](BlockState state) { return state == BlockState::ready; };
+  std::size_t limit = num_keys;
+  bool windows = false;
+  for (std::size_t g = 0; g < states.size(); ++g) {
+    if (config_.groups[g].window_blocks()) {
+      windows = true;
+      continue;
+    }
+    const auto miss = std::find_if_not(states[g].begin(), states[g].begin() + static_cast<std::ptrdiff_t>(limit), ready);
+    limit = static_cast<std::size_t>(miss - states[g].begin());
+  }
+  if (!windows) return limit;
+
+  std::vector<bool> usable(limit + 1, true);
+  for (std::size_t g = 0; g < states.size(); ++g) {
+    const std::optional<std::uint32_t> window = config_.groups[g].window_blocks();
+    if (!window) continue;
+    std::size_t run = 0;  // ready blocks that end just before position p
+    for (std::size_t p = 1; p <= limit; ++p) {
+      run = ready(states[g][p - 1]) ? run + 1 : 0;
+      if (run < std::min<std::size_t>(*window, p)) usable[p] = false;
+    }
+  }
+  while (!usable[limit]) --limit;  // 0 is always usable
+  return limit;
+}
+
+Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
+  Match match;
+  match.num_keys = keys.size();
+  match.states.assign(config_.groups.size(), std::vector<BlockState>(keys.size(), BlockState::miss));
+  for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
+    const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    const std::uint64_t asked = part.size() * config_.groups.size();
+    counters_.lookup_blocks += asked;
+    if (counters_.health != "ok") {
+      counters_.lookup_misses_failed += asked;
+      continue;
+    }
+    std::uint64_t hits = 0;
+    std::uint64_t pending = 0;
+    for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+      BlockState* states = match.states[g].data() + begin;
+      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)}, [&](std::size_t i, const Entry* entry) {
+        if (entry == nullptr) return;
+        const bool is_ready = entry->state == SlotState::ready;
+        states[i] = is_ready ? BlockState::ready : BlockState::pending;
+        hits += is_ready ? 1 : 0;
+        pending += is_ready ? 0 : 1;
+      });
+    }
+    counters_.lookup_hits_host += hits;
+    counters_.lookup_misses_pending += pending;
+    counters_.lookup_misses_absent += asked - hits - pending;
+  }
+  if (keys.empty()) {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+  }
+  match.ready_blocks = ready_prefix(match.states, keys.size());
+  return match;
+}
+
+Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> keys, std::size_t max_blocks,
+                                                    std::optional<std::int64_t> ttl_us) {
+  keys = keys.first(std::min(keys.size(), max_blocks));
+  const std::size_t num_groups = config_.groups.size();
+  std::vector<std::vector<BlockState>> states(num_groups, std::vector<BlockState>(keys.size(), BlockState::miss));
+  std::vector<std::vector<EntryId>> found(num_groups, std::vector<EntryId>(keys.size()));
+  auto lease = std::make_shared<LeaseState>();
+
+  // Everything that is ready is pinned first and what the prefix does not need is let go at the end, so
+  // that nothing found early can be evicted while the rest is looked for.
+  for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
+    const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));
+    MutexLock lock(mutex_);
+    if (closing_ || counters_.health != "ok") break;
+    for (std::size_t g = 0; g < num_groups; ++g) {
+      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)}, [&](std::size_t i, Entry* entry) {
+        if (entry == nullptr || entry->state != SlotState::ready) return;
+        tier_.pin(*entry);
+        states[g][begin + i] = BlockState::ready;
+        found[g][begin + i] = tier_.index().id(*entry);
+      });
+    }
+  }
+  lease->num_blocks = ready_prefix(states, keys.size());
+
+  MutexLock lock(mutex_);
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    const std::size_t window = config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
+    const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
+    for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
+      if (states[g][i] != BlockState::ready) continue;
+      Entry& entry = tier_.index().at(found[g][i]);
+      if (i < first_needed || i >= lease->num_blocks || closing_) {
+        tier_.unpin(entry);
+      } else {
+        if (entry.linked) tier_.touch(entry);
+        lease->pinned.push_back(found[g][i]);
+      }
+    }
+  }
+  KVTIER_RETURN_IF_ERROR(check_open());
+  if (ttl_us) lease->expires_us = clock_->now_us() + *ttl_us;
+  leases_.push_back(lease);
+  return lease;
+}
+
+void EngineImpl::end_lease(LeaseState& lease) {
+  if (!lease.active) return;
+  lease.active = false;
+  for (const EntryId id : lease.pinned) tier_.unpin(tier_.index().at(id));
+  lease.pinned.clear();
+  std::erase_if(leases_, [&lease](const std::shared_ptr<LeaseState>& other) { return other.get() == &lease; });
+}
+
+void EngineImpl::release(LeaseState& lease) {
+  MutexLock lock(mutex_);
+  end_lease(lease);
+}
+
+bool EngineImpl::lease_active(const LeaseState& lease) {
+  MutexLock lock(mutex_);
+  expire_leases();
+  return lease.active;
+}
+
+void EngineImpl::expire_leases() {
+  const std::int64_t now = clock_->now_us();
+  for (std::size_t i = leases_.size(); i-- > 0;) {
+    const std::shared_ptr<LeaseState> lease = leases_[i];  // end_lease() takes it off the list
+    if (lease->expires_us && *lease->expires_us <= now) end_lease(*lease);
+  }
+}
+
+Result<std::uint32_t> EngineImpl::poll() {
+  MutexLock lock(mutex_);
+  KVTIER_RETURN_IF_ERROR(check_open());
+  expire_leases();
+  return running_;
+}
+
+Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
+  std::uint64_t touched = 0;
+  for (std::size_t end = keys.size(); end > 0;) {  // the last part first: tail first over all
+    const std::size_t begin = end - std::min(kKeysPerHold, end);
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    for (std::size_t i = end; i-- > begin;) {
+      for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+        Entry* entry = tier_.index().find(keys[i], GroupId{static_cast<std::uint16_t>(g)});
+        if (entry == nullptr || entry->state != SlotState::ready) continue;
+        tier_.touch(*entry);
+        ++touched;
+      }
+    }
+    end = begin;
+  }
+  return touched;
+}
+
+Result<std::uint64_t> EngineImpl::drop(std::span<const BlockKey> keys) {
+  std::uint64_t dropped = 0;
+  for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    const std::uint64_t before = dropped;
+    for (const BlockKey& key : keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin))) {
+      for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+        if (Entry* entry = tier_.index().find(key, GroupId{static_cast<std::uint16_t>(g)})) {
+          tier_.drop(*entry);
+          ++dropped;
+        }
+      }
+    }
+    counters_.drops += dropped - before;
+  }
+  return dropped;
+}
+
+Result<std::uint64_t> EngineImpl::drop_namespace(std::string_view name_space) {
+  std::uint64_t dropped = 0;
+  std::size_t num_records = 1;
+  for (std::size_t begin = 0; begin < num_records; begin += kKeysPerHold) {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    const auto found = namespaces_.find(name_space);
+    if (found == namespaces_.end()) return dropped;
+    const std::span<Entry> records = tier_.index().records();
+    num_records = records.size();
+    for (std::size_t i = begin; i < std::min(begin + kKeysPerHold, num_records); ++i) {
+      if (!records[i].linked || records[i].name_space != found->second) continue;
+      tier_.drop(records[i]);
+      ++dropped;
+      ++counters_.drops;
+    }
+  }
+  return dropped;
+}
+
+NamespaceId EngineImpl::intern(std::string_view name_space) {
+  const auto found = namespaces_.find(name_space);
+  if (found != namespaces_.end()) return found->second;
+  const NamespaceId id{static_cast<std::uint32_t>(namespaces_.size())};
+  namespaces_.emplace(name_space, id);
+  return id;
+}
+
+}  // namespace kvtier

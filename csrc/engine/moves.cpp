@@ -1,0 +1,442 @@
+// What moves bytes: store, load and the keeper's grants.
+#include <algorithm>
+#include <limits>
+
+#include "engine_impl.h"
+#include "kvtier/core/ordering.h"
+
+namespace kvtier {
+namespace {
+
+// Blocks reserved, pinned or committed per hold of the mutex.
+constexpr std::size_t kBlocksPerHold = 1024;
+
+}  // namespace
+
+EngineImpl::Call::Call(EngineImpl& engine) : engine_(engine) {
+  MutexLock lock(engine_.mutex_);
+  ++engine_.calls_;
+}
+
+EngineImpl::Call::~Call() {
+  MutexLock lock(engine_.mutex_);
+  --engine_.calls_;
+  engine_.idle_.notify_all();
+}
+
+Result<PagesImpl*> EngineImpl::checked(Pages& pages) {
+  auto* mine = dynamic_cast<PagesImpl*>(&pages);
+  if (mine == nullptr || mine->engine_ != this) return Status::invalid_argument("these pages are of another engine");
+  return mine;
+}
+
+Status EngineImpl::check_request(const GroupSpec& spec, std::size_t num_keys, std::size_t num_pages,
+                                 std::uint32_t first_block) {
+  if (num_pages != num_keys * spec.pages_per_block()) {
+    return Status::invalid_argument("page_ids has " + std::to_string(num_pages) + " entries for " +
+                                    std::to_string(num_keys) + " keys; allowed: " +
+                                    std::to_string(num_keys * spec.pages_per_block()) + " (" +
+                                    std::to_string(spec.pages_per_block()) + " for each key)");
+  }
+  if (num_keys > std::numeric_limits<std::uint32_t>::max() - first_block) {
+    return Status::invalid_argument("first_block is " + std::to_string(first_block) + " with " +
+                                    std::to_string(num_keys) + " keys; allowed: less than 2^32 blocks in all");
+  }
+  return Status::ok();
+}
+
+std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, GroupId group, std::size_t num_blocks) {
+  auto operation = std::make_shared<Operation>();
+  operation->direction = direction;
+  operation->group = group;
+  operation->ticket = std::make_shared<Ticket>(direction, num_blocks, /*has_disk=*/false);
+  operation->outcomes.assign(num_blocks, BlockOutcome::running);
+  operation->entries.reserve(num_blocks);
+  operation->blocks.reserve(num_blocks);
+  operation->slots.reserve(num_blocks);
+  return operation;
+}
+
+// From here on close(), detach() and flush() wait for the operation.
+Status EngineImpl::begin(Operation& operation) {
+  KVTIER_RETURN_IF_ERROR(check_open());
+  if (operation.pages != nullptr) {
+    if (!operation.pages->attached_) return Status::closed("these pages are detached");
+    ++operation.pages->running_;
+  }
+  ++running_;
+  if (operation.direction == Direction::store) {
+    operation.store_number = stores_begun_++;
+    running_stores_.insert(operation.store_number);
+  }
+  return Status::ok();
+}
+
+// Reserves a slot for every block that is not there, in prompt order: when slots run out the prefix is kept
+// and the rest declined, since a block without its parents is of no use.
+Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request) {
+  std::vector<EntryId> present;  // pinned while we reserve, so that no reservation evicts them
+  std::optional<EntryId> parent;
+  NamespaceId name_space{};
+  bool declined = false;
+  present.reserve(request.keys.size() + 1);
+  for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
+    MutexLock lock(mutex_);
+    if (begin == 0) {
+      name_space = intern(request.name_space);
+      KVTIER_RETURN_IF_ERROR(begin(operation));
+      if (counters_.health != "ok") {
+        declined = true;
+        operation.outcome.status = Status::device("the engine has failed: " + counters_.health);
+      }
+      expire_leases();
+      if (request.parent) {
+        Entry* entry = tier_.index().find(*request.parent, operation.group);
+        if (entry != nullptr && entry->state == SlotState::ready) {
+          tier_.pin(*entry);
+          parent = tier_.index().id(*entry);
+          present.push_back(*parent);
+        }
+      }
+    }
+    const std::size_t end = std::min(begin + kBlocksPerHold, request.keys.size());
+    for (std::size_t i = begin; i < end; ++i) {
+      if (declined) {
+        operation.outcomes[i] = BlockOutcome::declined;
+        continue;
+      }
+      Entry* above = parent ? &tier_.index().at(*parent) : nullptr;
+      const HostTier::Reservation found =
+          tier_.reserve(request.keys[i], operation.group, name_space,
+                        request.first_block + static_cast<std::uint32_t>(i), above);
+      switch (found.outcome) {
+        case ReserveOutcome::reserved:
+          operation.entries.push_back(tier_.index().id(*found.entry));
+          operation.blocks.push_back(static_cast<std::uint32_t>(i));
+          operation.slots.push_back(found.entry->slot);
+          break;
+        case ReserveOutcome::present:
+          operation.outcomes[i] = BlockOutcome::present;
+          tier_.pin(*found.entry);
+          present.push_back(tier_.index().id(*found.entry));
+          break;
+        case ReserveOutcome::pending: operation.outcomes[i] = BlockOutcome::pending; break;
+        case ReserveOutcome::declined:
+          operation.outcomes[i] = BlockOutcome::declined;
+          declined = true;
+          break;
+      }
+      // A pending block of another store may end at any moment, so it is nobody's parent here.
+      const bool holds = found.outcome == ReserveOutcome::reserved || found.outcome == ReserveOutcome::present;
+      parent = holds ? std::optional(tier_.index().id(*found.entry)) : std::nullopt;
+    }
+    if (request.keys.empty()) break;
+  }
+  MutexLock lock(mutex_);
+  for (std::size_t i = present.size(); i-- > 0;) {
+    Entry& entry = tier_.index().at(present[i]);
+    if (entry.linked) tier_.touch(entry);
+    tier_.unpin(entry);
+  }
+  return Status::ok();
+}
+
+Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) {
+  for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
+    MutexLock lock(mutex_);
+    if (begin == 0) {
+      KVTIER_RETURN_IF_ERROR(begin(operation));
+    }
+    const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
+    const bool failed = counters_.health != "ok";
+    tier_.index().find_each(request.keys.subspan(begin, count), operation.group, [&](std::size_t at, Entry* entry) {
+      const std::size_t i = begin + at;
+      if (failed || entry == nullptr) {
+        operation.outcomes[i] = BlockOutcome::missed;
+      } else if (entry->state != SlotState::ready) {
+        operation.outcomes[i] = BlockOutcome::pending;
+      } else {
+        tier_.pin(*entry);
+        operation.entries.push_back(tier_.index().id(*entry));
+        operation.blocks.push_back(static_cast<std::uint32_t>(i));
+        operation.slots.push_back(entry->slot);
+      }
+    });
+    if (request.keys.empty()) break;
+  }
+  MutexLock lock(mutex_);
+  for (std::size_t i = operation.entries.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
+    Entry& entry = tier_.index().at(operation.entries[i]);
+    if (entry.linked) tier_.touch(entry);
+  }
+  return Status::ok();
+}
+
+// Commits or aborts the reservations of a store, ends the pins of a load.
+void EngineImpl::settle_entries(Operation& operation) {
+  if (operation.entries_settled) return;
+  operation.entries_settled = true;
+  const bool good = operation.outcome.status.is_ok();
+  for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first, so that the tail is the oldest
+    const std::size_t begin = end - std::min(kBlocksPerHold, end);
+    MutexLock lock(mutex_);
+    for (std::size_t i = end; i-- > begin;) {
+      Entry& entry = tier_.index().at(operation.entries[i]);
+      BlockOutcome& outcome = operation.outcomes[operation.blocks[i]];
+      if (operation.direction == Direction::load) {
+        outcome = good ? BlockOutcome::loaded : BlockOutcome::failed;
+        if (operation.outcome.drained) tier_.unpin(entry);
+      } else if (good) {
+        outcome = tier_.commit(entry) ? BlockOutcome::stored : BlockOutcome::dropped;
+      } else {
+        outcome = BlockOutcome::failed;
+        if (operation.outcome.drained) {
+          tier_.abort(entry);
+        } else {
+          tier_.quarantine(entry);
+        }
+      }
+    }
+    end = begin;
+  }
+}
+
+void EngineImpl::count(const Operation& operation) {
+  const std::uint64_t bytes = config_.groups[raw(operation.group)].payload_bytes();
+  for (const BlockOutcome outcome : operation.outcomes) {
+    const bool load = operation.direction == Direction::load;
+    switch (outcome) {
+      case BlockOutcome::running: break;
+      case BlockOutcome::stored:
+        ++counters_.store_stored;
+        counters_.bytes_stored += bytes;
+        break;
+      case BlockOutcome::present: ++counters_.store_present; break;
+      case BlockOutcome::pending: ++(load ? counters_.load_pending : counters_.store_pending); break;
+      case BlockOutcome::declined: ++counters_.store_declined; break;
+      case BlockOutcome::loaded:
+        ++counters_.load_loaded;
+        counters_.bytes_loaded += bytes;
+        break;
+      case BlockOutcome::missed: ++counters_.load_missed; break;
+      case BlockOutcome::failed: ++(load ? counters_.load_failed : counters_.store_failed); break;
+      case BlockOutcome::dropped: ++counters_.store_dropped; break;
+    }
+  }
+}
+
+void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) {
+  settle_entries(*operation);
+  const TransferOutcome& outcome = operation->outcome;
+  if (operation->pages != nullptr && !outcome.status) {
+    const Status health = operation->pages->device_->health();
+    if (!health) mark_failed("device " + operation->pages->device_->name() + ": " + health.message());
+  }
+  Ticket& ticket = *operation->ticket;
+  if (!outcome.status) ticket.fail(outcome.status);
+  {
+    MutexLock lock(mutex_);
+    count(*operation);
+    if (!outcome.drained) {
+      ++undrained_;
+      if (operation->direction == Direction::store) {
+        counters_.quarantined_blocks += static_cast<std::uint32_t>(operation->entries.size());
+      }
+    }
+  }
+  ticket.set_outcomes(operation->outcomes);
+  ticket.settle(Moment::released, outcome.drained ? Status::ok() : outcome.status);
+  ticket.settle(Moment::ready);
+
+  MutexLock lock(mutex_);
+  --running_;
+  if (operation->direction == Direction::store) running_stores_.erase(operation->store_number);
+  if (operation->pages != nullptr) {
+    if (outcome.drained) {
+      --operation->pages->running_;
+    } else {
+      operation->pages->undrained_ = true;
+    }
+  }
+  idle_.notify_all();
+}
+
+// What each disabled ordering point would do wrong; see core/ordering.h. Nothing in production.
+void EngineImpl::break_order_for_tests(const std::shared_ptr<Operation>& operation) {
+  Ticket& ticket = *operation->ticket;
+  if (operation->direction == Direction::store) {
+    if (!ordering_enabled(OrderingPoint::ready_after_store_copy)) settle_entries(*operation);
+    if (!ordering_enabled(OrderingPoint::reservation_until_store_copy)) {
+      operation->outcome.status = Status::internal("reservations freed early by a test");
+      settle_entries(*operation);
+    }
+    if (!ordering_enabled(OrderingPoint::released_after_store_copy)) ticket.settle(Moment::released);
+  } else {
+    if (!ordering_enabled(OrderingPoint::pins_until_load_copy)) settle_entries(*operation);
+    if (!ordering_enabled(OrderingPoint::done_after_load_copy)) {
+      ticket.set_outcomes(std::vector<BlockOutcome>(operation->outcomes.size(), BlockOutcome::loaded));
+      ticket.settle(Moment::ready);
+    }
+  }
+}
+
+void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::span<const PageId> pages,
+                        StreamHandle stream, std::uint32_t first_block, std::uint32_t layers_per_batch) {
+  if (operation->entries.empty()) {
+    finish_operation(operation);
+    return;
+  }
+  PagesImpl& target = *operation->pages;
+  const GroupSpec& spec = target.map_->spec();
+  const std::size_t class_index = class_of_group_[raw(operation->group)];
+  TransferRequest request;
+  request.map = target.map_;
+  request.pages.assign(pages.begin(), pages.end());
+  request.direction = operation->direction;
+  request.framework_stream = stream;
+  request.layers_per_batch = layers_per_batch;
+  request.moves.reserve(operation->entries.size());
+  for (std::size_t i = 0; i < operation->entries.size(); ++i) {
+    const std::uint32_t block = operation->blocks[i];
+    request.moves.push_back({arena_->slot(class_index, operation->slots[i]) + kSlotHeaderBytes,
+                             block * spec.pages_per_block(), (first_block + block) % spec.blocks_per_page()});
+  }
+  if (any_ordering_disabled()) break_order_for_tests(operation);
+  std::shared_ptr<Transfer> transfer =
+      target.transfers_->submit(std::move(request), [this, operation](const TransferOutcome& outcome) {
+        try {
+          if (!operation->entries_settled) operation->outcome = outcome;
+          finish_operation(operation);
+        } catch (const std::exception& bug) {
+          mark_failed(bug.what());
+          operation->ticket->fail(Status::internal(bug.what()));
+          operation->ticket->settle(Moment::released, Status::internal(bug.what()));
+          operation->ticket->settle(Moment::ready);
+        }
+      });
+  operation->ticket->set_transfer(std::move(transfer));
+}
+
+Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreRequest& request) {
+  Result<PagesImpl*> target = checked(pages);
+  if (!target) return target.status();
+  const GroupSpec& spec = (*target)->map_->spec();
+  KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
+  KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, {}, request.pages, Direction::store));
+  const std::shared_ptr<Operation> operation = make_operation(Direction::store, pages.group(), request.keys.size());
+  operation->pages = *target;
+  const Call call(*this);
+  KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
+  submit(operation, request.pages, request.stream, request.first_block, 0);
+  return operation->ticket;
+}
+
+Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest& request) {
+  Result<PagesImpl*> target = checked(pages);
+  if (!target) return target.status();
+  const GroupSpec& spec = (*target)->map_->spec();
+  KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
+  std::vector<BlockMove> places;
+  places.reserve(request.keys.size());
+  for (std::uint32_t i = 0; i < request.keys.size(); ++i) {
+    places.push_back({nullptr, i * spec.pages_per_block(), (request.first_block + i) % spec.blocks_per_page()});
+  }
+  KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, places, request.pages, Direction::load));
+  const std::shared_ptr<Operation> operation = make_operation(Direction::load, pages.group(), request.keys.size());
+  operation->pages = *target;
+  const Call call(*this);
+  KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+  if (request.layers_per_batch > 0 && operation->entries.size() < request.keys.size()) {
+    const std::size_t missing = request.keys.size() - operation->entries.size();
+    // Waiting for the layers of a block that is not there would be a wait for nothing: wrong bytes.
+    operation->outcome.status = Status::unsupported(
+        "a layer-wise load needs every block ready in the host tier; " + std::to_string(missing) + " of " +
+        std::to_string(request.keys.size()) + " are not");
+    finish_operation(operation);
+    return operation->outcome.status;
+  }
+  submit(operation, request.pages, request.stream, request.first_block, request.layers_per_batch);
+  return operation->ticket;
+}
+
+Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation, std::uint32_t num_parts) {
+  Grant grant;
+  grant.ticket = operation->ticket;
+  if (operation->entries.empty()) {
+    finish_operation(operation);
+    return grant;
+  }
+  operation->parts_left = num_parts;
+  grant.blocks = operation->blocks;
+  grant.slots = operation->slots;
+  MutexLock lock(mutex_);
+  operation->grant_id = grant.id = next_grant_++;
+  grants_.emplace(grant.id, operation);
+  return grant;
+}
+
+Result<Grant> EngineImpl::grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) {
+  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
+  const std::shared_ptr<Operation> operation = make_operation(Direction::store, group, request.keys.size());
+  const Call call(*this);
+  KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
+  return make_grant(operation, num_parts);
+}
+
+Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) {
+  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
+  const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
+  const Call call(*this);
+  KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+  return make_grant(operation, num_parts);
+}
+
+Status EngineImpl::check_grant(GroupId group, std::uint32_t num_parts) const {
+  if (raw(group) >= config_.groups.size()) {
+    return Status::invalid_argument("group is " + std::to_string(raw(group)) + "; allowed: 0 to " +
+                                    std::to_string(config_.groups.size() - 1));
+  }
+  if (num_parts == 0) return Status::invalid_argument("num_parts is 0; allowed: 1 or more");
+  return Status::ok();
+}
+
+Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) {
+  std::shared_ptr<Operation> operation;
+  {
+    MutexLock lock(mutex_);
+    const auto found = grants_.find(grant_id);
+    if (found == grants_.end()) {
+      return Status::invalid_argument("grant " + std::to_string(grant_id) + " is not known or is over");
+    }
+    Operation& running = *found->second;
+    if (running.outcome.status) running.outcome.status = outcome.status;
+    running.outcome.drained = running.outcome.drained && outcome.drained;
+    if (--running.parts_left > 0) return Status::ok();
+    operation = found->second;
+    grants_.erase(found);
+  }
+  finish_operation(operation);
+  return Status::ok();
+}
+
+Result<FlushResult> EngineImpl::flush(Deadline deadline) {
+  MutexLock lock(mutex_);
+  KVTIER_RETURN_IF_ERROR(check_open());
+  const std::uint64_t up_to = stores_begun_;
+  const auto running_before = [&] {
+    return static_cast<std::uint64_t>(
+        std::distance(running_stores_.begin(), running_stores_.lower_bound(up_to)));
+  };
+  FlushResult result;
+  result.settled = running_before();
+  while (running_before() > 0) {
+    if (!deadline) {
+      idle_.wait(lock);
+    } else if (!idle_.wait_until(lock, *deadline) && running_before() > 0) {
+      return Status::timeout("flush: " + std::to_string(running_before()) + " stores are still running");
+    }
+  }
+  return result;
+}
+
+}  // namespace kvtier

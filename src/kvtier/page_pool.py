@@ -1,0 +1,181 @@
+"""Who holds which device page: the bookkeeping of `kvtier.paged`, without an engine and without tensors.
+
+Pages are handled in *extents*: the pages of `max(page_tokens, block_tokens)` consecutive tokens, the smallest
+run that is both whole pages and whole blocks. Sharing, eviction and copy-on-write are by extent; where
+`page_tokens >= block_tokens` an extent is one page. A page belongs to at most one extent, and is in one state:
+
+    free --take--> used (refs > 0) --release--> cached (refs == 0, waits in the LRU order) --reclaim--> free
+                        \\--release of a private extent--> free                 \\--reclaim--> quarantined
+
+An extent gets a key when the KV of all its tokens is known to be there; only then can others find it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Moment(Protocol):
+    """The `released` moment of a store ticket: after it the pages may be written again."""
+
+    def done(self) -> bool:
+        """Whether the moment is settled. Does not wait."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Waits until it is settled; raises DeviceError when it cannot be proved that the copies are over."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Extent:
+    """Pages that are shared, evicted and copied as one. Equal only to itself.
+
+    Attributes:
+        pages: page ids, in token order.
+        refs: sequences that hold it.
+        key: the name others find it by; None while it is private.
+        block_keys: uint8 `[num_blocks, 32]`, its whole blocks whose KV is there; None while not known.
+        first_block: depth of block_keys[0] in its sequence.
+        parent: the key of the block before; None at the beginning of a sequence.
+        stores: running stores that read the pages.
+        lost: a copy into the pages may still run; they must never be used again.
+    """
+
+    pages: list[int]
+    refs: int = 1
+    key: bytes | None = None
+    block_keys: NDArray[np.uint8] | None = None
+    first_block: int = 0
+    parent: bytes | None = None
+    stores: list[Moment] = field(default_factory=list)
+    lost: bool = False
+
+    def read_by(self, moment: Moment) -> None:
+        """Remembers a running store, and forgets those that are over without an error to report."""
+        self.stores.append(moment)
+
+
+class PagePool:
+    """Free, used, cached and quarantined pages: `free + used + cached + quarantined = num_pages`.
+
+    Threads: none of its own; the owner's lock guards it. Never waits.
+
+    Args:
+        num_pages: page ids are 0 to num_pages - 1.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.num_cached = 0
+        self.num_quarantined = 0
+        self._free = list(range(num_pages - 1, -1, -1))  # the last freed page is the next one used
+        self._lru: OrderedDict[Extent, None] = OrderedDict()  # refs == 0, oldest first
+        self._by_key: dict[bytes, Extent] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that a sequence holds."""
+        return self.num_pages - self.num_free - self.num_cached - self.num_quarantined
+
+    @property
+    def cached(self) -> Iterable[Extent]:
+        """Extents that nobody holds, least recently used first."""
+        return self._lru.keys()
+
+    @property
+    def shareable(self) -> Iterable[Extent]:
+        """Extents that have a key, held or not."""
+        return self._by_key.values()
+
+    def find(self, key: bytes) -> Extent | None:
+        """The extent of that key. Changes no order."""
+        return self._by_key.get(key)
+
+    def num_available(self, wanted: Iterable[Extent] = ()) -> int:
+        """Pages that `take` and `reclaim` can give while the extents of `wanted` stay."""
+        return self.num_free + self.num_cached - sum(len(e.pages) for e in wanted if e.refs == 0)
+
+    def hold(self, extent: Extent) -> None:
+        """Adds a holder."""
+        if extent.refs == 0:
+            del self._lru[extent]
+            self.num_cached -= len(extent.pages)
+        extent.refs += 1
+
+    def release(self, extent: Extent) -> None:
+        """Takes a holder away. After the last one a shareable extent becomes the most recently used.
+
+        A private one is free at once, except while a store reads it: then it waits at the oldest end.
+        """
+        extent.refs -= 1
+        if extent.refs > 0:
+            return
+        keep = extent.key is not None and not extent.lost
+        if keep or (extent.stores and not extent.lost):
+            self._lru[extent] = None
+            self._lru.move_to_end(extent, last=keep)
+            self.num_cached += len(extent.pages)
+        else:
+            self._dispose(extent)
+
+    def publish(self, extent: Extent, key: bytes) -> None:
+        """Lets others find the extent, unless another one already has that key: then it stays private."""
+        if key not in self._by_key:
+            self._by_key[key] = extent
+            extent.key = key
+
+    def take(self, count: int) -> list[int]:
+        """`count` free pages.
+
+        Raises:
+            IndexError: fewer are free; nothing was taken.
+        """
+        if count > len(self._free):
+            raise IndexError(f"{count} pages wanted, {len(self._free)} free")
+        cut = len(self._free) - count
+        pages = self._free[cut:]
+        del self._free[cut:]
+        pages.reverse()
+        return pages
+
+    def give(self, pages: Sequence[int]) -> None:
+        """Returns pages that `take` gave and that no extent has."""
+        self._free.extend(reversed(pages))
+
+    def oldest(self, count: int) -> list[Extent]:
+        """The least recently used extents that have `count` pages together, or all there are."""
+        victims: list[Extent] = []
+        for extent in self._lru:
+            if count <= 0:
+                break
+            victims.append(extent)
+            count -= len(extent.pages)
+        return victims
+
+    def reclaim(self, extent: Extent) -> None:
+        """Frees the pages of a cached extent, or quarantines them when it is lost; its key finds nothing."""
+        del self._lru[extent]
+        self.num_cached -= len(extent.pages)
+        if extent.key is not None:
+            del self._by_key[extent.key]
+            extent.key = None
+        self._dispose(extent)
+
+    def _dispose(self, extent: Extent) -> None:
+        if extent.key is not None:
+            del self._by_key[extent.key]
+            extent.key = None
+        if extent.lost:
+            self.num_quarantined += len(extent.pages)
+        else:
+            self._free.extend(reversed(extent.pages))
