@@ -74,28 +74,27 @@ Result<std::vector<BlockKey>> chain_keys(const BlockKey& parent, std::span<const
   Sha256 extra_sha;
   std::vector<BlockKey> keys(tokens.size() / block_tokens);
   BlockKey previous = parent;
-  std::size_t first_live = 0;  // extras before this one ended before the current block
+  std::vector<std::size_t> open;  // extras that began before the block's end and have not ended before it
+  std::size_t next = 0;           // the first extra that has not begun yet
   for (std::size_t block = 0; block < keys.size(); ++block) {
     const auto begin = static_cast<std::int64_t>(block * block_tokens);
     const std::int64_t end = begin + block_tokens;
     sha.update(previous.bytes.data(), kKeyBytes);
     sha.update(tokens.data() + begin, std::size_t{block_tokens} * sizeof(std::int32_t));
-    while (first_live < extras.size() && extras[first_live].end_token <= begin) ++first_live;
-    bool any = false;
-    for (std::size_t i = first_live; i < extras.size() && extras[i].begin_token < end; ++i) {
+    for (; next < extras.size() && extras[next].begin_token < end; ++next) open.push_back(next);
+    std::erase_if(open, [&](std::size_t i) { return extras[i].end_token <= begin; });
+    for (const std::size_t i : open) {
       const KeyExtra& extra = extras[i];
-      if (extra.end_token <= begin) continue;
-      any = true;
       // Relative to the block, so that keys do not depend on where a call began. The begin may be below
       // 0: the offset into a content that began earlier. The end is clipped: what lies behind the block
       // may not be known yet when a prompt comes in pieces.
-      extra_sha.update_u64(static_cast<std::uint64_t>(extra.begin_token - begin));
+      extra_sha.update_u64(static_cast<std::uint64_t>(extra.begin_token) - static_cast<std::uint64_t>(begin));
       extra_sha.update_u64(static_cast<std::uint64_t>(std::min(extra.end_token, end) - begin));
       extra_sha.update_u64(extra.content.size());
       extra_sha.update(extra.content.data(), extra.content.size());
     }
     // The message's length tells whether there is a digest behind the tokens.
-    if (any) {
+    if (!open.empty()) {
       const BlockKey digest = extra_sha.finish();
       sha.update(digest.bytes.data(), kKeyBytes);
     }

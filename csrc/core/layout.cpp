@@ -53,7 +53,7 @@ Status GroupSpec::validate() const {
                                      std::uint64_t{head_dim}, std::uint64_t{item_bytes},
                                      std::uint64_t{std::max(block_tokens, page_tokens)}, std::uint64_t{num_stripes}}) {
     if (bytes > kMaxPayloadBytes / factor) {
-      return Status::invalid_argument("group '" + name + "': a block would have more than 1 TiB");
+      return Status::invalid_argument("group '" + name + "': a block or page would have more than 1 TiB");
     }
     bytes *= factor;
   }
@@ -67,8 +67,8 @@ std::uint64_t GroupSpec::slot_stride_bytes() const {
 std::optional<std::uint32_t> GroupSpec::window_blocks() const {
   if (!window_tokens) return std::nullopt;
   // The next token attends to window - 1 tokens before it; at least one block proves that it was computed.
-  const std::uint32_t before = *window_tokens - 1;
-  return std::max<std::uint32_t>(1, (before + block_tokens - 1) / block_tokens);
+  const std::uint64_t before = std::uint64_t{*window_tokens} - 1;
+  return static_cast<std::uint32_t>(std::max<std::uint64_t>(1, (before + block_tokens - 1) / block_tokens));
 }
 
 std::uint32_t GroupSpec::extent(char axis) const {

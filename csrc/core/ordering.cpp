@@ -38,7 +38,8 @@ std::string_view to_string(OrderingPoint point) {
 }
 
 DisableOrdering::DisableOrdering(OrderingPoint point) : bit_(1U << static_cast<unsigned>(point)) {
-  internal::disabled_ordering_points.fetch_or(bit_);
+  // What an outer scope has disabled stays disabled behind this one.
+  bit_ &= ~internal::disabled_ordering_points.fetch_or(bit_);
 }
 DisableOrdering::~DisableOrdering() { internal::disabled_ordering_points.fetch_and(~bit_); }
 

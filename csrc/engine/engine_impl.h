@@ -147,7 +147,7 @@ class EngineImpl {
   void mark_failed(const std::string& why) KVTIER_EXCLUDES(mutex_);
 
   // Steps 1 and 3 of every operation; see engine.h.
-  Status begin(Operation& operation) KVTIER_REQUIRES(mutex_);
+  Status admit(Operation& operation) KVTIER_REQUIRES(mutex_);
   Status begin_store(Operation& operation, const StoreRequest& request);
   Status begin_load(Operation& operation, const LoadRequest& request);
   void finish_operation(const std::shared_ptr<Operation>& operation);

@@ -58,7 +58,7 @@ std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, Group
 }
 
 // From here on close(), detach() and flush() wait for the operation.
-Status EngineImpl::begin(Operation& operation) {
+Status EngineImpl::admit(Operation& operation) {
   KVTIER_RETURN_IF_ERROR(check_open());
   if (operation.pages != nullptr) {
     if (!operation.pages->attached_) return Status::closed("these pages are detached");
@@ -84,7 +84,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
     MutexLock lock(mutex_);
     if (begin == 0) {
       name_space = intern(request.name_space);
-      KVTIER_RETURN_IF_ERROR(begin(operation));
+      KVTIER_RETURN_IF_ERROR(admit(operation));
       if (counters_.health != "ok") {
         declined = true;
         operation.outcome.status = Status::device("the engine has failed: " + counters_.health);
@@ -145,7 +145,7 @@ Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) 
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
     if (begin == 0) {
-      KVTIER_RETURN_IF_ERROR(begin(operation));
+      KVTIER_RETURN_IF_ERROR(admit(operation));
     }
     const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
     const bool failed = counters_.health != "ok";

@@ -25,24 +25,28 @@ void LruPolicy::unlink(std::uint32_t at) {
 
 void LruPolicy::insert(EntryId id) {
   const std::uint32_t at = position(id);
-  if (at >= nodes_.size()) nodes_.resize(at + 1, Node{0, 0});
+  if (at >= nodes_.size()) nodes_.resize(at + 1, Node{kNowhere, kNowhere});
+  KVTIER_CHECK(nodes_[at].older == kNowhere);
   link_youngest(at);
   ++size_;
 }
 
 void LruPolicy::touch(EntryId id) {
+  KVTIER_CHECK(contains(id));
   unlink(position(id));
   link_youngest(position(id));
 }
 
 void LruPolicy::erase(EntryId id) {
-  KVTIER_CHECK(size_ > 0);
+  KVTIER_CHECK(contains(id));
   unlink(position(id));
+  nodes_[position(id)] = {kNowhere, kNowhere};
   --size_;
 }
 
 std::optional<EntryId> LruPolicy::victim(const MayEvict& may_evict) {
-  for (std::uint32_t seen = 0; seen < std::min(size_, kMaxSearch); ++seen) {
+  const std::uint32_t candidates = std::min(size_, kMaxSearch);
+  for (std::uint32_t seen = 0; seen < candidates; ++seen) {
     const EntryId oldest{nodes_[0].younger - 1};
     if (may_evict(oldest)) return oldest;
     touch(oldest);

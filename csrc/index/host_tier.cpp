@@ -22,11 +22,8 @@ HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, Name
     return {found->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending, found};
   }
   Class& tier_class = classes_[class_of(group)];
-  // The parent has no child yet to hold it; the reservation's own parent must not be its victim.
-  if (parent != nullptr) ++parent->children;
   std::optional<SlotId> slot = tier_class.slots.take();
-  if (!slot && evict_one(tier_class)) slot = tier_class.slots.take();
-  if (parent != nullptr) --parent->children;
+  if (!slot && evict_one(tier_class, parent)) slot = tier_class.slots.take();
   if (!slot) return {ReserveOutcome::declined, nullptr};
 
   Entry& entry = index_.insert(key, group);
@@ -37,13 +34,14 @@ HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, Name
   return {ReserveOutcome::reserved, &entry};
 }
 
-bool HostTier::evict_one(Class& tier_class) {
-  const auto may_evict = [this](EntryId id) {
+bool HostTier::evict_one(Class& tier_class, const Entry* spared) {
+  const auto may_evict = [this, spared](EntryId id) {
     const Entry& entry = index_.at(id);
-    return entry.pins == 0 && (!leaf_first_ || entry.children == 0);
+    return entry.pins == 0 && &entry != spared && (!leaf_first_ || entry.children == 0);
   };
   const std::optional<EntryId> victim = tier_class.policy->victim(may_evict);
   if (!victim) return false;
+  KVTIER_CHECK(index_.at(*victim).state == SlotState::ready && index_.at(*victim).pins == 0);
   drop(index_.at(*victim));
   ++evictions_;
   return true;
@@ -75,7 +73,7 @@ void HostTier::quarantine(Entry& entry) {
 }
 
 void HostTier::release_quarantined(Entry& entry) {
-  KVTIER_CHECK(entry.state == SlotState::leaving && entry.pins == 0);
+  KVTIER_CHECK(entry.state == SlotState::leaving && entry.pins == 0);  // pinned ones go with their last pin
   free_slot(entry);
 }
 
@@ -118,7 +116,7 @@ void HostTier::free_slot(Entry& entry) {
 
 double HostTier::bytes_per_block() const {
   constexpr double kPerSlot = sizeof(SlotState) + sizeof(SlotId);
-  return index_.bytes_per_entry() + kPerSlot + static_cast<double>(LruPolicy::kBytesPerEntry);
+  return index_.bytes_per_entry() + kPerSlot + static_cast<double>(LruPolicy::kBytesPerEntry * classes_.size());
 }
 
 }  // namespace kvtier

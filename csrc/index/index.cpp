@@ -6,12 +6,25 @@
 
 namespace kvtier {
 
+namespace {
+
+// The finaliser of splitmix64.
+std::uint64_t mix(std::uint64_t x) {
+  x += 0x9e3779b97f4a7c15ULL;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
 Index::Index(std::size_t capacity, std::uint64_t seed)
     : entries_(capacity),
       parent_generations_(capacity, 0),
       table_(std::bit_ceil(std::max<std::size_t>(capacity, 8) * 2), Bucket{0, kEmpty}),
       mask_(table_.size() - 1),
-      seed_(seed) {
+      seed_(seed),
+      second_seed_(mix(seed)) {
   KVTIER_CHECK(capacity < kEmpty);
   free_records_.reserve(capacity);
 }

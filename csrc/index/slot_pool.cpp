@@ -23,12 +23,18 @@ std::optional<SlotId> SlotPool::take() {
   } else {
     return std::nullopt;
   }
-  step(slot, SlotState::filling);
+  set(slot, SlotState::filling);
   return slot;
 }
 
 void SlotPool::step(SlotId slot, SlotState to) {
-  SlotState& state = states_.at(raw(slot));
+  KVTIER_CHECK(to != SlotState::filling);
+  KVTIER_CHECK(raw(slot) < capacity());
+  set(slot, to);
+}
+
+void SlotPool::set(SlotId slot, SlotState to) {
+  SlotState& state = states_[raw(slot)];
   KVTIER_CHECK(slot_step_allowed(state, to));
   --counts_[static_cast<int>(state)];
   ++counts_[static_cast<int>(to)];

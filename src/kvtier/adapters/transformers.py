@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvtier.engine import Engine, Ticket
@@ -32,16 +33,14 @@ from kvtier.errors import ConfigError, ResourceError, UnsupportedError
 from kvtier.keys import block_keys
 from kvtier.layout import KVLayout
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 __all__ = ["KVTierCache", "layout_of"]
 
 # Per-layer keys and values as [num_pages, num_kv_heads, page_tokens, head_dim].
 _PAGE_ORDER = "KHTD"
 _TENSOR_AXES = "PHTD"
 
-TokenIds = "Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor"
+TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor"
+TokenArray: TypeAlias = "NDArray[np.integer[Any]]"
 
 
 def layout_of(model: Any, *, page_tokens: int, dtype: str | torch.dtype | None = None) -> KVLayout:
@@ -219,7 +218,7 @@ class KVTierCache(Cache):
             self._saving.released.wait()
             self._saving = None
 
-    def _keys(self, ids: NDArray[np.int32], num_blocks: int) -> NDArray[np.uint8]:
+    def _keys(self, ids: TokenArray, num_blocks: int) -> NDArray[np.uint8]:
         whole = ids[: num_blocks * self._block_tokens]
         return block_keys(whole, self._engine.config, namespace=self._namespace, extra=self._extra)
 
@@ -346,12 +345,14 @@ def _require_full_attention(config: Any) -> None:
         )
 
 
-def _token_array(token_ids: TokenIds) -> NDArray[np.int32]:
+def _token_array(token_ids: TokenIds) -> TokenArray:
     if isinstance(token_ids, torch.Tensor):
         token_ids = token_ids.detach().cpu().numpy()
-    ids = np.asarray(token_ids)
+    ids: NDArray[Any] = np.asarray(token_ids)
+    if ids.size == 0:
+        ids = ids.astype(np.int32)
     if ids.ndim == 2 and ids.shape[0] != 1:
         raise UnsupportedError(f"KVTierCache holds one sequence; got token ids of a batch of {ids.shape[0]}")
-    if ids.ndim not in (1, 2) or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
         raise ConfigError(f"token_ids: {ids.ndim} dimensions of {ids.dtype}; must be integers [n] or [1, n]")
-    return np.ascontiguousarray(ids.reshape(-1), dtype=np.int32)
+    return np.ascontiguousarray(ids.reshape(-1))

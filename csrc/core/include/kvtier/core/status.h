@@ -62,12 +62,18 @@ class [[nodiscard]] Status {
   std::shared_ptr<const Rep> rep_;
 };
 
+// Reports a broken invariant: aborts in debug builds, throws std::logic_error in release builds.
+[[noreturn]] void report_bug(const char* condition, const char* file, int line);
+
 // A T or the Status that says why there is none.
 template <typename T>
 class [[nodiscard]] Result {
  public:
   Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}    // NOLINT: implicit by design
-  Result(Status status) : state_(std::in_place_index<1>, std::move(status)) {}  // NOLINT
+  // An ok Status says nothing about the value it should have come with: that is a bug.
+  Result(Status status) : state_(std::in_place_index<1>, std::move(status)) {  // NOLINT
+    if (std::get<1>(state_).is_ok()) report_bug("a Result is made of a failure", __FILE__, __LINE__);
+  }
 
   bool is_ok() const { return state_.index() == 0; }
   explicit operator bool() const { return is_ok(); }
@@ -81,9 +87,6 @@ class [[nodiscard]] Result {
  private:
   std::variant<T, Status> state_;
 };
-
-// Reports a broken invariant: aborts in debug builds, throws std::logic_error in release builds.
-[[noreturn]] void report_bug(const char* condition, const char* file, int line);
 
 }  // namespace kvtier
 

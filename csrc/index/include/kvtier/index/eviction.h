@@ -21,19 +21,21 @@ class EvictionPolicy {
 
   virtual ~EvictionPolicy() = default;
 
-  // A block became ready.
+  // A block became ready. Requires that it is not in here.
   virtual void insert(EntryId id) = 0;
-  // It was used.
+  // It was used. Requires that it is in here.
   virtual void touch(EntryId id) = 0;
-  // It left, for whatever reason.
+  // It left, for whatever reason. Requires that it is in here.
   virtual void erase(EntryId id) = 0;
   // The block to evict next; it stays until erase(). nullopt when no candidate may go, or none was found
   // within a bounded search (a later call goes on from there).
   virtual std::optional<EntryId> victim(const MayEvict& may_evict) = 0;
 };
 
-// Least recently used. A candidate that may not go is in use or holds up a younger child, so it is moved
-// to the young end: the search stays amortised O(1), and a chain keeps its order, tail oldest.
+// Least recently used. A candidate that may not go (it is in use, or a child hangs on it) is moved to the
+// young end, so that the next search does not meet it again. A prompt whose head is older than its tail
+// therefore gets younger when it is searched: who inserts and touches tail first (Engine does) has neither
+// that nor the search.
 class LruPolicy final : public EvictionPolicy {
  public:
   // Links for `capacity` records are reserved now, so that insert() never allocates.
@@ -43,11 +45,14 @@ class LruPolicy final : public EvictionPolicy {
   void erase(EntryId id) override;
   std::optional<EntryId> victim(const MayEvict& may_evict) override;
 
+  // Candidates looked at by one call of victim(): about 100 us under the engine mutex.
+  static constexpr std::uint32_t kMaxSearch = 8192;
   // Links per block: what index_bytes_per_block counts for this policy.
   static constexpr std::size_t kBytesPerEntry = 8;
 
  private:
-  static constexpr std::uint32_t kMaxSearch = 8192;  // about 100 us under the engine mutex
+
+  static constexpr std::uint32_t kNowhere = 0xffffffffU;  // in both links of a block that is not in the list
 
   struct Node {
     std::uint32_t older;
@@ -55,6 +60,7 @@ class LruPolicy final : public EvictionPolicy {
   };
   void link_youngest(std::uint32_t at);
   void unlink(std::uint32_t at);
+  bool contains(EntryId id) const { return position(id) < nodes_.size() && nodes_[position(id)].older != kNowhere; }
   std::uint32_t position(EntryId id) const { return raw(id) + 1; }  // node 0 is the sentinel
 
   std::vector<Node> nodes_;  // sentinel.younger is the oldest, sentinel.older the youngest

@@ -1,8 +1,10 @@
 // HostTier: the life of blocks in host slots, as pure bookkeeping: no memory, no device, no thread.
 //
 //   reserve --> filling --commit--> ready --evict / drop--> (gone)
-//                  |                  |
-//                abort             drop while pinned --> leaving --last unpin--> (gone)
+//                |   |                |
+//                | abort           drop while pinned --> leaving --last unpin--> (gone)
+//                |   '--> (gone)
+//                '-- quarantine --> leaving --release_quarantined--> (gone)
 //
 // It joins the Index (which block), a SlotPool per size class (which slot) and an EvictionPolicy per size
 // class (who goes). Only `ready` entries may be read (I3), pinned ones are not evicted and their slots not
@@ -43,6 +45,7 @@ class HostTier {
     ReserveOutcome outcome;
     Entry* entry;  // null when declined
   };
+  // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null.
   Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth, Entry* parent);
   // The copy has run. Returns false when the block was dropped meanwhile: its slot is free again.
   bool commit(Entry& entry);
@@ -78,7 +81,8 @@ class HostTier {
     SlotPool slots;
     std::unique_ptr<EvictionPolicy> policy;
   };
-  bool evict_one(Class& tier_class);
+  // Never `spared` (or none if null): the parent of what the slot is for, which has no child yet to hold it.
+  bool evict_one(Class& tier_class, const Entry* spared);
   void free_slot(Entry& entry);
   Class& class_for(const Entry& entry) { return classes_[class_of(entry.group)]; }
 

@@ -62,12 +62,13 @@ class Index {
   Entry& at(EntryId id) { return entries_[raw(id)]; }
   std::size_t size() const { return size_; }
   std::size_t capacity() const { return entries_.size(); }
-  // All records ever used, for sweeps: those with `linked` set are live.
+  // All records ever used, for sweeps: those with `linked` set are findable.
   std::span<Entry> records() { return {entries_.data(), used_}; }
   // Bytes allocated per entry of capacity, without the policy.
   double bytes_per_entry() const;
 
  private:
+  friend struct IndexPeer;  // tests: makes keys that collide
   struct Bucket {
     std::uint32_t tag;  // upper half of the hash; lower bits choose the bucket
     std::uint32_t id;   // raw EntryId, or kEmpty
@@ -88,16 +89,18 @@ class Index {
   std::size_t used_ = 0;  // records [0, used_) were used at least once
   std::size_t size_ = 0;
   std::uint64_t seed_;
+  std::uint64_t second_seed_;  // of seed_
 };
 
 inline std::uint64_t Index::hash(const BlockKey& key, GroupId group) const {
   // Keys are digests already, but a caller may hand in anything, so all 32 bytes are folded in with a
-  // secret seed: two 64 x 64 -> 128 bit products, as in wyhash.
+  // secret seed: two 64 x 64 -> 128 bit products, as in wyhash. Both factors of a product are seeded: a
+  // factor that a caller can make 0 would swallow the other one.
   std::uint64_t words[4];
   std::memcpy(words, key.bytes.data(), sizeof words);
   __extension__ using Wide = unsigned __int128;
-  const Wide a = static_cast<Wide>(words[0] ^ seed_) * (words[1] ^ 0x9e3779b97f4a7c15ULL);
-  const Wide b = static_cast<Wide>(words[2] ^ seed_ ^ raw(group)) * (words[3] ^ 0xd6e8feb86659fd93ULL);
+  const Wide a = static_cast<Wide>(words[0] ^ seed_) * (words[1] ^ second_seed_);
+  const Wide b = static_cast<Wide>(words[2] ^ seed_ ^ raw(group)) * (words[3] ^ ~second_seed_);
   const std::uint64_t x = static_cast<std::uint64_t>(a) ^ static_cast<std::uint64_t>(a >> 64);
   const std::uint64_t y = static_cast<std::uint64_t>(b) ^ static_cast<std::uint64_t>(b >> 64);
   const Wide c = static_cast<Wide>(x ^ 0xa0761d6478bd642fULL) * (y ^ seed_ ^ 0xe7037ed1a0b428dbULL);

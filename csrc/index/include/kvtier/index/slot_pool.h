@@ -44,6 +44,7 @@ class SlotPool {
   void grow(std::uint32_t usable);
   // A free slot, now filling; nullopt when there is none.
   std::optional<SlotId> take();
+  // To `filling` only take() goes: it knows which slots are usable and free.
   void step(SlotId slot, SlotState to);
 
   SlotState state(SlotId slot) const { return states_[raw(slot)]; }
@@ -53,6 +54,8 @@ class SlotPool {
   Counts counts() const;
 
  private:
+  void set(SlotId slot, SlotState to);
+
   std::vector<SlotState> states_;
   std::vector<SlotId> recycled_;      // freed slots, last one first: its lines are the warmest
   std::uint32_t next_unused_ = 0;     // slots from here to usable_ were never taken

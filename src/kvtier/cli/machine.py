@@ -1,0 +1,113 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import kvtier
+
+
+def facts() -> dict[str, Any]:
+    """The machine and the versions, as JSON types. Unknown ones are left out."""
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "l3_bytes": l3_bytes(),
+        "memory_bytes": _meminfo().get("MemTotal", 0),
+        "memory_available_bytes": available_bytes(),
+        "kernel": platform.release(),
+        "transparent_hugepages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "python": platform.python_version(),
+        "versions": {name: found for name in ("kvtier", "numpy", "torch", "transformers") if (found := _version(name))},
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same in one line for people."""
+    gib = found["memory_bytes"] / 2**30
+    versions = " ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{found['cpu']}, {found['cores']} cores, L3 {found['l3_bytes'] >> 20} MiB, {gib:.0f} GiB; "
+        f"Linux {found['kernel']}; Python {found['python']}, {versions}; commit {commit()}"
+    )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout that runs, with "+" if it has changes; "unknown" outside of one."""
+    root = checkout()
+    if root is None:
+        return "unknown"
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(  # noqa: S603
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        changes = subprocess.run(  # noqa: S603
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def checkout() -> Path | None:
+    """The root of the source tree that the package runs from, if it does."""
+    root = Path(kvtier.__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "kvtier").is_dir() else None
+
+
+def cpu_model() -> str:
+    """As /proc/cpuinfo names it."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def l3_bytes() -> int:
+    """Of the first CPU's largest cache; 0 if unknown."""
+    sizes = [_read(str(p)).strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    kib = [int(size[:-1]) for size in sizes if re.fullmatch(r"\d+K", size)]
+    return max(kib, default=0) << 10
+
+
+def available_bytes() -> int:
+    """Memory that this process can still have: what the kernel and the cgroup leave."""
+    free = _meminfo().get("MemAvailable", 0)
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return free
+
+
+def _meminfo() -> dict[str, int]:
+    lines = re.findall(r"^(\w+):\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
+    return {name: int(kib) << 10 for name, kib in lines}
+
+
+def _selected(path: str) -> str:
+    found = re.search(r"\[(\w+)\]", _read(path))
+    return found[1] if found else ""
+
+
+def _version(name: str) -> str | None:
+    if name in ("torch", "transformers") and name not in sys.modules:
+        return None  # not part of what was measured
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,175 @@
+"""What every measuring command writes with `--json FILE`: one schema, complete even when interrupted.
+
+    {"schema": 1, "command": "bench copy", "commit": "...", "machine": {...},
+     "results": [{"name": ..., "value": ..., "unit": ..., "limit": ..., "ratio": ..., "n": ..., "min": ..., "max": ...}],
+     "checks": {"bytes": true, "completed": true}}
+
+A result's `value` is the median of `n` measurements between `min` and `max`. `limit` is what it is held
+against, measured in the same run and in the same unit (the machine's own copy, a Python dict), or null;
+`ratio` is the median of the paired quotients, so turned that more is better: value / limit for a rate,
+limit / value for a time. A check that is false makes the command's exit status 1; `completed` is false when
+somebody pressed Ctrl-C, and the results are then those that were finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from kvtier.cli import machine
+
+SCHEMA = 1
+
+# Units in which less is better.
+_TIMES = {"s", "ms", "us", "ns"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure; see the module."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    ratio: float | None = None
+    n: int = 1
+    min: float | None = None
+    max: float | None = None
+
+
+def measured(name: str, values: Sequence[float], unit: str, limits: Sequence[float] | None = None) -> Result:
+    """The Result of repeated measurements.
+
+    Args:
+        name: What scripts look for.
+        values: At least one.
+        unit: "s", "ms", "us" and "ns" are times; of anything else more is better.
+        limits: What each value is held against, measured in the same round.
+    """
+    limit = ratio = None
+    if limits is not None:
+        limit = statistics.median(limits)
+        pairs = zip(values, limits, strict=True)
+        ratio = statistics.median(b / a if unit in _TIMES else a / b for a, b in pairs)
+    return Result(
+        name, statistics.median(values), unit, limit, ratio, n=len(values), min=min(values), max=max(values)
+    )
+
+
+@dataclass
+class Report:
+    """Collects the results and checks of one run; a context manager that writes them whatever happens.
+
+    Attributes:
+        command: As typed: "demo", "bench copy".
+        path: Where the JSON goes: a file's path, "-" for standard output, None for nowhere.
+        machine: What the figures were measured on; commands may add to it.
+    """
+
+    command: str
+    path: str | None = None
+    machine: dict[str, Any] = field(default_factory=machine.facts)
+    results: list[Result] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def out(self) -> TextIO:
+        """Where to print for people: standard error when the JSON goes to standard output."""
+        return sys.stderr if self.path == "-" else sys.stdout
+
+    @property
+    def status(self) -> int:
+        """The exit status so far: 1 if a check failed."""
+        return 0 if all(self.checks.values()) else 1
+
+    def add(self, *results: Result) -> None:
+        """Adds finished results."""
+        self.results.extend(results)
+
+    def document(self) -> dict[str, Any]:
+        """What is written, as JSON types."""
+        return {
+            "schema": SCHEMA,
+            "command": self.command,
+            "commit": machine.commit(),
+            "machine": self.machine,
+            "results": [asdict(result) for result in self.results],
+            "checks": dict(self.checks),
+        }
+
+    def write(self) -> None:
+        """Writes the JSON now. A file is replaced as a whole: a reader never sees half of it."""
+        if self.path is None:
+            return
+        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+        if self.path == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        target = Path(self.path)
+        part = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            part.write_text(text)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def __enter__(self) -> Report:
+        if self.path is not None and self.path != "-" and not Path(self.path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--json {self.path}: there is no such folder")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.checks["completed"] = kind is None
+        self.write()
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json FILE`."""
+    parser.add_argument("--json", metavar="FILE", help="write the results there too; - is standard output")
+
+
+def problems(document: Any) -> list[str]:
+    """What is wrong with a document of this schema; empty if nothing is."""
+    if not isinstance(document, dict):
+        return ["not an object"]
+    found = []
+    kinds = {"schema": int, "command": str, "commit": str, "machine": dict, "results": list, "checks": dict}
+    if set(document) != set(kinds):
+        found.append(f"keys are {sorted(document)}; must be {sorted(kinds)}")
+    found += [f"{k} is not of type {t.__name__}" for k, t in kinds.items() if not isinstance(document.get(k), t)]
+    if found:
+        return found
+    if document["schema"] != SCHEMA:
+        found.append(f"schema is {document['schema']}; known is {SCHEMA}")
+    found += [f"check {k} is {v!r}" for k, v in document["checks"].items() if not isinstance(v, bool)]
+    for result in document["results"]:
+        found += _result_problems(result)
+    names = [r.get("name") for r in document["results"] if isinstance(r, dict)]
+    found += [f"result {name} is there twice" for name in sorted({str(n) for n in names if names.count(n) > 1})]
+    return found
+
+
+def _result_problems(result: Any) -> list[str]:
+    if not isinstance(result, dict) or set(result) != set(Result.__dataclass_fields__):
+        return [f"result {result!r} has other keys than {list(Result.__dataclass_fields__)}"]
+    found = [f"{k} of {result['name']} is not text" for k in ("name", "unit") if not isinstance(result[k], str)]
+    for key in ("value", "limit", "ratio", "n", "min", "max"):
+        value = result[key]
+        if value is None and key in ("limit", "ratio", "min", "max"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            found.append(f"{key} of {result['name']} is {value!r}")
+    return found
