@@ -95,5 +95,7 @@ void bind_ticket(py::module_& m);
 void bind_devices(py::module_& m);
 void bind_simulated(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_ranks(py::module_& m);
+void bind_bench(py::module_& m);
 
 }  // namespace kvtier::bindings

@@ -11,6 +11,8 @@ PYBIND11_MODULE(_core, m) {
   bind_simulated(m);
   bind_ticket(m);
   bind_engine(m);
+  bind_ranks(m);
+  bind_bench(m);
 }
 
 }  // namespace kvtier::bindings

@@ -29,11 +29,14 @@ class Sha256 {
   BlockKey finish() {
     BlockKey key{};
     unsigned size = 0;
-    good_ = good_ && EVP_DigestFinal_ex(context_.get(), reinterpret_cast<unsigned char*>(key.bytes.data()), &size) == 1;
+    good_ = good_ && EVP_DigestFinal_ex(context_.get(), reinterpret_cast<unsigned char*>(key.bytes.data()),
+                                        &size) == 1;
     good_ = good_ && EVP_DigestInit_ex2(context_.get(), nullptr, nullptr) == 1;
     return key;
   }
-  Status status() const { return good_ ? Status::ok() : Status::resource("SHA-256 is not available from OpenSSL"); }
+  Status status() const {
+    return good_ ? Status::ok() : Status::resource("SHA-256 is not available from OpenSSL");
+  }
 
  private:
   std::unique_ptr<EVP_MD_CTX, FreeContext> context_;
@@ -61,9 +64,10 @@ Result<std::vector<BlockKey>> chain_keys(const BlockKey& parent, std::span<const
     const KeyExtra& extra = extras[i];
     if (extra.begin_token >= extra.end_token || extra.end_token <= 0 ||
         extra.end_token > static_cast<std::int64_t>(tokens.size())) {
-      return Status::invalid_argument("extra " + std::to_string(i) + " covers tokens [" +
-                                      std::to_string(extra.begin_token) + ", " + std::to_string(extra.end_token) +
-                                      "); allowed: a non-empty range that ends within [1, " + std::to_string(tokens.size()) + "]");
+      return Status::invalid_argument(
+          "extra " + std::to_string(i) + " covers tokens [" + std::to_string(extra.begin_token) + ", " +
+          std::to_string(extra.end_token) + "); allowed: a non-empty range that ends within [1, " +
+          std::to_string(tokens.size()) + "]");
     }
     if (i > 0 && extra.begin_token < extras[i - 1].begin_token) {
       return Status::invalid_argument("extra " + std::to_string(i) + " begins before the one in front of it");

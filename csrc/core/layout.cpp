@@ -33,7 +33,8 @@ Status GroupSpec::validate() const {
                                     "; one must be a multiple of the other");
   }
   if (window_tokens && *window_tokens == 0) {
-    return Status::invalid_argument("group '" + name + "': window_tokens is 0; leave it out for full attention");
+    return Status::invalid_argument("group '" + name +
+                                    "': window_tokens is 0; leave it out for full attention");
   }
   std::string letters = page_order;
   std::sort(letters.begin(), letters.end());
@@ -49,9 +50,10 @@ Status GroupSpec::validate() const {
                                     "\" lacks an axis whose extent is greater than 1");
   }
   std::uint64_t bytes = 1;
-  for (const std::uint64_t factor : {std::uint64_t{num_layers}, std::uint64_t{num_parts}, std::uint64_t{num_heads},
-                                     std::uint64_t{head_dim}, std::uint64_t{item_bytes},
-                                     std::uint64_t{std::max(block_tokens, page_tokens)}, std::uint64_t{num_stripes}}) {
+  for (const std::uint64_t factor :
+       {std::uint64_t{num_layers}, std::uint64_t{num_parts}, std::uint64_t{num_heads},
+        std::uint64_t{head_dim}, std::uint64_t{item_bytes},
+        std::uint64_t{std::max(block_tokens, page_tokens)}, std::uint64_t{num_stripes}}) {
     if (bytes > kMaxPayloadBytes / factor) {
       return Status::invalid_argument("group '" + name + "': a block or page would have more than 1 TiB");
     }

@@ -21,14 +21,23 @@ Status EngineImpl::start() {
       [this](std::size_t class_index, std::uint32_t usable) {
         MutexLock lock(mutex_);
         tier_.slots(class_index).grow(usable);
+        idle_.notify_all();
       },
       [this](const Status& status) {
         // What was prefaulted serves on; the tier is only smaller than it was asked to be.
         MutexLock lock(mutex_);
         if (counters_.arena_problem.empty()) counters_.arena_problem = status.message();
+        idle_.notify_all();
       });
   if (!arena) return arena.status();
   arena_ = std::move(*arena);
+
+  // A block stored right after open() must find a slot, so the first chunk of each class is waited for.
+  MutexLock lock(mutex_);
+  for (std::size_t i = 0; i < tier_.num_classes(); ++i) {
+    while (tier_.slots(i).usable() == 0 && counters_.arena_problem.empty()) idle_.wait(lock);
+    if (tier_.slots(i).usable() == 0) return Status::resource("host tier: " + counters_.arena_problem);
+  }
   return Status::ok();
 }
 

@@ -99,7 +99,7 @@ class RankWorkerImpl final : public RankWorker {
   std::shared_ptr<RankPages> find(const Pages& pages, const MutexLock&) const KVTIER_REQUIRES(mutex_);
   Status check(const RankPages& pages, const RankOrder& order) const;
   void end(RankPages& pages, Ticket& ticket, std::uint64_t id, Direction direction,
-           std::span<const std::uint32_t> blocks, const TransferOutcome& outcome);
+           std::vector<BlockOutcome> outcomes, const TransferOutcome& outcome);
 
   const std::vector<GroupSpec> groups_;
   const std::uint32_t rank_;
@@ -293,6 +293,9 @@ Status RankWorkerImpl::check(const RankPages& pages, const RankOrder& order) con
     return Status::invalid_argument("group '" + spec.name +
                                     "' is the same on every rank, and rank 0 stores it");
   }
+  if (order.layers_per_batch > 0 && (order.direction == Direction::store || wanted < order.outcomes.size())) {
+    return Status::unsupported("layer by layer goes only a load whose blocks are all ready");
+  }
   return Status::ok();
 }
 
@@ -334,13 +337,10 @@ Result<std::shared_ptr<Ticket>> RankWorkerImpl::run(Pages& pages, const RankOrde
   request.framework_stream = order.stream;
   request.layers_per_batch = order.layers_per_batch;
   request.pages.assign(order.pages.begin(), order.pages.end());
-  std::vector<std::uint32_t> blocks;
+  std::vector<BlockOutcome> outcomes(order.outcomes.begin(), order.outcomes.end());
   for (std::uint32_t i = 0; i < order.outcomes.size(); ++i) {
-    if (order.outcomes[i] != BlockOutcome::running) {
-      ticket->set_outcome(i, order.outcomes[i]);
-      continue;
-    }
-    const SlotId slot = order.slots[blocks.size()];
+    if (outcomes[i] != BlockOutcome::running) continue;
+    const SlotId slot = order.slots[request.moves.size()];
     if (raw(slot) >= num_slots) {
       return give_up(Status::invalid_argument("slot " + std::to_string(raw(slot)) +
                                               " is not in the arena; allowed: 0 to " +
@@ -348,15 +348,14 @@ Result<std::shared_ptr<Ticket>> RankWorkerImpl::run(Pages& pages, const RankOrde
     }
     request.moves.push_back({joined->arena->slot(size_class, slot) + stripe, i * spec.pages_per_block(),
                              (order.first_block + i) % spec.blocks_per_page()});
-    blocks.push_back(i);
   }
   if (Status bad = check_pages(own->map(), request.moves, request.pages, request.direction); !bad) {
     return give_up(std::move(bad));
   }
   joined.reset();  // leave() must be the one that lets go of the arena; it waits for running_
   const auto on_end = [this, own, ticket, id = order.id, direction = order.direction,
-                       blocks](const TransferOutcome& outcome) {
-    end(*own, *ticket, id, direction, blocks, outcome);
+                       outcomes = std::move(outcomes)](const TransferOutcome& outcome) {
+    end(*own, *ticket, id, direction, outcomes, outcome);
   };
   if (request.moves.empty()) {
     on_end({});
@@ -367,11 +366,11 @@ Result<std::shared_ptr<Ticket>> RankWorkerImpl::run(Pages& pages, const RankOrde
 }
 
 void RankWorkerImpl::end(RankPages& pages, Ticket& ticket, std::uint64_t id, Direction direction,
-                         std::span<const std::uint32_t> blocks, const TransferOutcome& outcome) {
+                         std::vector<BlockOutcome> outcomes, const TransferOutcome& outcome) {
   const BlockOutcome good = direction == Direction::store ? BlockOutcome::stored : BlockOutcome::loaded;
-  for (const std::uint32_t block : blocks) {
-    ticket.set_outcome(block, outcome.status ? good : BlockOutcome::failed);
-  }
+  std::replace(outcomes.begin(), outcomes.end(), BlockOutcome::running,
+               outcome.status ? good : BlockOutcome::failed);
+  ticket.set_outcomes(std::move(outcomes));
   if (!outcome.status) ticket.fail(outcome.status);
   ticket.settle(Moment::released, outcome.drained ? Status::ok() : outcome.status);
   ticket.settle(Moment::ready);

@@ -116,7 +116,8 @@ void HostTier::free_slot(Entry& entry) {
 
 double HostTier::bytes_per_block() const {
   constexpr double kPerSlot = sizeof(SlotState) + sizeof(SlotId);
-  return index_.bytes_per_entry() + kPerSlot + static_cast<double>(LruPolicy::kBytesPerEntry * classes_.size());
+  return index_.bytes_per_entry() + kPerSlot +
+         static_cast<double>(LruPolicy::kBytesPerEntry * classes_.size());
 }
 
 }  // namespace kvtier

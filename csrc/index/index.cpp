@@ -50,7 +50,8 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
   }
   ++size_;
   Entry& entry = entries_[id];
-  entry = Entry{key, group, SlotState::filling, true, NamespaceId{0}, 0, 0, SlotId{0}, 0, entry.generation + 1, kEmpty};
+  entry = Entry{key,       group, SlotState::filling,   true,  NamespaceId{0}, 0, 0,
+                SlotId{0}, 0,     entry.generation + 1, kEmpty};
 
   const std::uint64_t h = hash(key, group);
   std::size_t at = home(h);
@@ -106,7 +107,8 @@ void Index::erase(Entry& entry) {
 }
 
 double Index::bytes_per_entry() const {
-  const std::size_t bytes = entries_.size() * (sizeof(Entry) + sizeof(std::uint32_t) * 2) + table_.size() * sizeof(Bucket);
+  const std::size_t bytes =
+      entries_.size() * (sizeof(Entry) + sizeof(std::uint32_t) * 2) + table_.size() * sizeof(Bucket);
   return static_cast<double>(bytes) / static_cast<double>(std::max<std::size_t>(1, entries_.size()));
 }
 

@@ -31,10 +31,11 @@ Result<Sharing> sharing_of(const GroupSpec& spec, std::span<const TensorView> te
   const bool has_parts = spec.num_parts == 1 || (!tensors.empty() && axis(tensors[0], 'K') != nullptr);
   const std::size_t wanted = (has_layers ? 1 : spec.num_layers) * (has_parts ? 1 : spec.num_parts);
   if (tensors.size() != wanted) {
-    return Status::invalid_argument(
-        "group '" + spec.name + "': " + std::to_string(tensors.size()) + " tensors given; allowed: " +
-        std::to_string(wanted) + " for " + std::to_string(spec.num_layers) + " layers with axes " +
-        (has_layers ? "that hold all layers" : "of one layer") + (has_parts ? "" : ", keys and values apart"));
+    return Status::invalid_argument("group '" + spec.name + "': " + std::to_string(tensors.size()) +
+                                    " tensors given; allowed: " + std::to_string(wanted) + " for " +
+                                    std::to_string(spec.num_layers) + " layers with axes " +
+                                    (has_layers ? "that hold all layers" : "of one layer") +
+                                    (has_parts ? "" : ", keys and values apart"));
   }
   return Sharing{has_layers ? spec.num_layers : 1, !has_parts};
 }
@@ -55,7 +56,8 @@ Status check_axes(const GroupSpec& spec, std::size_t index, const TensorView& te
     } else if (a.letter == 'L') {
       wanted = sharing.layers_per_tensor;
     } else {
-      wanted = spec.extent(a.letter);
+      // Where keys and values are apart a tensor holds one part only.
+      wanted = a.letter == 'K' && sharing.parts_apart ? 1 : spec.extent(a.letter);
     }
     if (wanted == 0) {
       return Status::invalid_argument(name + ": axis " + std::string(1, a.letter) +
@@ -63,19 +65,24 @@ Status check_axes(const GroupSpec& spec, std::size_t index, const TensorView& te
     }
     if (a.extent != wanted) {
       return Status::invalid_argument(name + ": axis " + std::string(1, a.letter) + " has extent " +
-                                      std::to_string(a.extent) + "; the layout says " + std::to_string(wanted));
+                                      std::to_string(a.extent) + "; the layout says " +
+                                      std::to_string(wanted));
     }
     if (a.stride_bytes < 0) {
-      return Status::invalid_argument(name + ": axis " + std::string(1, a.letter) + " has the negative stride " +
-                                      std::to_string(a.stride_bytes) + " bytes; allowed: 0 or more");
+      return Status::invalid_argument(name + ": axis " + std::string(1, a.letter) +
+                                      " has the negative stride " + std::to_string(a.stride_bytes) +
+                                      " bytes; allowed: 0 or more");
     }
   }
-  for (const char letter : "P" + spec.page_order) {
+  for (const char letter : "PL" + spec.page_order) {
     if (letter == 'K' && sharing.parts_apart) continue;
-    if (spec.extent(letter) == 1 || (letter == 'P' && num_pages == 1)) continue;
+    const std::uint64_t extent = letter == 'P'   ? num_pages
+                                 : letter == 'L' ? sharing.layers_per_tensor
+                                                 : spec.extent(letter);
+    if (extent == 1) continue;
     if (seen.find(letter) == std::string::npos) {
-      return Status::invalid_argument(name + ": axis " + std::string(1, letter) + " is missing from its axes \"" +
-                                      seen + "\"");
+      return Status::invalid_argument(name + ": axis " + std::string(1, letter) +
+                                      " is missing from its axes \"" + seen + "\"");
     }
   }
   return Status::ok();
@@ -93,7 +100,8 @@ Status check_no_overlap(const GroupSpec& spec, std::size_t index, const TensorVi
     if (stride < inside) {
       return Status::invalid_argument(tensor_name(spec, index) + ": axis " + std::string(1, a.letter) +
                                       " has a stride of " + std::to_string(stride) +
-                                      " bytes, so its elements overlap; allowed: at least " + std::to_string(inside));
+                                      " bytes, so its elements overlap; allowed: at least " +
+                                      std::to_string(inside));
     }
     if (a.extent - 1 > (std::uint64_t{1} << 46) / stride) {
       return Status::invalid_argument(tensor_name(spec, index) + ": spans more than 64 TiB");
@@ -103,11 +111,33 @@ Status check_no_overlap(const GroupSpec& spec, std::size_t index, const TensorVi
   return Status::ok();
 }
 
-// A run of the page's bytes, found by peeling page_order from the inside out.
-struct Stretch {
-  std::uint64_t offset;  // from the page's first byte
-  std::uint64_t bytes;
-};
+// Which tensors are known to share an allocation: those whose address ranges overlap, as the views of one
+// tensor do. Ranges that only touch may be two allocations, which no run of bytes may straddle.
+std::vector<std::uint32_t> allocations_of(const GroupSpec& spec, std::span<const TensorView> tensors) {
+  struct Range {
+    std::uintptr_t begin;
+    std::uintptr_t end;
+    std::size_t tensor;
+  };
+  std::vector<Range> ranges;
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    std::uintptr_t bytes = spec.item_bytes;
+    for (const TensorAxis& a : tensors[t].axes)
+      bytes += (a.extent - 1) * static_cast<std::uintptr_t>(a.stride_bytes);
+    const auto begin = reinterpret_cast<std::uintptr_t>(tensors[t].base);
+    ranges.push_back({begin, begin + bytes, t});
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::vector<std::uint32_t> allocations(tensors.size());
+  std::uint32_t current = 0;
+  std::uintptr_t end = 0;
+  for (const Range& range : ranges) {
+    if (range.begin >= end) ++current;
+    end = std::max(end, range.end);
+    allocations[range.tensor] = current;
+  }
+  return allocations;
+}
 
 }  // namespace
 
@@ -123,21 +153,26 @@ Result<PageMap> PageMap::make(const GroupSpec& spec, std::span<const TensorView>
   }
 
   if (sharing->parts_apart && spec.page_order.front() != 'K') {
-    return Status::invalid_argument("group '" + spec.name + "': keys and values are in tensors of their own, but "
-                                    "page_order is \"" + spec.page_order + "\"; allowed then: K outermost");
+    return Status::invalid_argument("group '" + spec.name +
+                                    "': keys and values are in tensors of their own, but "
+                                    "page_order is \"" +
+                                    spec.page_order + "\"; allowed then: K outermost");
   }
 
   PageMap map;
   map.spec_ = spec;
   map.num_pages_ = static_cast<std::uint32_t>(pages->extent);
   const std::uint32_t tokens = std::min(spec.block_tokens, spec.page_tokens);
-  const std::uint64_t page_part_bytes = spec.layer_token_bytes() * tokens / (sharing->parts_apart ? spec.num_parts : 1);
+  const std::uint64_t page_part_bytes =
+      spec.layer_token_bytes() * tokens / (sharing->parts_apart ? spec.num_parts : 1);
 
   for (std::size_t t = 0; t < tensors.size(); ++t) {
+    KVTIER_RETURN_IF_ERROR(check_axes(spec, t, tensors[t], *sharing, pages->extent));
+    KVTIER_RETURN_IF_ERROR(check_no_overlap(spec, t, tensors[t]));
+  }
+  const std::vector<std::uint32_t> allocations = allocations_of(spec, tensors);
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
     const TensorView& tensor = tensors[t];
-    KVTIER_RETURN_IF_ERROR(check_axes(spec, t, tensor, *sharing, pages->extent));
-    KVTIER_RETURN_IF_ERROR(check_no_overlap(spec, t, tensor));
-
     // The longest tail of page_order that is contiguous in memory is one stretch; what is left outside
     // of it is enumerated.
     std::vector<TensorAxis> order;
@@ -148,26 +183,28 @@ Result<PageMap> PageMap::make(const GroupSpec& spec, std::span<const TensorView>
       if (letter == 'T') order.back().extent = tokens;
     }
     std::uint64_t stretch = spec.item_bytes;
-    while (!order.empty() && (order.back().extent == 1 ||
-                              static_cast<std::uint64_t>(order.back().stride_bytes) == stretch)) {
+    while (!order.empty() &&
+           (order.back().extent == 1 || static_cast<std::uint64_t>(order.back().stride_bytes) == stretch)) {
       stretch *= order.back().extent;
       order.pop_back();
     }
-    if (!order.empty() && order.back().letter == 'D') {
-      return Status::invalid_argument(tensor_name(spec, t) + ": axis D has a stride of " +
-                                      std::to_string(order.back().stride_bytes) + " bytes; allowed: item_bytes, " +
+    if (!order.empty() && stretch == spec.item_bytes && order.back().letter == spec.page_order.back()) {
+      return Status::invalid_argument(tensor_name(spec, t) + ": axis " + std::string(1, order.back().letter) +
+                                      " has a stride of " + std::to_string(order.back().stride_bytes) +
+                                      " bytes; allowed for the innermost axis: item_bytes, " +
                                       std::to_string(spec.item_bytes));
     }
     if (stretch > kMaxPieceBytes) {
       return Status::invalid_argument(tensor_name(spec, t) + ": a page has " + std::to_string(stretch) +
-                                      " contiguous bytes; allowed: at most " + std::to_string(kMaxPieceBytes));
+                                      " contiguous bytes; allowed: at most " +
+                                      std::to_string(kMaxPieceBytes));
     }
-    std::vector<Stretch> stretches{{0, stretch}};
+    std::vector<std::uint64_t> stretches{0};  // where they begin, from the page's first byte
     for (const TensorAxis& a : order) {
-      std::vector<Stretch> finer;
-      for (const Stretch& s : stretches) {
+      std::vector<std::uint64_t> finer;
+      for (const std::uint64_t offset : stretches) {
         for (std::uint64_t i = 0; i < a.extent; ++i) {
-          finer.push_back({s.offset + i * static_cast<std::uint64_t>(a.stride_bytes), stretch});
+          finer.push_back(offset + i * static_cast<std::uint64_t>(a.stride_bytes));
         }
       }
       stretches = std::move(finer);
@@ -180,22 +217,25 @@ Result<PageMap> PageMap::make(const GroupSpec& spec, std::span<const TensorView>
     for (std::uint32_t l = 0; l < sharing->layers_per_tensor; ++l) {
       const std::uint32_t layer = sharing->layers_per_tensor > 1 ? l : static_cast<std::uint32_t>(t / parts);
       const auto part = static_cast<std::uint32_t>(t % parts);
-      std::byte* base = tensor.base + (layer_axis ? l * static_cast<std::uint64_t>(layer_axis->stride_bytes) : 0);
+      std::byte* base =
+          tensor.base + (layer_axis ? l * static_cast<std::uint64_t>(layer_axis->stride_bytes) : 0);
       for (std::uint32_t page = 0; page < spec.pages_per_block(); ++page) {
-        std::uint64_t at = ((std::uint64_t{layer} * spec.pages_per_block() + page) * parts + part) * page_part_bytes;
-        for (const Stretch& s : stretches) {
+        std::uint64_t at =
+            ((std::uint64_t{layer} * spec.pages_per_block() + page) * parts + part) * page_part_bytes;
+        for (const std::uint64_t offset : stretches) {
           Piece piece{};
-          piece.base = base + s.offset;
+          piece.base = base + offset;
           piece.page_stride = page_axis ? static_cast<std::uint64_t>(page_axis->stride_bytes) : 0;
           piece.stripe_offset = at;
           piece.sub_stride = spec.blocks_per_page() > 1 && token_axis
                                  ? static_cast<std::uint64_t>(token_axis->stride_bytes) * spec.block_tokens
                                  : 0;
-          piece.bytes = static_cast<std::uint32_t>(s.bytes);
+          piece.bytes = static_cast<std::uint32_t>(stretch);
           piece.layer = layer;
           piece.page_in_block = page;
+          piece.allocation = allocations[t];
           map.pieces_.push_back(piece);
-          at += s.bytes;
+          at += stretch;
         }
       }
     }

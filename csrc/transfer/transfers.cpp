@@ -1,7 +1,11 @@
 #include "kvtier/transfer/transfers.h"
 
 #include <algorithm>
-#include <deque>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <list>
+#include <new>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -18,6 +22,11 @@ namespace {
 // overlaps with copying this one.
 constexpr std::size_t kRunsPerCopy = 4096;
 
+// How often, and how long during a graph capture, the waiter asks the device for a proof (transfers.h).
+constexpr int kProofAttempts = 10;
+constexpr std::chrono::seconds kCapturePatience{60};
+constexpr std::chrono::milliseconds kLongestPause{128};
+
 class SubmittedTransfer final : public Transfer {
  public:
   explicit SubmittedTransfer(Device& device) : device_(device) {}
@@ -33,17 +42,19 @@ class SubmittedTransfer final : public Transfer {
     if (layers_per_batch == 0) {
       return Status::unsupported("wait_layer needs a load that was submitted layer by layer");
     }
-    const std::size_t batch = layer / layers_per_batch;
-    if (batch >= layer_events.size()) {
+    if (layer >= num_layers) {
       return Status::invalid_argument("layer is " + std::to_string(layer) + "; allowed: 0 to " +
                                       std::to_string(num_layers - 1));
     }
     if (!ordering_enabled(OrderingPoint::wait_layer_event)) return Status::ok();
-    return device_.wait(stream, *layer_events[batch]);
+    return device_.wait(stream, *layer_events[layer / layers_per_batch]);
   }
 
   // Written by submit() before anybody else sees the transfer, immutable afterwards.
   Status failure;
+  bool reached_stream = false;  // something was submitted to our stream: copies, or the wait before them
+  bool reached_copies = false;
+  bool end_recorded = false;
   std::uint32_t layers_per_batch = 0;
   std::uint32_t num_layers = 0;
   std::unique_ptr<Event> end_event;
@@ -58,61 +69,130 @@ struct Waiting {
   Transfers::OnEnd on_end;
 };
 
+// What an OnEnd throws against its contract must not end the process, nor the transfers behind it.
+void call(const Transfers::OnEnd& on_end, const TransferOutcome& outcome) noexcept {
+  try {
+    on_end(outcome);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kvtier: a transfer's on_end threw: %s\n", error.what());
+  } catch (...) {
+    std::fprintf(stderr, "kvtier: a transfer's on_end threw\n");
+  }
+}
+
 // One direction: a stream and the thread that waits for its events in order.
 class Lane {
  public:
   Lane(Device& device, OwnedStream stream)
-      : device_(device), stream_(std::move(stream)), born_in_(process_generation()), waiter_([this] { run(); }) {}
+      : state_(std::make_unique<State>(device, std::move(stream))), born_in_(process_generation()) {
+    state_->waiter = std::thread([state = state_.get()] { state->run(); });
+  }
 
   ~Lane() {
     if (process_generation() != born_in_) {
-      waiter_.detach();  // the thread is the parent's; there is nothing to join here
+      // A child of fork(): the thread is the parent's, the mutex may be locked for good, and destroying a
+      // condition variable waits for its waiters. Nothing of it may be touched, so it is leaked whole.
+      static_cast<void>(state_.release());
       return;
     }
     {
-      MutexLock lock(mutex_);
-      stopping_ = true;
-      changed_.notify_one();
+      MutexLock lock(state_->mutex);
+      state_->stopping = true;
+      state_->changed.notify_one();
     }
-    waiter_.join();
+    state_->waiter.join();
   }
 
-  StreamHandle stream() const { return stream_.handle(); }
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
 
-  void push(Waiting waiting) {
-    MutexLock lock(mutex_);
-    queue_.push_back(std::move(waiting));
-    changed_.notify_one();
+  StreamHandle stream() const { return state_->stream.handle(); }
+
+  // Takes over the one element of `waiting`. Never throws for want of memory: the copies are running.
+  void push(std::list<Waiting>& waiting) {
+    MutexLock lock(state_->mutex);
+    state_->queue.splice(state_->queue.end(), waiting);
+    state_->changed.notify_one();
   }
 
  private:
-  void run() {
-    while (true) {
-      Waiting waiting;
-      {
-        MutexLock lock(mutex_);
-        while (queue_.empty() && !stopping_) changed_.wait(lock);
-        if (queue_.empty()) return;
-        waiting = std::move(queue_.front());
-        queue_.pop_front();
-      }
-      TransferOutcome outcome{waiting.transfer->failure, true};
-      if (Status waited = device_.synchronize(*waiting.transfer->end_event); !waited) {
-        outcome = {outcome.status ? waited : outcome.status, false};
-      }
-      waiting.on_end(outcome);
+  struct State {
+    State(Device& on, OwnedStream owned) : device(on), stream(std::move(owned)) {}
+    ~State() {
+      if (!unproved) stream.~OwnedStream();
     }
-  }
+    State(const State&) = delete;
+    State& operator=(const State&) = delete;
 
-  Device& device_;
-  OwnedStream stream_;
+    void run();
+    TransferOutcome outcome_of(const SubmittedTransfer& transfer);
+
+    Device& device;
+    union {
+      OwnedStream stream;  // never destroyed when a copy may still run in it
+    };
+    bool unproved = false;  // the waiter's own until it was joined
+    Mutex mutex;
+    CondVar changed;
+    std::list<Waiting> queue KVTIER_GUARDED_BY(mutex);
+    bool stopping KVTIER_GUARDED_BY(mutex) = false;
+    std::thread waiter;
+  };
+
+  std::unique_ptr<State> state_;
   const std::uint64_t born_in_;
-  Mutex mutex_;
-  CondVar changed_;
-  std::deque<Waiting> queue_ KVTIER_GUARDED_BY(mutex_);
-  bool stopping_ KVTIER_GUARDED_BY(mutex_) = false;
-  std::thread waiter_;  // last: it uses everything above
 };
+
+void Lane::State::run() {
+  while (true) {
+    std::list<Waiting> first;
+    {
+      MutexLock lock(mutex);
+      while (queue.empty() && !stopping) changed.wait(lock);
+      if (queue.empty()) return;
+      first.splice(first.end(), queue, queue.begin());
+    }
+    const TransferOutcome outcome = outcome_of(*first.front().transfer);
+    unproved = unproved || !outcome.drained;
+    call(first.front().on_end, outcome);
+  }
+}
+
+// Blocks until it is proved that no copy of the transfer runs any more, or that the device cannot prove it.
+TransferOutcome Lane::State::outcome_of(const SubmittedTransfer& transfer) {
+  using std::chrono::steady_clock;
+  const steady_clock::time_point give_up_on_capture = steady_clock::now() + kCapturePatience;
+  std::chrono::milliseconds pause{1};
+  std::unique_ptr<Event> anew;  // where the transfer's own end was not recorded
+  bool recorded = transfer.end_recorded;
+  Event* end = transfer.end_event.get();
+  int failures = 0;
+  while (true) {
+    Status status;
+    if (!recorded && !anew) {
+      Result<std::unique_ptr<Event>> created = device.create_event();
+      status = created.status();
+      if (created) {
+        anew = std::move(*created);
+        end = anew.get();
+      }
+    }
+    if (status && !recorded) {
+      status = device.record(*end, stream.handle());
+      recorded = status.is_ok();
+    }
+    if (status) status = device.synchronize(*end);
+    if (status) return {transfer.failure, true};
+
+    const Status& why = transfer.failure ? status : transfer.failure;
+    if (!transfer.reached_copies || !device.health()) return {why, true};
+    const bool give_up = is_capture_conflict(status) ? steady_clock::now() >= give_up_on_capture
+                                                     : ++failures == kProofAttempts;
+    if (give_up) return {why, false};
+    std::this_thread::sleep_for(pause);
+    pause = std::min(pause * 2, kLongestPause);
+  }
+}
 
 class DeviceTransfers final : public Transfers {
  public:
@@ -120,55 +200,54 @@ class DeviceTransfers final : public Transfers {
       : device_(device), store_(device, std::move(store_stream)), load_(device, std::move(load_stream)) {}
 
   std::shared_ptr<Transfer> submit(TransferRequest request, OnEnd on_end) override {
+    static const Status kNoMemory = Status::resource("out of memory while a transfer was submitted");
     auto transfer = std::make_shared<SubmittedTransfer>(device_);
-    Lane& lane = request.direction == Direction::store ? store_ : load_;
-    bool anything_submitted = false;
-    transfer->failure = submit_all(request, lane.stream(), *transfer, anything_submitted);
-    if (anything_submitted && !transfer->failure) {
-      // Some copies run although the transfer failed: find out when they are over. The end event may be
-      // missing because its own creation or record failed.
-      Status recorded = record_end(lane.stream(), *transfer);
-      if (!recorded) {
-        on_end({transfer->failure, false});
-        return transfer;
-      }
+    std::list<Waiting> waiting;  // all that push() needs is allocated before the first copy
+    waiting.push_back({transfer, std::move(on_end)});
+    try {
+      transfer->failure = submit_all(request, *transfer);
+    } catch (const std::bad_alloc&) {
+      transfer->failure = kNoMemory;
+    } catch (const std::exception& error) {
+      transfer->failure = Status::internal(std::string("while a transfer was submitted: ") + error.what());
     }
-    if (!anything_submitted) {
-      on_end({transfer->failure, true});
-      return transfer;
+    if (transfer->reached_stream) {
+      lane_of(request.direction).push(waiting);
+    } else {
+      call(waiting.front().on_end, {transfer->failure, true});
     }
-    lane.push({transfer, std::move(on_end)});
     return transfer;
   }
 
  private:
-  Status record_end(StreamHandle stream, SubmittedTransfer& transfer) {
-    if (!transfer.end_event) {
-      Result<std::unique_ptr<Event>> event = device_.create_event();
-      if (!event) return event.status();
-      transfer.end_event = std::move(*event);
-    }
-    return device_.record(*transfer.end_event, stream);
-  }
+  Lane& lane_of(Direction direction) { return direction == Direction::store ? store_ : load_; }
 
-  Status order_after_framework(const TransferRequest& request, StreamHandle stream) {
-    const OrderingPoint point = request.direction == Direction::store ? OrderingPoint::store_after_framework_stream
-                                                                      : OrderingPoint::load_after_framework_stream;
+  Status order_after_framework(const TransferRequest& request, StreamHandle stream,
+                               SubmittedTransfer& transfer) {
+    const OrderingPoint point = request.direction == Direction::store
+                                    ? OrderingPoint::store_after_framework_stream
+                                    : OrderingPoint::load_after_framework_stream;
     if (!ordering_enabled(point)) return Status::ok();
     Result<std::unique_ptr<Event>> event = device_.create_event();
     if (!event) return event.status();
     KVTIER_RETURN_IF_ERROR(device_.record(**event, request.framework_stream));
-    return device_.wait(stream, **event);  // keeps the record; the event itself may go
+    KVTIER_RETURN_IF_ERROR(device_.wait(stream, **event));  // keeps the record; the event itself may go
+    transfer.reached_stream = true;
+    return Status::ok();
   }
 
-  Status submit_all(const TransferRequest& request, StreamHandle stream, SubmittedTransfer& transfer,
-                    bool& anything_submitted) {
+  Status submit_all(const TransferRequest& request, SubmittedTransfer& transfer) {
+    if (process_generation() != born_in_) {
+      return Status::closed("these transfers belong to the process that forked this one");
+    }
+    const StreamHandle stream = lane_of(request.direction).stream();
     // All events first: a failure here has touched nothing.
     Result<std::unique_ptr<Event>> end = device_.create_event();
     if (!end) return end.status();
     transfer.end_event = std::move(*end);
     const std::uint32_t num_layers = request.map->spec().num_layers;
-    const std::uint32_t step = request.layers_per_batch == 0 ? num_layers : request.layers_per_batch;
+    const std::uint32_t step =
+        request.layers_per_batch == 0 ? num_layers : std::min(request.layers_per_batch, num_layers);
     transfer.layers_per_batch = request.layers_per_batch;
     transfer.num_layers = num_layers;
     if (request.layers_per_batch > 0) {
@@ -178,29 +257,33 @@ class DeviceTransfers final : public Transfers {
         transfer.layer_events.push_back(std::move(*event));
       }
     }
-    KVTIER_RETURN_IF_ERROR(order_after_framework(request, stream));
+    KVTIER_RETURN_IF_ERROR(order_after_framework(request, stream, transfer));
 
     std::vector<CopyRun> runs;
     for (std::uint32_t layer = 0; layer < num_layers; layer += step) {
       const std::uint32_t layer_end = std::min(layer + step, num_layers);
       const std::size_t pieces = request.map->pieces_of_layers(layer, layer_end).size();
-      const std::size_t blocks_per_copy = std::max<std::size_t>(1, kRunsPerCopy / std::max<std::size_t>(1, pieces));
+      const std::size_t blocks_per_copy =
+          std::max<std::size_t>(1, kRunsPerCopy / std::max<std::size_t>(1, pieces));
       const std::span<const BlockMove> moves = request.moves;
       for (std::size_t begin = 0; begin < moves.size(); begin += blocks_per_copy) {
         runs.clear();
-        plan(*request.map, moves.subspan(begin, std::min(blocks_per_copy, moves.size() - begin)), request.pages,
-             request.direction, layer, layer_end, runs);
+        plan(*request.map, moves.subspan(begin, std::min(blocks_per_copy, moves.size() - begin)),
+             request.pages, request.direction, layer, layer_end, runs);
         KVTIER_RETURN_IF_ERROR(device_.copy(stream, runs, request.direction));
-        anything_submitted = true;
+        transfer.reached_stream = transfer.reached_copies = true;
       }
       if (request.layers_per_batch > 0) {
         KVTIER_RETURN_IF_ERROR(device_.record(*transfer.layer_events[layer / step], stream));
       }
     }
-    return record_end(stream, transfer);
+    KVTIER_RETURN_IF_ERROR(device_.record(*transfer.end_event, stream));
+    transfer.end_recorded = true;
+    return Status::ok();
   }
 
   Device& device_;
+  const std::uint64_t born_in_ = process_generation();
   Lane store_;
   Lane load_;
 };
@@ -216,7 +299,8 @@ Result<std::unique_ptr<Transfers>> Transfers::create(Device& device) {
     return std::unique_ptr<Transfers>(
         new DeviceTransfers(device, std::move(store).value(), std::move(load).value()));
   } catch (const std::system_error& error) {
-    return Status::resource(std::string("cannot start a waiter thread: ") + error.what(), error.code().value());
+    return Status::resource(std::string("cannot start a waiter thread: ") + error.what(),
+                            error.code().value());
   }
 }
 

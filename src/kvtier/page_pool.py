@@ -1,4 +1,4 @@
-"""Who holds which device page: the bookkeeping of `kvtier.paged`, without an engine and without tensors.
+"""Who holds which device page: the bookkeeping of `kvtier.paged`, without engine and tensors.
 
 Pages are handled in *extents*: the pages of `max(page_tokens, block_tokens)` consecutive tokens, the smallest
 run that is both whole pages and whole blocks. Sharing, eviction and copy-on-write are by extent; where
@@ -13,10 +13,12 @@ An extent gets a key when the KV of all its tokens is known to be there; only th
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvtier.errors import DeviceError
 
 
 class Moment(Protocol):
@@ -55,9 +57,22 @@ class Extent:
     stores: list[Moment] = field(default_factory=list)
     lost: bool = False
 
-    def read_by(self, moment: Moment) -> None:
-        """Remembers a running store, and forgets those that are over without an error to report."""
-        self.stores.append(moment)
+    def settle_stores(self, *, running: Literal["wait", "keep"]) -> None:
+        """Forgets the stores that no longer read the pages; marks the extent lost where one cannot tell.
+
+        Args:
+            running: "wait" waits for those still running, "keep" leaves them be.
+        """
+        kept = []
+        for moment in self.stores:
+            if running == "keep" and not moment.done():
+                kept.append(moment)
+                continue
+            try:
+                moment.wait()
+            except DeviceError:
+                self.lost = True
+        self.stores = kept
 
 
 class PagePool:
@@ -120,6 +135,7 @@ class PagePool:
         extent.refs -= 1
         if extent.refs > 0:
             return
+        extent.settle_stores(running="keep")
         keep = extent.key is not None and not extent.lost
         if keep or (extent.stores and not extent.lost):
             self._lru[extent] = None

@@ -20,17 +20,17 @@ inline constexpr std::uint64_t kSlotHeaderBytes = 4096;
 inline constexpr std::uint64_t kSlotAlignment = 4096;
 
 struct GroupSpec {
-  std::string name;                // for messages only
+  std::string name;  // for messages only
   std::uint32_t num_layers = 0;
-  std::uint32_t num_parts = 2;     // extent of K: 2 for keys and values, 1 for a latent
-  std::uint32_t num_heads = 0;     // KV heads held by one rank
-  std::uint32_t head_dim = 0;      // items
+  std::uint32_t num_parts = 2;  // extent of K: 2 for keys and values, 1 for a latent
+  std::uint32_t num_heads = 0;  // KV heads held by one rank
+  std::uint32_t head_dim = 0;   // items
   std::uint32_t item_bytes = 0;
   std::uint32_t page_tokens = 0;   // tokens in one page of the framework's memory
   std::uint32_t block_tokens = 0;  // tokens in one block; one of the two divides the other
   std::string page_order = "KTHD";
   std::optional<std::uint32_t> window_tokens;  // sliding window; nullopt for full attention
-  std::uint32_t num_stripes = 1;   // ranks whose parts stand side by side in a slot (1 when replicated)
+  std::uint32_t num_stripes = 1;  // ranks whose parts stand side by side in a slot (1 when replicated)
 
   Status validate() const;
 
@@ -44,8 +44,12 @@ struct GroupSpec {
   std::uint64_t slot_stride_bytes() const;
 
   // Exactly one of these is greater than one, unless both are one.
-  std::uint32_t pages_per_block() const { return block_tokens > page_tokens ? block_tokens / page_tokens : 1; }
-  std::uint32_t blocks_per_page() const { return page_tokens > block_tokens ? page_tokens / block_tokens : 1; }
+  std::uint32_t pages_per_block() const {
+    return block_tokens > page_tokens ? block_tokens / page_tokens : 1;
+  }
+  std::uint32_t blocks_per_page() const {
+    return page_tokens > block_tokens ? page_tokens / block_tokens : 1;
+  }
 
   // Blocks before position p that must be ready for p to be a usable prefix: all of them for full
   // attention (nullopt), else those that the window reaches back to.

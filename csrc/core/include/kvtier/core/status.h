@@ -39,7 +39,9 @@ class [[nodiscard]] Status {
 
   static Status ok() { return {}; }
   static Status invalid_argument(std::string m) { return {StatusCode::invalid_argument, std::move(m)}; }
-  static Status resource(std::string m, int native = 0) { return {StatusCode::resource, std::move(m), native}; }
+  static Status resource(std::string m, int native = 0) {
+    return {StatusCode::resource, std::move(m), native};
+  }
   static Status device(std::string m, int native = 0) { return {StatusCode::device, std::move(m), native}; }
   static Status unsupported(std::string m) { return {StatusCode::unsupported, std::move(m)}; }
   static Status closed(std::string m) { return {StatusCode::closed, std::move(m)}; }
@@ -69,7 +71,7 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}    // NOLINT: implicit by design
+  Result(T value) : state_(std::in_place_index<0>, std::move(value)) {}  // NOLINT: implicit by design
   // An ok Status says nothing about the value it should have come with: that is a bug.
   Result(Status status) : state_(std::in_place_index<1>, std::move(status)) {  // NOLINT
     if (std::get<1>(state_).is_ok()) report_bug("a Result is made of a failure", __FILE__, __LINE__);
@@ -93,7 +95,7 @@ class [[nodiscard]] Result {
 #define KVTIER_CHECK(condition) \
   (static_cast<bool>(condition) ? static_cast<void>(0) : ::kvtier::report_bug(#condition, __FILE__, __LINE__))
 
-#define KVTIER_RETURN_IF_ERROR(expression)                                    \
-  do {                                                                        \
+#define KVTIER_RETURN_IF_ERROR(expression)                                                      \
+  do {                                                                                          \
     if (::kvtier::Status kvtier_status_ = (expression); !kvtier_status_) return kvtier_status_; \
   } while (false)

@@ -116,7 +116,7 @@ struct FlushResult {
 class Engine {
  public:
   // Errors: invalid_argument for a bad config; resource when memory or threads cannot be had.
-  // Returns before the arena is prefaulted; blocks can be stored as soon as its first chunk is.
+  // Blocks until the first chunk of each size class is prefaulted (tens of milliseconds), not for the rest.
   static Result<std::shared_ptr<Engine>> open(EngineConfig config);
   virtual ~Engine() = default;
 

@@ -51,7 +51,6 @@ class LruPolicy final : public EvictionPolicy {
   static constexpr std::size_t kBytesPerEntry = 8;
 
  private:
-
   static constexpr std::uint32_t kNowhere = 0xffffffffU;  // in both links of a block that is not in the list
 
   struct Node {
@@ -60,7 +59,9 @@ class LruPolicy final : public EvictionPolicy {
   };
   void link_youngest(std::uint32_t at);
   void unlink(std::uint32_t at);
-  bool contains(EntryId id) const { return position(id) < nodes_.size() && nodes_[position(id)].older != kNowhere; }
+  bool contains(EntryId id) const {
+    return position(id) < nodes_.size() && nodes_[position(id)].older != kNowhere;
+  }
   std::uint32_t position(EntryId id) const { return raw(id) + 1; }  // node 0 is the sentinel
 
   std::vector<Node> nodes_;  // sentinel.younger is the oldest, sentinel.older the youngest

@@ -46,7 +46,8 @@ class HostTier {
     Entry* entry;  // null when declined
   };
   // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null.
-  Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth, Entry* parent);
+  Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
+                      Entry* parent);
   // The copy has run. Returns false when the block was dropped meanwhile: its slot is free again.
   bool commit(Entry& entry);
   // The copy failed and can touch the slot no more.

@@ -26,8 +26,8 @@ struct alignas(64) Entry {
   SlotState state;  // of its host slot
   bool linked;      // findable; false once dropped while its slot is still held
   NamespaceId name_space;
-  std::uint32_t depth;       // blocks before it in its sequence
-  std::uint32_t children;    // resident entries whose parent this is
+  std::uint32_t depth;     // blocks before it in its sequence
+  std::uint32_t children;  // resident entries whose parent this is
   SlotId slot;
   std::uint32_t pins;
   std::uint32_t generation;  // counts reuses of this record
@@ -47,7 +47,8 @@ class Index {
   template <typename Sink>
   void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink);
 
-  // A new linked entry, state `filling`. Requires that none is linked under (key, group) and size() < capacity.
+  // A new linked entry, state `filling`. Requires that none is linked under (key, group) and size() <
+  // capacity.
   Entry& insert(const BlockKey& key, GroupId group);
   // Makes it unfindable, so that its key may be inserted anew.
   void unlink(Entry& entry);
@@ -58,7 +59,9 @@ class Index {
   // generation, so that a parent that went first is never mistaken for its record's next user.
   void set_parent(Entry& child, Entry& parent);
 
-  EntryId id(const Entry& entry) const { return EntryId{static_cast<std::uint32_t>(&entry - entries_.data())}; }
+  EntryId id(const Entry& entry) const {
+    return EntryId{static_cast<std::uint32_t>(&entry - entries_.data())};
+  }
   Entry& at(EntryId id) { return entries_[raw(id)]; }
   std::size_t size() const { return size_; }
   std::size_t capacity() const { return entries_.size(); }

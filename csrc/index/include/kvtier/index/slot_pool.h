@@ -57,8 +57,8 @@ class SlotPool {
   void set(SlotId slot, SlotState to);
 
   std::vector<SlotState> states_;
-  std::vector<SlotId> recycled_;      // freed slots, last one first: its lines are the warmest
-  std::uint32_t next_unused_ = 0;     // slots from here to usable_ were never taken
+  std::vector<SlotId> recycled_;   // freed slots, last one first: its lines are the warmest
+  std::uint32_t next_unused_ = 0;  // slots from here to usable_ were never taken
   std::uint32_t usable_ = 0;
   std::uint32_t counts_[4] = {};
 };

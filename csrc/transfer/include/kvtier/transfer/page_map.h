@@ -42,14 +42,16 @@ struct Piece {
   std::uint32_t bytes;
   std::uint32_t layer;
   std::uint32_t page_in_block;
+  std::uint32_t allocation;  // pieces with the same number are known to lie in one allocation
 };
 
 // Immutable after make(). Threads: any.
 class PageMap {
  public:
   // Tensors: one per layer (with a K axis, or without when the group has one part), or two per layer in
-  // the order key, value, key, value ..., or one for all layers with an L axis. Errors:
-  // invalid_argument naming the tensor, the axis, the value and what is allowed.
+  // the order key, value, key, value ..., or one (or a key and a value tensor) for all layers with an L
+  // axis. Axes of extent 1 may be left out, except P. Errors: invalid_argument naming the tensor, the axis,
+  // the value and what is allowed. That two tensors do not overlap is not checked.
   static Result<PageMap> make(const GroupSpec& spec, std::span<const TensorView> tensors);
 
   const GroupSpec& spec() const { return spec_; }

@@ -20,12 +20,15 @@ struct BlockMove {
 };
 
 // Appends the runs of `moves` restricted to layers [layer_begin, layer_end), block by block. Runs that
-// continue each other on both sides are joined. Page ids must be in range: check_pages() first.
-void plan(const PageMap& map, std::span<const BlockMove> moves, std::span<const PageId> pages, Direction direction,
-          std::uint32_t layer_begin, std::uint32_t layer_end, std::vector<CopyRun>& runs);
+// continue each other on both sides are joined, within a block and within an allocation. Page ids must be in
+// range: check_pages() first.
+void plan(const PageMap& map, std::span<const BlockMove> moves, std::span<const PageId> pages,
+          Direction direction, std::uint32_t layer_begin, std::uint32_t layer_end,
+          std::vector<CopyRun>& runs);
 
 // Errors: invalid_argument for a page id out of range and, for loads, for a place that is named twice
-// (the runs of a batch are unordered, so what would stand there is undefined).
+// (the runs of a batch are unordered, so what would stand there is undefined). A move that names pages
+// beyond the list, or a block that a page does not have, is a bug (KVTIER_CHECK).
 Status check_pages(const PageMap& map, std::span<const BlockMove> moves, std::span<const PageId> pages,
                    Direction direction);
 

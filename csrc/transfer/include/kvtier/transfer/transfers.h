@@ -9,6 +9,15 @@
 //
 // There is one stream and one waiter thread per direction. A waiter sleeps in the device (blocking-sync
 // events); there is no polling tick and no host callback, which a sticky error would skip.
+//
+// What proves that no copy of a transfer runs any more, and nothing else does:
+//   * an event recorded behind it has completed: its end event, or, where recording that one failed, one
+//     that the waiter records anew at the end of the stream;
+//   * device.health() reports a sticky error: the driver has torn the context down, and its DMA with it;
+//   * no copy was accepted by the device in the first place.
+// A failed synchronize() or record() proves nothing, so the waiter tries again: a few times within about
+// half a second, and for up to a minute where a graph capture was in the way. After that the transfer
+// ends with `drained` false.
 #pragma once
 
 #include <cstdint>
@@ -34,13 +43,14 @@ struct TransferRequest {
 };
 
 struct TransferOutcome {
-  Status status;  // ok: every byte was copied
-  // No copy of this transfer runs or will run any more. False only when the device could not prove it:
-  // then its slots and pages must never be reused by this process.
+  Status status;  // ok: every byte was copied, and no copy runs any more
+  // No copy of this transfer runs or will run any more (proved: see above). False only when the device
+  // could not prove it: then its slots and pages must never be reused by this process.
   bool drained = true;
 };
 
-// A submitted move. Shared by whoever may order a stream behind it. Threads: any.
+// A submitted move. Shared by whoever may order a stream behind it. Threads: any. May outlive its
+// Transfers, not the Device.
 class Transfer {
  public:
   virtual ~Transfer() = default;
@@ -53,17 +63,21 @@ class Transfer {
 };
 
 // Owns: its streams and waiter threads. Borrows: the Device. Threads: submit() from any thread.
-// Blocks: the destructor, until every submitted transfer has ended (in a forked child it returns at once).
+// Blocks: the destructor, until every submitted transfer has ended; so never destroy it inside on_end.
+// After fork() the child's submit() ends every transfer with `closed`, and its destructor leaks at once: the
+// threads and what they may hold or wait for belong to the parent.
 class Transfers {
  public:
   // Called exactly once per submit(), without locks held: on a waiter thread, or inside submit() when
-  // nothing reached the device.
+  // nothing reached our stream. Must not throw: on a waiter thread nobody is there to catch it, so it is
+  // only printed, and later transfers still end.
   using OnEnd = std::function<void(const TransferOutcome& outcome)>;
 
   static Result<std::unique_ptr<Transfers>> create(Device& device);
   virtual ~Transfers() = default;
 
-  // Never fails as a call: failures reach on_end. All events are recorded when it returns.
+  // Never fails as a call: failures reach on_end. Unless it failed, all events are recorded when it
+  // returns.
   virtual std::shared_ptr<Transfer> submit(TransferRequest request, OnEnd on_end) = 0;
 };
 

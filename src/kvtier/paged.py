@@ -1,0 +1,807 @@
+"""PagedKVCache: the device tier, for servers that have no block manager of their own.
+
+It owns the pages of one cache group (which sequence holds which, what is cached in them), and hands out what
+paged-attention kernels take. What falls out of the device goes to the engine's host tier and comes back from
+there; a sequence only computes what neither has.
+
+    seq = cache.open(prompt)              # shares pages, starts to load what only the host has
+    if not seq: ...                       # OutOfPages: a value, and nothing has changed
+    done = seq.wait()                     # tokens whose KV is there; compute prompt[done:]
+    slots = cache.slot_mapping([seq])     # where their KV goes
+    seq.commit()                          # it is there now: full blocks become shareable
+    seq.append([token])                   # a page for the next one
+    seq.close()                           # pages stay matchable until they are needed
+
+Prefix sharing follows PagedAttention (arXiv:2309.06180, section 4.3). Departures: sharing is by extent (see
+`kvtier.page_pool`), eviction demotes to the engine, and a page is reused only after the demotion's copy has
+been proved to be over.
+
+Threads: every method from any thread; one lock guards a cache and all its sequences. It is held while an
+eviction's copy to the host runs, never while a load is waited for. Streams: `stream` is the framework's stream
+on which the caller reads and writes the pages (None: its default stream); copy-on-write runs on the framework's
+*current* stream, so call under the stream that you name.
+"""
+
+import threading
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtier.engine import Engine, Ticket
+from kvtier.errors import ClosedError, ConfigError, DeviceError
+from kvtier.keys import block_keys
+from kvtier.layout import KVLayout
+from kvtier.page_pool import Extent, PagePool
+
+READY = 2  # kvtier::BlockState::ready
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfPages:
+    """Not enough pages. False in a condition. Whoever returns it has changed nothing.
+
+    Attributes:
+        needed: pages the call would have had to take.
+        available: pages that are free or only cached.
+    """
+
+    needed: int
+    available: int
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Room for further tokens.
+
+    Attributes:
+        begin, end: the token positions `[begin, end)` that were added.
+        copied: (from page, to page) of the copy-on-write that this took, usually none.
+    """
+
+    begin: int
+    end: int
+    copied: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStats:
+    """One consistent snapshot. Pages: free + used + cached + quarantined = num_pages.
+
+    Tokens: prompt = device + host + missed + loading.
+
+    Attributes:
+        num_pages: all pages.
+        free_pages: hold nothing.
+        used_pages: held by an open sequence.
+        cached_pages: held by none; they can be matched, or wait for the end of a store.
+        quarantined_pages: never used again, because a copy may still write or read them.
+        sequences: open sequences.
+        prompt_tokens: tokens of all `open` calls that got pages.
+        device_tokens: of these, found in device pages.
+        host_tokens: of these, loaded from the host.
+        missed_tokens: of these, left to be computed.
+        loading_tokens: of these, in loads that nobody has waited for yet.
+        evicted_pages: cached pages that were given to somebody else.
+        copied_pages: pages copied on write.
+    """
+
+    num_pages: int
+    free_pages: int
+    used_pages: int
+    cached_pages: int
+    quarantined_pages: int
+    sequences: int
+    prompt_tokens: int
+    device_tokens: int
+    host_tokens: int
+    missed_tokens: int
+    loading_tokens: int
+    evicted_pages: int
+    copied_pages: int
+
+
+class _Column:
+    """An array that grows at its end in amortised constant time."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._buffer = values.copy()
+        self.size = len(values)
+
+    def view(self) -> NDArray[Any]:
+        return self._buffer[: self.size]
+
+    def replace(self, begin: int, values: ArrayLike) -> None:
+        """Everything from `begin` on becomes `values`."""
+        rows = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
+        self.size = begin + len(rows)
+        if self.size > len(self._buffer):
+            grown = np.empty((max(2 * len(self._buffer), self.size), *self._buffer.shape[1:]), rows.dtype)
+            grown[:begin] = self._buffer[:begin]
+            self._buffer = grown
+        self._buffer[begin : self.size] = rows
+
+
+class PagedSequence:
+    """The pages of one sequence. Made by `PagedKVCache.open` and `fork`; a context manager that closes it.
+
+    Attributes:
+        cached_tokens: tokens at the beginning whose KV `open` found; final once `wait` has returned.
+        committed_tokens: tokens at the beginning whose KV is in the pages.
+    """
+
+    def __init__(self, cache: "PagedKVCache", namespace: str, extra: Any) -> None:
+        self._cache = cache
+        self._namespace = namespace
+        self._extra = extra
+        self._tokens = _Column(np.empty(0, np.int32))
+        self._keys = _Column(np.empty((0, 32), np.uint8))
+        self._pages = _Column(np.empty(0, np.int32))
+        self._extents: list[Extent] = []
+        self._published = 0  # extents that were offered to others
+        self._stored_blocks = 0  # blocks that were written through, or came from below
+        self._ticket: Ticket | None = None
+        self._loading_blocks = 0
+        self._broken: DeviceError | None = None
+        self._open = True
+        self.cached_tokens = 0
+        self.committed_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have a place, computed or not."""
+        return self._tokens.size
+
+    @property
+    def page_ids(self) -> NDArray[np.int32]:
+        """The page of every page_tokens tokens, int32 `[num_pages]`, a copy."""
+        return self._pages.view().copy()
+
+    @property
+    def ticket(self) -> Ticket | None:
+        """The load that `open` started and that `wait` has not yet settled, else None."""
+        return self._ticket
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the load that `open` started, if it started one.
+
+        Only then is it known which blocks came; those that did not are left to be computed.
+
+        Args:
+            timeout: seconds; None waits without limit. It ends the wait, never the load.
+
+        Returns:
+            cached_tokens.
+
+        Raises:
+            TimeoutError: the load still runs; call again.
+            DeviceError: the device cannot prove that the load's copies are over. The sequence can only be
+                closed; its pages are not used again.
+        """
+        ticket = self._ticket
+        if ticket is not None:
+            ticket.wait(timeout)
+            self._cache._settle(self, ticket)
+        if self._broken is not None:
+            raise self._broken
+        return self.cached_tokens
+
+    def append(self, token_ids: ArrayLike, *, stream: object = None) -> Appended | OutOfPages:
+        """Makes room for further tokens. Waits for the load of `open`, and for the copies of evicted pages.
+
+        A last extent that is shared with a fork and not full is copied first, in the framework's memory.
+
+        Args:
+            token_ids: int32 `[num_tokens]`, or what converts to it.
+            stream: where the caller's kernels run.
+
+        Returns:
+            The new positions and the pages copied; or OutOfPages, and nothing has changed.
+
+        Raises:
+            ValueError: token ids that are not one row of 32-bit integers.
+            ClosedError: the sequence or the cache is closed.
+        """
+        self.wait()
+        return self._cache._append(self, _token_array(token_ids), stream)
+
+    def commit(self, num_tokens: int | None = None, *, stream: object = None) -> None:
+        """Says that the KV of the first `num_tokens` tokens (None: all) has been written to the pages.
+
+        Full extents become matchable; with write="through" full blocks are stored to the host. Waits only for
+        the load of `open`.
+
+        Args:
+            num_tokens: tokens, not fewer than before.
+            stream: where the kernels that wrote them run; stores are ordered behind it.
+
+        Raises:
+            ValueError: fewer tokens than before, or more than there are.
+            ClosedError: the sequence or the cache is closed.
+        """
+        self.wait()
+        self._cache._commit(self, self.num_tokens if num_tokens is None else num_tokens, stream)
+
+    def fork(self) -> "PagedSequence":
+        """A second sequence with the same tokens in the same pages. Waits for the load of `open`.
+
+        Raises:
+            ValueError: not all tokens are committed (both would write them).
+            ClosedError: the sequence or the cache is closed.
+        """
+        self.wait()
+        return self._cache._fork(self)
+
+    def close(self) -> None:
+        """Gives the pages back, the tail as the first to be reused. Waits for the load of `open`. Idempotent."""
+        if self._ticket is not None:
+            try:
+                self.wait()
+            except DeviceError:
+                pass  # noted: the pages are quarantined
+        self._cache._close_sequence(self)
+
+    def __enter__(self) -> "PagedSequence":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PagedKVCache:
+    """Device pages of one cache group, matched by prefix, shared, and evicted to the host in LRU order.
+
+    Args:
+        engine: borrowed; close the cache before it.
+        num_pages: pages to allocate with torch, zeroed; per layer `[num_pages, 2, page_tokens, num_kv_heads,
+            head_dim]` (page_order "KTHD", NHD), `[num_pages, 2, num_kv_heads, page_tokens, head_dim]` ("KHTD",
+            HND) or `[num_pages, page_tokens, latent_dim]` ("TD", MLA).
+        pages: instead, the caller's tensors, as `Engine.attach` takes them (all their pages are used).
+        group: the cache group.
+        axes: of `pages`, as in `Engine.attach`; needed for copy-on-write of tensors in another order.
+        device: torch's name of where to allocate; or a device of `kvtier.testing` on which `pages` lie.
+        write: "evict" stores a block to the host when its page is needed, "through" when it is committed.
+        namespace: of sequences that are opened without one.
+
+    Raises:
+        ConfigError: neither or both of num_pages and pages; a group the engine does not have; a dtype that torch
+            does not have.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_pages: int | None = None,
+        pages: Seq[Any] | None = None,
+        group: int = 0,
+        axes: str | None = None,
+        device: object = "cpu",
+        write: Literal["evict", "through"] = "evict",
+        namespace: str = "",
+    ) -> None:
+        if (num_pages is None) == (pages is None):
+            raise ConfigError("num_pages, pages: exactly one of the two is wanted")
+        if write not in ("evict", "through"):
+            raise ConfigError(f"write: {write!r}; allowed: 'evict', 'through'")
+        groups = engine.config.groups
+        if not 0 <= group < len(groups):
+            raise ConfigError(f"group: {group}; the engine has {len(groups)}")
+        self._engine = engine
+        self._config = engine.config
+        self._layout = layout = groups[group]
+        self._group = group
+        self._write = write
+        self._namespace = namespace
+        self._axes = axes if axes is not None else "P" + layout.page_order
+        self.page_tokens = layout.page_tokens
+        self.block_tokens = engine.config.block_tokens
+        self._extent_tokens = max(self.page_tokens, self.block_tokens)
+        self._extent_pages = self._extent_tokens // self.page_tokens
+        self._extent_blocks = self._extent_tokens // self.block_tokens
+        if num_pages is not None:
+            pages = _allocate(layout, num_pages, device)
+        assert pages is not None
+        self._tensors = list(pages)
+        on = None if isinstance(device, str) else device
+        self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
+        self._pool = PagePool(self._attached.num_pages)
+        self._lock = threading.RLock()
+        self._sequences: set[PagedSequence] = set()
+        self._closed = False
+        self._prompt_tokens = self._device_tokens = self._host_tokens = self._missed_tokens = 0
+        self._evicted_pages = self._copied_pages = 0
+
+    # --- sequences ------------------------------------------------------------------------------------
+
+    def open(
+        self, token_ids: ArrayLike, *, namespace: str | None = None, extra: Any = None, stream: object = None
+    ) -> PagedSequence | OutOfPages:
+        """Pages for a prompt, as many as possible with the KV already there.
+
+        Looks for the longest prefix in device pages (whole extents, shared), behind it for blocks in the host,
+        and starts to load these into fresh pages. At least one token is always left to compute. Waits for the
+        copies of pages it has to evict, not for the load: `PagedSequence.wait`.
+
+        Args:
+            token_ids: int32 `[num_tokens]`, or what converts to it.
+            namespace: as in `block_keys`; None is the cache's own.
+            extra: as in `block_keys`.
+            stream: where the caller's kernels run.
+
+        Returns:
+            The sequence; or OutOfPages, and nothing has changed.
+
+        Raises:
+            ValueError: no token, or token ids that are not one row of 32-bit integers.
+            ClosedError: the cache or the engine is closed.
+        """
+        tokens = _token_array(token_ids)
+        if len(tokens) == 0:
+            raise ValueError("token_ids: a sequence has at least one token")
+        seq = PagedSequence(self, self._namespace if namespace is None else namespace, extra)
+        seq._tokens.replace(0, tokens)
+        self._extend_keys(seq)
+        keys = seq._keys.view()
+        usable = min(len(keys), (len(tokens) - 1) // self.block_tokens)
+        with self._lock:
+            self._check_open()
+            shared = self._match_device(keys[:usable])
+            first = len(shared) * self._extent_blocks
+            needed = -(-len(tokens) // self.page_tokens) - len(shared) * self._extent_pages
+            available = self._pool.num_available(shared)
+            if needed > available:
+                return OutOfPages(needed, available)
+            match = self._engine.lookup(keys[first:usable]) if first < usable else None
+            for extent in shared:
+                self._pool.hold(extent)
+            fresh: list[int] = []
+            try:
+                lease = match.pin() if match is not None else None  # lest our own evictions push them out
+                try:
+                    taken = self._take(needed, stream)
+                    if isinstance(taken, OutOfPages):
+                        self._release(shared)
+                        return taken
+                    fresh = taken
+                    self._add_pages(seq, shared, fresh)
+                    count = 0 if match is None else _leading(match.states(self._group) == READY)
+                    if count:
+                        load_pages = self._block_pages(seq, first, first + count)
+                        seq._ticket = self._engine.load(
+                            keys[first : first + count], self._attached, load_pages, stream=stream
+                        )
+                        seq._loading_blocks = count
+                finally:
+                    if lease is not None:
+                        lease.release()
+            except BaseException:
+                self._pool.give(fresh)
+                self._release(shared)
+                raise
+            seq.cached_tokens = seq.committed_tokens = first * self.block_tokens
+            seq._published = len(shared)
+            seq._stored_blocks = first
+            self._sequences.add(seq)
+            self._prompt_tokens += len(tokens)
+            self._device_tokens += seq.cached_tokens
+            if seq._ticket is None:
+                self._missed_tokens += len(tokens) - seq.cached_tokens
+        return seq
+
+    def _match_device(self, keys: NDArray[np.uint8]) -> list[Extent]:
+        """Extents of the longest prefix that is in device pages."""
+        found: list[Extent] = []
+        for key in keys[self._extent_blocks - 1 :: self._extent_blocks]:
+            extent = self._pool.find(key.tobytes())
+            if extent is None:
+                break
+            found.append(extent)
+        return found
+
+    def _settle(self, seq: PagedSequence, ticket: Ticket) -> None:
+        """Takes over the outcome of a load that is over."""
+        with self._lock:
+            if seq._ticket is not ticket:
+                return  # another thread did
+            result = ticket.result()
+            first = seq.committed_tokens // self.block_tokens
+            valid = result.valid_blocks
+            if valid < seq._loading_blocks:
+                try:
+                    ticket.released.wait()
+                except DeviceError as error:
+                    seq._broken = error
+                    valid = 0
+                    for extent in seq._extents[seq._published :]:
+                        extent.lost = True
+            seq._ticket = None
+            seq._loading_blocks = 0
+            if not seq._open:
+                return
+            seq.cached_tokens = seq.committed_tokens = (first + valid) * self.block_tokens
+            seq._stored_blocks = first + valid
+            self._host_tokens += valid * self.block_tokens
+            self._missed_tokens += seq.num_tokens - seq.cached_tokens
+            if seq._broken is None:
+                self._publish(seq)
+
+    def _append(self, seq: PagedSequence, tokens: NDArray[np.int32], stream: object) -> Appended | OutOfPages:
+        with self._lock:
+            self._check_open(seq)
+            begin, end = seq.num_tokens, seq.num_tokens + len(tokens)
+            if begin == end:
+                return Appended(begin, end)
+            copy = begin % self._extent_tokens != 0 and seq._extents[-1].refs > 1
+            kept = len(seq._extents) - 1 if copy else len(seq._extents)
+            kept_pages = kept * self._extent_pages if copy else seq._pages.size
+            needed = -(-end // self.page_tokens) - kept_pages
+            taken = self._take(needed, stream)
+            if isinstance(taken, OutOfPages):
+                return taken
+            copied: tuple[tuple[int, int], ...] = ()
+            if copy:
+                old = seq._extents[-1]
+                copied = tuple(zip(old.pages, taken, strict=False))
+                try:
+                    self._copy_pages(copied)
+                except BaseException:
+                    self._pool.give(taken)
+                    raise
+                del seq._extents[-1]
+                seq._pages.replace(kept_pages, ())
+                self._pool.release(old)
+                self._copied_pages += len(copied)
+            self._add_pages(seq, [], taken)
+            seq._tokens.replace(begin, tokens)
+            return Appended(begin, end, copied)
+
+    def _commit(self, seq: PagedSequence, num_tokens: int, stream: object) -> None:
+        with self._lock:
+            self._check_open(seq)
+            if not seq.committed_tokens <= num_tokens <= seq.num_tokens:
+                allowed = f"{seq.committed_tokens} to {seq.num_tokens}"
+                raise ValueError(f"num_tokens: {num_tokens}; allowed: {allowed}")
+            seq.committed_tokens = num_tokens
+            self._extend_keys(seq)
+            self._publish(seq)
+            begin, end = seq._stored_blocks, num_tokens // self.block_tokens
+            if self._write == "through" and begin < end:
+                self._store_blocks(seq, begin, end, stream)
+                seq._stored_blocks = end
+
+    def _fork(self, seq: PagedSequence) -> PagedSequence:
+        with self._lock:
+            self._check_open(seq)
+            if seq.committed_tokens != seq.num_tokens:
+                left = seq.num_tokens - seq.committed_tokens
+                raise ValueError(f"fork: {left} tokens are not committed; commit them first")
+            twin = PagedSequence(self, seq._namespace, seq._extra)
+            for mine, other in ((twin._tokens, seq._tokens), (twin._keys, seq._keys), (twin._pages, seq._pages)):
+                mine.replace(0, other.view())
+            twin._extents = list(seq._extents)
+            for extent in twin._extents:
+                self._pool.hold(extent)
+            twin._published = seq._published
+            twin._stored_blocks = seq._stored_blocks
+            twin.cached_tokens = seq.cached_tokens
+            twin.committed_tokens = seq.committed_tokens
+            self._sequences.add(twin)
+            return twin
+
+    def _close_sequence(self, seq: PagedSequence) -> None:
+        with self._lock:
+            if not seq._open:
+                return
+            seq._open = False
+            self._sequences.discard(seq)
+            if not self._closed:
+                try:
+                    self._store_tail(seq)
+                finally:
+                    self._release(seq._extents)
+
+    def _store_tail(self, seq: PagedSequence) -> None:
+        """Stores the whole blocks of a last page that is not full: nobody could share it."""
+        begin = seq._published * self._extent_blocks
+        end = seq.committed_tokens // self.block_tokens
+        if begin < end and seq._extents[seq._published].refs == 1 and seq._broken is None:
+            self._extend_keys(seq)
+            self._store_blocks(seq, begin, end, None)
+
+    def _release(self, extents: Seq[Extent]) -> None:
+        for extent in reversed(extents):
+            self._pool.release(extent)
+
+    # --- pages ----------------------------------------------------------------------------------------
+
+    def _take(self, count: int, stream: object) -> list[int] | OutOfPages:
+        """Free pages, evicting cached ones where it must. Waits for the copies of what it evicts."""
+        available = self._pool.num_available()
+        if count > available:
+            return OutOfPages(count, available)
+        while count > self._pool.num_free:
+            victims = self._pool.oldest(count - self._pool.num_free)
+            if not victims:  # some went to quarantine
+                return OutOfPages(count, self._pool.num_available())
+            self._demote([e for e in victims if e.key is not None], stream)
+            for extent in victims:
+                extent.settle_stores(running="wait")
+                self._evicted_pages += len(extent.pages)
+                self._pool.reclaim(extent)
+        return self._pool.take(count)
+
+    def _demote(self, extents: Seq[Extent], stream: object) -> None:
+        """Starts to store the extents' blocks, those of one sequence that follow each other together."""
+        chains: list[list[Extent]] = []
+        for extent in reversed(extents):  # the tail is the oldest
+            before = chains[-1][-1].key if chains else None
+            if before is not None and before == extent.parent:
+                chains[-1].append(extent)
+            else:
+                chains.append([extent])
+        for chain in chains:
+            keys = np.concatenate([e.block_keys for e in chain if e.block_keys is not None])
+            pages = np.array([e.pages for e in chain], np.int64).reshape(-1).repeat(self._extent_blocks)
+            ticket = self._engine.store(
+                keys,
+                self._attached,
+                pages,
+                stream=stream,
+                first_block=chain[0].first_block,
+                parent=chain[0].parent,
+                namespace=chain[0].namespace,
+            )
+            for extent in chain:
+                extent.stores.append(ticket.released)
+
+    def _store_blocks(self, seq: PagedSequence, begin: int, end: int, stream: object) -> None:
+        """Starts to store the sequence's blocks `[begin, end)`."""
+        keys = seq._keys.view()
+        ticket = self._engine.store(
+            keys[begin:end],
+            self._attached,
+            self._block_pages(seq, begin, end),
+            stream=stream,
+            first_block=begin,
+            parent=keys[begin - 1].tobytes() if begin else None,
+            namespace=seq._namespace,
+        )
+        for extent in seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)]:
+            extent.stores.append(ticket.released)
+
+    def _block_pages(self, seq: PagedSequence, begin: int, end: int) -> NDArray[np.int64]:
+        """Page ids of blocks `[begin, end)` as `Engine.store` takes them, int64 `[pages_per_block per block]`."""
+        pages = seq._pages.view()
+        if self._extent_blocks == 1:
+            pages = pages[begin * self._extent_pages : end * self._extent_pages]
+        else:
+            pages = pages[np.arange(begin, end) // self._extent_blocks]
+        return pages.astype(np.int64)
+
+    def _add_pages(self, seq: PagedSequence, shared: Seq[Extent], fresh: Seq[int]) -> None:
+        """Puts shared extents, then fresh pages behind what the sequence has."""
+        ids = [page for extent in shared for page in extent.pages]
+        seq._pages.replace(seq._pages.size, [*ids, *fresh])
+        seq._extents.extend(shared)
+        rest = list(fresh)
+        if seq._extents and len(last := seq._extents[-1].pages) < self._extent_pages:
+            room = self._extent_pages - len(last)
+            last.extend(rest[:room])
+            del rest[:room]
+        for at in range(0, len(rest), self._extent_pages):
+            seq._extents.append(Extent(rest[at : at + self._extent_pages], namespace=seq._namespace))
+
+    def _publish(self, seq: PagedSequence) -> None:
+        """Offers the extents that have become full of committed tokens."""
+        keys = seq._keys.view()
+        step = self._extent_blocks
+        for at in range(seq._published, seq.committed_tokens // self._extent_tokens):
+            extent = seq._extents[at]
+            if extent.key is None:
+                self._pool.publish(extent, keys[(at + 1) * step - 1].tobytes())
+                extent.block_keys = keys[at * step : (at + 1) * step].copy()
+                extent.first_block = at * step
+                extent.parent = keys[at * step - 1].tobytes() if at else None
+            seq._published = at + 1
+
+    def _extend_keys(self, seq: PagedSequence) -> None:
+        """Makes the keys of whole blocks that have none yet."""
+        have = seq._keys.size
+        tokens = seq._tokens.view()
+        if len(tokens) // self.block_tokens == have:
+            return
+        if have and seq._extra is None:
+            parent = seq._keys.view()[-1].tobytes()
+            more = block_keys(tokens[have * self.block_tokens :], self._config, seq._namespace, parent=parent)
+            seq._keys.replace(have, more)
+        else:
+            seq._keys.replace(0, block_keys(tokens, self._config, seq._namespace, seq._extra))
+
+    def _copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copies pages in the framework's memory, on its current stream."""
+        at = (slice(None),) * self._axes.index("P")
+        source = [pair[0] for pair in pairs]
+        target = [pair[1] for pair in pairs]
+        for tensor in self._tensors:
+            tensor[(*at, target)] = tensor[(*at, source)]
+
+    # --- what kernels take ----------------------------------------------------------------------------
+
+    def layer(self, index: int) -> Any:
+        """The tensor of one layer (of `pages`, the index-th), its shape as the class says."""
+        return self._tensors[index]
+
+    def seq_lens(self, seqs: Seq[PagedSequence]) -> NDArray[np.int32]:
+        """Tokens of each sequence, int32 `[num_seqs]`: vLLM's and FlashAttention's seq_lens / cache_seqlens."""
+        return np.array([seq.num_tokens for seq in seqs], np.int32)
+
+    def block_table(
+        self, seqs: Seq[PagedSequence], *, pad: int = 0, width: int | None = None
+    ) -> NDArray[np.int32]:
+        """Page ids of each sequence, int32 `[num_seqs, width]`: vLLM's and FlashAttention's block_table.
+
+        Args:
+            seqs: the batch.
+            pad: fills the rows behind a sequence's last page (kernels do not read it; seq_lens ends the row).
+            width: None is the longest sequence's; give one for a CUDA graph's fixed shape.
+
+        Raises:
+            ValueError: width is smaller than a sequence needs.
+        """
+        with self._lock:
+            sizes = [seq._pages.size for seq in seqs]
+            longest = max(sizes, default=0)
+            if width is not None and width < longest:
+                raise ValueError(f"width: {width}; a sequence has {longest} pages")
+            table = np.full((len(seqs), longest if width is None else width), pad, np.int32)
+            for row, seq, size in zip(table, seqs, sizes, strict=True):
+                row[:size] = seq._pages.view()
+            return table
+
+    def csr(self, seqs: Seq[PagedSequence]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """FlashInfer's paged-KV arrays (its page-table layout: indptr, indices, last_page_len).
+
+        Returns:
+            indptr int32 `[num_seqs + 1]`; indices int32 `[total_pages]`, the pages of sequence i at
+            `[indptr[i], indptr[i + 1])`; last_page_len int32 `[num_seqs]`, tokens in its last page, at least 1.
+        """
+        with self._lock:
+            indptr = np.zeros(len(seqs) + 1, np.int32)
+            np.cumsum([seq._pages.size for seq in seqs], out=indptr[1:])
+            views = [seq._pages.view() for seq in seqs]
+            indices = np.concatenate(views) if views else np.empty(0, np.int32)
+            return indptr, indices, (self.seq_lens(seqs) - 1) % np.int32(self.page_tokens) + 1
+
+    def slot_mapping(self, seqs: Seq[PagedSequence], *, begin: ArrayLike | None = None) -> NDArray[np.int64]:
+        """Where the KV of new tokens goes, sequence after sequence: `page * page_tokens + offset`, in tokens.
+
+        The argument of the same name of vLLM's reshape_and_cache (and of SGLang's out_cache_loc).
+
+        Args:
+            seqs: the batch.
+            begin: first new token of each sequence `[num_seqs]`; None: the first that is not committed.
+
+        Returns:
+            int64 `[total_new_tokens]`.
+
+        Raises:
+            ValueError: a begin outside its sequence, or one inside pages that others share.
+        """
+        with self._lock:
+            ends = self.seq_lens(seqs).astype(np.int64)
+            begins = np.array([s.committed_tokens for s in seqs] if begin is None else begin, np.int64)
+            if begins.shape != ends.shape or np.any(begins < 0) or np.any(begins > ends):
+                raise ValueError(f"begin: one position inside each of {len(seqs)} sequences is wanted")
+            page_tokens = self.page_tokens
+            counts = ends - begins
+            first = begins // page_tokens
+            pages = [s._pages.view()[f:] for s, f in zip(seqs, first, strict=True)]
+            sizes = np.array([len(p) for p in pages], np.int64)
+            flat = np.concatenate(pages).astype(np.int64) if pages else np.empty(0, np.int64)
+            # The position of every new token in its sequence, then its page's place in `flat`.
+            position = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
+            place = position // page_tokens + np.repeat(np.cumsum(sizes) - sizes - first, counts)
+            slots: NDArray[np.int64] = flat[place] * page_tokens + position % page_tokens
+            return slots
+
+    # --- the whole ------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None, *, stream: object = None) -> None:
+        """Stores every shareable block that the host does not have, and waits until others can hit them.
+
+        Raises:
+            TimeoutError: some stores still run.
+        """
+        with self._lock:
+            self._check_open()
+            extents = sorted(self._pool.shareable, key=lambda extent: -extent.first_block)
+            self._demote(extents, stream)
+        self._engine.flush(timeout)
+
+    def stats(self) -> PagedStats:
+        """Counts as of now. Does not wait, except for another thread's eviction."""
+        with self._lock:
+            pool = self._pool
+            known = self._device_tokens + self._host_tokens + self._missed_tokens
+            return PagedStats(
+                num_pages=pool.num_pages,
+                free_pages=pool.num_free,
+                used_pages=pool.num_used,
+                cached_pages=pool.num_cached,
+                quarantined_pages=pool.num_quarantined,
+                sequences=len(self._sequences),
+                prompt_tokens=self._prompt_tokens,
+                device_tokens=self._device_tokens,
+                host_tokens=self._host_tokens,
+                missed_tokens=self._missed_tokens,
+                loading_tokens=self._prompt_tokens - known,
+                evicted_pages=self._evicted_pages,
+                copied_pages=self._copied_pages,
+            )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Ends all sequences and detaches the pages; what only the device had is lost (`flush` keeps it).
+
+        Waits until no transfer touches the pages. Idempotent.
+
+        Raises:
+            TimeoutError: the pages must not be freed yet; call again.
+        """
+        with self._lock:
+            self._closed = True
+            for seq in self._sequences:
+                seq._open = False
+            self._sequences.clear()
+        self._attached.detach(timeout)
+
+    def __enter__(self) -> "PagedKVCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self, seq: PagedSequence | None = None) -> None:
+        if self._closed:
+            raise ClosedError("the paged cache is closed")
+        if seq is not None and not seq._open:
+            raise ClosedError("the sequence is closed")
+
+
+def _token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
+    tokens = np.asarray(token_ids)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(f"token_ids: one row of integers is wanted, not {tokens.dtype} {tokens.shape}")
+    limits = np.iinfo(np.int32)
+    if tokens.size and tokens.dtype != np.int32 and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+        raise ValueError("token_ids: a token id does not fit 32 bits")
+    return tokens.astype(np.int32)
+
+
+def _leading(mask: NDArray[np.bool_]) -> int:
+    """How many at the beginning are true."""
+    return len(mask) if mask.all() else int(mask.argmin())
+
+
+def _allocate(layout: KVLayout, num_pages: int, device: object) -> list[Any]:
+    """Zeroed torch tensors, one per layer (zeroed: kernels may read a page's unused end, and 0 * NaN is NaN)."""
+    import torch
+
+    if not isinstance(device, str):
+        raise ConfigError(f"device: {device!r}; to allocate, the name of a torch device is wanted")
+    dtype = getattr(torch, str(layout.dtype), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype: torch has no {layout.dtype!r}; give the tensors themselves (pages=...)")
+    extent = {"P": num_pages, "K": 2, "T": layout.page_tokens, "H": layout.num_kv_heads, "D": layout.head_dim}
+    shape = [extent[axis] for axis in "P" + layout.page_order]
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]
