@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "boxes.h"
+
 #include "kvtier/core/types.h"
 #include "kvtier/engine/rank_worker.h"
 
@@ -28,7 +29,8 @@ Status status_of(const StatusTuple& tuple) {
 }
 
 StatusTuple tuple_of(const Status& status) {
-  return {std::string(to_string(status.code())), status.native_code(), status.is_ok() ? "" : status.message()};
+  return {std::string(to_string(status.code())), status.native_code(),
+          status.is_ok() ? "" : status.message()};
 }
 
 template <typename Value>
@@ -54,9 +56,9 @@ py::dict arena_of(const EngineBox& box) {
 
 py::tuple grant_tuple(const std::shared_ptr<EngineBox>& box, Grant grant) {
   const auto* slots = reinterpret_cast<const std::uint32_t*>(grant.slots.data());
-  auto arrays = py::make_tuple(grant.id, array_of(grant.blocks.data(), grant.blocks.size()),
-                               array_of(slots, grant.slots.size()));
-  return py::make_tuple(arrays[0], arrays[1], arrays[2], std::make_shared<TicketBox>(box, std::move(grant.ticket)));
+  return py::make_tuple(grant.id, array_of(grant.blocks.data(), grant.blocks.size()),
+                        array_of(slots, grant.slots.size()),
+                        std::make_shared<TicketBox>(box, std::move(grant.ticket)));
 }
 
 py::tuple grant_store(const std::shared_ptr<EngineBox>& box, std::uint16_t group, std::uint32_t num_parts,
@@ -68,8 +70,8 @@ py::tuple grant_store(const std::shared_ptr<EngineBox>& box, std::uint16_t group
   request.first_block = first_block;
   if (parent) request.parent = key_of(*parent);
   request.name_space = name_space;
-  return grant_tuple(box,
-                     take(without_gil([&] { return engine.grant_store(GroupId{group}, request, num_parts); })));
+  return grant_tuple(
+      box, take(without_gil([&] { return engine.grant_store(GroupId{group}, request, num_parts); })));
 }
 
 py::tuple grant_load(const std::shared_ptr<EngineBox>& box, std::uint16_t group, std::uint32_t num_parts,
@@ -78,7 +80,8 @@ py::tuple grant_load(const std::shared_ptr<EngineBox>& box, std::uint16_t group,
   LoadRequest request;
   request.keys = keys_of(keys);
   request.first_block = first_block;
-  return grant_tuple(box, take(without_gil([&] { return engine.grant_load(GroupId{group}, request, num_parts); })));
+  return grant_tuple(
+      box, take(without_gil([&] { return engine.grant_load(GroupId{group}, request, num_parts); })));
 }
 
 void finish_part(const EngineBox& box, std::uint64_t grant_id, const StatusTuple& status, bool drained) {
@@ -99,7 +102,8 @@ struct WorkerBox {
     bool over = false;
     if (!anchor->origin.inherited()) {
       over = without_gil([this] {
-        if (worker->close(std::chrono::steady_clock::now() + kDestructorPatience).code() == StatusCode::timeout) {
+        if (worker->close(std::chrono::steady_clock::now() + kDestructorPatience).code() ==
+            StatusCode::timeout) {
           return false;
         }
         worker.reset();
@@ -122,9 +126,8 @@ struct WorkerBox {
   std::unordered_map<const Pages*, py::object> owners;
 };
 
-std::shared_ptr<WorkerBox> make_worker(std::vector<GroupSpec> groups, std::uint32_t rank, unsigned copy_threads) {
+std::shared_ptr<WorkerBox> make_worker(std::vector<GroupSpec> groups, std::uint32_t rank) {
   auto box = std::make_shared<WorkerBox>();
-  box->anchor->copy_threads = copy_threads;
   box->worker = take(RankWorker::create(std::move(groups), rank));
   return box;
 }
@@ -132,7 +135,6 @@ std::shared_ptr<WorkerBox> make_worker(std::vector<GroupSpec> groups, std::uint3
 std::shared_ptr<PagesBox> attach(WorkerBox& box, std::shared_ptr<Device> device, std::uint16_t group,
                                  const std::vector<TensorTuple>& tensors, py::object owner) {
   RankWorker& worker = box.get();
-  if (!device) device = cpu_device(*box.anchor);
   std::vector<TensorView> views;
   for (const auto& [address, axes] : tensors) {
     TensorView view;
@@ -143,14 +145,16 @@ std::shared_ptr<PagesBox> attach(WorkerBox& box, std::shared_ptr<Device> device,
   auto pages = take(without_gil([&] { return worker.attach(device, GroupId{group}, views); }));
   box.owners.emplace(pages.get(), std::move(owner));
   auto& devices = box.anchor->devices;
-  if (std::find(devices.begin(), devices.end(), device) == devices.end()) devices.push_back(std::move(device));
+  if (std::find(devices.begin(), devices.end(), device) == devices.end())
+    devices.push_back(std::move(device));
   return std::make_shared<PagesBox>(box.anchor, std::move(pages));
 }
 
 void detach(WorkerBox& box, const PagesBox& pages, std::optional<double> timeout) {
   RankWorker& worker = box.get();
   Pages& native = pages.get();
-  check(wait_interruptibly(deadline_in(timeout), [&](Deadline slice) { return worker.detach(native, slice); }));
+  check(
+      wait_interruptibly(deadline_in(timeout), [&](Deadline slice) { return worker.detach(native, slice); }));
   box.owners.erase(&native);
 }
 
@@ -176,21 +180,24 @@ void close(WorkerBox& box, std::optional<double> timeout) {
 }
 
 std::shared_ptr<TicketBox> run(const WorkerBox& box, const PagesBox& pages, std::uint64_t id, bool is_store,
-                               const KeyOutcomes& outcomes, const PageArray& slots, const PageArray& page_ids,
-                               std::uintptr_t stream, std::uint32_t first_block, std::uint32_t layers_per_batch) {
+                               const py::array_t<std::uint8_t, py::array::c_style>& outcomes,
+                               const PageArray& slots, const PageArray& page_ids, std::uintptr_t stream,
+                               std::uint32_t first_block, std::uint32_t layers_per_batch) {
   RankWorker& worker = box.get();
   Pages& native = pages.get();
   const std::span<const PageId> slot_numbers = pages_of(slots);
   RankOrder order;
   order.id = id;
   order.direction = is_store ? Direction::store : Direction::load;
-  order.outcomes = {reinterpret_cast<const BlockOutcome*>(outcomes.data()), static_cast<std::size_t>(outcomes.size())};
+  order.outcomes = {reinterpret_cast<const BlockOutcome*>(outcomes.data()),
+                    static_cast<std::size_t>(outcomes.size())};
   order.slots = {reinterpret_cast<const SlotId*>(slot_numbers.data()), slot_numbers.size()};
   order.pages = pages_of(page_ids);
   order.stream = StreamHandle{stream};
   order.first_block = first_block;
   order.layers_per_batch = layers_per_batch;
-  return std::make_shared<TicketBox>(box.anchor, take(without_gil([&] { return worker.run(native, order); })));
+  return std::make_shared<TicketBox>(box.anchor,
+                                     take(without_gil([&] { return worker.run(native, order); })));
 }
 
 // [(id, status, drained)]
@@ -211,14 +218,16 @@ void bind_ranks(py::module_& m) {
         py::arg("keys").noconvert(), py::arg("first_block"), py::arg("parent"), py::arg("name_space"));
   m.def("grant_load", &grant_load, py::arg("engine"), py::arg("group"), py::arg("num_parts"),
         py::arg("keys").noconvert(), py::arg("first_block"));
-  m.def("finish_part", &finish_part, py::arg("engine"), py::arg("grant_id"), py::arg("status"), py::arg("drained"));
+  m.def("finish_part", &finish_part, py::arg("engine"), py::arg("grant_id"), py::arg("status"),
+        py::arg("drained"));
 
   py::class_<WorkerBox, std::shared_ptr<WorkerBox>>(m, "RankWorker")
-      .def(py::init(&make_worker), py::kw_only(), py::arg("groups"), py::arg("rank"), py::arg("copy_threads"))
-      .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
+      .def(py::init(&make_worker), py::kw_only(), py::arg("groups"), py::arg("rank"))
+      .def("attach", &attach, py::arg("device").none(false), py::arg("group"), py::arg("tensors"),
+           py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
-      .def("join", &join, py::kw_only(), py::arg("chunk_bytes"), py::arg("classes"), py::arg("class_of_group"),
-           py::arg("fd"))
+      .def("join", &join, py::kw_only(), py::arg("chunk_bytes"), py::arg("classes"),
+           py::arg("class_of_group"), py::arg("fd"))
       .def("leave", &leave, py::arg("timeout"))
       .def("run", &run, py::arg("pages"), py::kw_only(), py::arg("id"), py::arg("is_store"),
            py::arg("outcomes").noconvert(), py::arg("slots").noconvert(), py::arg("page_ids").noconvert(),

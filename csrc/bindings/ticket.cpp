@@ -13,7 +13,8 @@ void wait(const TicketBox& ticket, Moment moment, std::optional<double> timeout)
 
 py::array_t<std::uint8_t> outcomes(const TicketBox& ticket) {
   const std::vector<BlockOutcome> values = ticket.get().outcomes();
-  return {static_cast<py::ssize_t>(values.size()), reinterpret_cast<const std::uint8_t*>(values.data())};
+  return py::array_t<std::uint8_t>(static_cast<py::ssize_t>(values.size()),
+                                   reinterpret_cast<const std::uint8_t*>(values.data()));
 }
 
 void wait_stream(const TicketBox& ticket, std::uintptr_t stream) {

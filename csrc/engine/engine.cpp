@@ -14,6 +14,9 @@ EngineImpl::EngineImpl(EngineConfig config, HostTier::Options options)
       clock_(config_.clock ? config_.clock : std::make_shared<const SteadyClock>()),
       tier_(options) {}
 
+// The arena's thread calls back until it is joined: that must be before mutex_ and tier_ go.
+EngineImpl::~EngineImpl() { arena_.reset(); }
+
 Status EngineImpl::start() {
   HostMemory& memory = config_.memory != nullptr ? *config_.memory : linux_host_memory();
   Result<std::unique_ptr<Arena>> arena = Arena::create(

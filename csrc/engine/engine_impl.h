@@ -80,6 +80,7 @@ struct Operation {
 class EngineImpl {
  public:
   EngineImpl(EngineConfig config, HostTier::Options options);
+  ~EngineImpl();
   Status start();
 
   Result<std::shared_ptr<Pages>> attach(std::shared_ptr<Device> device, GroupId group,
