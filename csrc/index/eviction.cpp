@@ -5,17 +5,26 @@
 #include "kvtier/core/status.h"
 
 namespace kvtier {
+namespace {
+
+// std::*_heap keep the greatest in front; we want the oldest.
+constexpr auto kYoungerFirst = [](const auto& a, const auto& b) { return a.last_use > b.last_use; };
+
+constexpr std::uint64_t kUseMask = (std::uint64_t{1} << 62) - 1;  // that many uses outlast any machine
+
+}  // namespace
 
 LruPolicy::LruPolicy(std::size_t capacity) {
   nodes_.reserve(capacity + 1);
-  nodes_.push_back({0, 0});
+  nodes_.emplace_back();
 }
 
-void LruPolicy::link_youngest(std::uint32_t at) {
-  const std::uint32_t youngest = nodes_[0].older;
-  nodes_[at] = {youngest, 0};
-  nodes_[youngest].younger = at;
-  nodes_[0].older = at;
+void LruPolicy::link_behind(std::uint32_t at, std::uint32_t older) {
+  const std::uint32_t younger = nodes_[older].younger;
+  nodes_[at].older = older;
+  nodes_[at].younger = younger;
+  nodes_[older].younger = at;
+  nodes_[younger].older = at;
 }
 
 void LruPolicy::unlink(std::uint32_t at) {
@@ -23,35 +32,80 @@ void LruPolicy::unlink(std::uint32_t at) {
   nodes_[nodes_[at].younger].older = nodes_[at].older;
 }
 
+// A waiting entry stays in the heap's array; drop_stale_waiting() skips it when it comes up.
+void LruPolicy::leave(EntryId id) {
+  if (where(node(id)) == Where::list) unlink(raw(id) + 1);
+  place(node(id), Where::nowhere);
+}
+
 void LruPolicy::insert(EntryId id) {
-  const std::uint32_t at = position(id);
-  if (at >= nodes_.size()) nodes_.resize(at + 1, Node{kNowhere, kNowhere});
-  KVTIER_CHECK(nodes_[at].older == kNowhere);
-  link_youngest(at);
-  ++size_;
+  const std::size_t at = std::size_t{raw(id)} + 1;
+  if (at >= nodes_.size()) nodes_.resize(at + 1);
+  Node& n = nodes_[at];
+  n.last_use = ++uses_ & kUseMask;
+  place(n, Where::list);
+  link_behind(raw(id) + 1, nodes_[0].older);
 }
 
 void LruPolicy::touch(EntryId id) {
-  KVTIER_CHECK(contains(id));
-  unlink(position(id));
-  link_youngest(position(id));
+  Node& n = node(id);
+  KVTIER_CHECK(where(n) != Where::nowhere);
+  if (where(n) == Where::held) {
+    n.last_use = ++uses_ & kUseMask;
+    return;
+  }
+  leave(id);
+  insert(id);
+}
+
+void LruPolicy::hold(EntryId id) {
+  KVTIER_CHECK(where(node(id)) == Where::list || where(node(id)) == Where::heap);
+  leave(id);
+  place(node(id), Where::held);
+}
+
+void LruPolicy::let_go(EntryId id) {
+  Node& n = node(id);
+  KVTIER_CHECK(where(n) == Where::held);
+  const std::uint32_t oldest = nodes_[0].younger;
+  const std::uint32_t youngest = nodes_[0].older;
+  if (oldest == 0 || n.last_use < nodes_[oldest].last_use) {
+    place(n, Where::list);
+    link_behind(raw(id) + 1, 0);
+  } else if (n.last_use > nodes_[youngest].last_use) {
+    place(n, Where::list);
+    link_behind(raw(id) + 1, youngest);
+  } else {
+    place(n, Where::heap);
+    waiting_.push_back({n.last_use, id});
+    std::push_heap(waiting_.begin(), waiting_.end(), kYoungerFirst);
+  }
 }
 
 void LruPolicy::erase(EntryId id) {
-  KVTIER_CHECK(contains(id));
-  unlink(position(id));
-  nodes_[position(id)] = {kNowhere, kNowhere};
-  --size_;
+  KVTIER_CHECK(where(node(id)) != Where::nowhere);
+  leave(id);
 }
 
-std::optional<EntryId> LruPolicy::victim(const MayEvict& may_evict) {
-  const std::uint32_t candidates = std::min(size_, kMaxSearch);
-  for (std::uint32_t seen = 0; seen < candidates; ++seen) {
-    const EntryId oldest{nodes_[0].younger - 1};
-    if (may_evict(oldest)) return oldest;
-    touch(oldest);
+void LruPolicy::drop_stale_waiting() {
+  while (!waiting_.empty()) {
+    const Waiting& oldest = waiting_.front();
+    const Node& n = node(oldest.id);
+    if (where(n) == Where::heap && n.last_use == oldest.last_use) return;
+    std::pop_heap(waiting_.begin(), waiting_.end(), kYoungerFirst);
+    waiting_.pop_back();
   }
-  return std::nullopt;
+}
+
+std::optional<EntryId> LruPolicy::victim() {
+  drop_stale_waiting();
+  const std::uint32_t oldest = nodes_[0].younger;
+  const bool listed = oldest != 0;
+  if (!waiting_.empty() && (!listed || waiting_.front().last_use < nodes_[oldest].last_use)) {
+    return waiting_.front().id;
+  }
+  if (!listed) return std::nullopt;
+  return EntryId{oldest - 1};
 }
 
 }  // namespace kvtier

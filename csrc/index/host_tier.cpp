@@ -23,23 +23,28 @@ HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, Name
   }
   Class& tier_class = classes_[class_of(group)];
   std::optional<SlotId> slot = tier_class.slots.take();
-  if (!slot && evict_one(tier_class, parent)) slot = tier_class.slots.take();
+  if (!slot) {
+    // The parent has no child yet to hold it, and must not be the victim of its own child.
+    const bool hold_parent = parent != nullptr && tracked(*parent) && evictable(*parent);
+    if (hold_parent) class_for(*parent).policy->hold(index_.id(*parent));
+    if (evict_one(tier_class)) slot = tier_class.slots.take();
+    if (hold_parent) class_for(*parent).policy->let_go(index_.id(*parent));
+  }
   if (!slot) return {ReserveOutcome::declined, nullptr};
 
   Entry& entry = index_.insert(key, group);
   entry.name_space = name_space;
   entry.depth = depth;
   entry.slot = *slot;
-  if (parent != nullptr) index_.set_parent(entry, *parent);
+  if (parent != nullptr) {
+    if (leaf_first_ && tracked(*parent) && evictable(*parent)) class_for(*parent).policy->hold(index_.id(*parent));
+    index_.set_parent(entry, *parent);
+  }
   return {ReserveOutcome::reserved, &entry};
 }
 
-bool HostTier::evict_one(Class& tier_class, const Entry* spared) {
-  const auto may_evict = [this, spared](EntryId id) {
-    const Entry& entry = index_.at(id);
-    return entry.pins == 0 && &entry != spared && (!leaf_first_ || entry.children == 0);
-  };
-  const std::optional<EntryId> victim = tier_class.policy->victim(may_evict);
+bool HostTier::evict_one(Class& tier_class) {
+  const std::optional<EntryId> victim = tier_class.policy->victim();
   if (!victim) return false;
   KVTIER_CHECK(index_.at(*victim).state == SlotState::ready && index_.at(*victim).pins == 0);
   drop(index_.at(*victim));
@@ -56,6 +61,8 @@ bool HostTier::commit(Entry& entry) {
   entry.state = SlotState::ready;
   class_for(entry).slots.step(entry.slot, SlotState::ready);
   class_for(entry).policy->insert(index_.id(entry));
+  // Children may have been reserved, even committed, before their parent's own copy was over.
+  if (!evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
   return true;
 }
 
@@ -79,6 +86,7 @@ void HostTier::release_quarantined(Entry& entry) {
 
 void HostTier::pin(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::ready);
+  if (tracked(entry) && evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
   if (entry.pins++ == 0) ++pinned_blocks_;
   ++pins_;
 }
@@ -88,7 +96,11 @@ void HostTier::unpin(Entry& entry) {
   --pins_;
   if (--entry.pins > 0) return;
   --pinned_blocks_;
-  if (entry.state == SlotState::leaving) free_slot(entry);
+  if (entry.state == SlotState::leaving) {
+    free_slot(entry);
+  } else if (tracked(entry) && evictable(entry)) {
+    class_for(entry).policy->let_go(index_.id(entry));
+  }
 }
 
 void HostTier::touch(Entry& entry) {
@@ -111,7 +123,10 @@ void HostTier::drop(Entry& entry) {
 void HostTier::free_slot(Entry& entry) {
   class_for(entry).slots.step(entry.slot, SlotState::free);
   entry.state = SlotState::free;
-  index_.erase(entry);
+  Entry* parent = index_.erase(entry);  // non-null: it was its last child
+  if (leaf_first_ && parent != nullptr && tracked(*parent) && evictable(*parent)) {
+    class_for(*parent).policy->let_go(index_.id(*parent));
+  }
 }
 
 double HostTier::bytes_per_block() const {

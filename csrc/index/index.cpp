@@ -82,28 +82,28 @@ void Index::unlink(Entry& entry) {
 }
 
 void Index::set_parent(Entry& child, Entry& parent) {
-  release_parent(child);
+  KVTIER_CHECK(child.parent == kEmpty);
   child.parent = raw(id(parent));
   parent_generations_[raw(id(child))] = parent.generation;
   ++parent.children;
 }
 
-void Index::release_parent(Entry& child) {
-  if (child.parent == kEmpty) return;
+Entry* Index::release_parent(Entry& child) {
+  if (child.parent == kEmpty) return nullptr;
   Entry& parent = entries_[child.parent];
-  if (parent.generation == parent_generations_[raw(id(child))]) {
-    KVTIER_CHECK(parent.children > 0);
-    --parent.children;
-  }
   child.parent = kEmpty;
+  if (parent.generation != parent_generations_[raw(id(child))]) return nullptr;
+  KVTIER_CHECK(parent.children > 0);
+  return --parent.children == 0 ? &parent : nullptr;
 }
 
-void Index::erase(Entry& entry) {
+Entry* Index::erase(Entry& entry) {
   KVTIER_CHECK(!entry.linked);
-  release_parent(entry);
+  Entry* parent = release_parent(entry);
   ++entry.generation;  // children that still name this record no longer count on it
   free_records_.push_back(raw(id(entry)));
   --size_;
+  return parent;
 }
 
 double Index::bytes_per_entry() const {

@@ -1,9 +1,8 @@
 // EvictionPolicy: decides which block goes when a slot is needed. It decides and never acts.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -13,59 +12,71 @@ namespace kvtier {
 enum class EntryId : std::uint32_t {};
 constexpr std::uint32_t raw(EntryId id) { return static_cast<std::uint32_t>(id); }
 
+// Every tracked entry is *evictable* or *held* (pinned, or a younger block hangs on it). Holding and letting
+// go is no use of the entry: its age stays.
+//
 // Threads: none of its own; guarded by its owner. Memory: bounded by the highest EntryId seen.
 class EvictionPolicy {
  public:
-  // Whether a candidate may go: not pinned, and no child would outlive it.
-  using MayEvict = std::function<bool(EntryId)>;
-
   virtual ~EvictionPolicy() = default;
 
-  // A block became ready. Requires that it is not in here.
+  // A block became ready, just now; evictable.
   virtual void insert(EntryId id) = 0;
-  // It was used. Requires that it is in here.
+  // It was used.
   virtual void touch(EntryId id) = 0;
-  // It left, for whatever reason. Requires that it is in here.
+  // Requires an entry that is evictable, or held, respectively.
+  virtual void hold(EntryId id) = 0;
+  virtual void let_go(EntryId id) = 0;
+  // It left, for whatever reason.
   virtual void erase(EntryId id) = 0;
-  // The block to evict next; it stays until erase(). nullopt when no candidate may go, or none was found
-  // within a bounded search (a later call goes on from there).
-  virtual std::optional<EntryId> victim(const MayEvict& may_evict) = 0;
+  // The block to evict next; it stays until erase(). nullopt when every entry is held.
+  virtual std::optional<EntryId> victim() = 0;
 };
 
-// Least recently used. A candidate that may not go (it is in use, or a child hangs on it) is moved to the
-// young end, so that the next search does not meet it again. A prompt whose head is older than its tail
-// therefore gets younger when it is searched: who inserts and touches tail first (Engine does) has neither
-// that nor the search.
+// Least recently used, exactly: the victim is the evictable entry whose last use is longest ago.
+//
+// Evictable entries stand in a list ordered by last use. An entry that is let go may belong anywhere in
+// it: mostly at an end (a parent whose last child went is next in line; a pin was just used), else it waits
+// in a heap beside the list, and the victim is the older of the list's oldest and the heap's. So every
+// operation is O(1) but for entries that were let go out of order, O(log of how many there are).
 class LruPolicy final : public EvictionPolicy {
  public:
   // Links for `capacity` records are reserved now, so that insert() never allocates.
   explicit LruPolicy(std::size_t capacity);
   void insert(EntryId id) override;
   void touch(EntryId id) override;
+  void hold(EntryId id) override;
+  void let_go(EntryId id) override;
   void erase(EntryId id) override;
-  std::optional<EntryId> victim(const MayEvict& may_evict) override;
-
-  // Candidates looked at by one call of victim(): about 100 us under the engine mutex.
-  static constexpr std::uint32_t kMaxSearch = 8192;
-  // Links per block: what index_bytes_per_block counts for this policy.
-  static constexpr std::size_t kBytesPerEntry = 8;
+  std::optional<EntryId> victim() override;
 
  private:
-  static constexpr std::uint32_t kNowhere = 0xffffffffU;  // in both links of a block that is not in the list
-
+  enum class Where : std::uint8_t { nowhere, list, heap, held };
   struct Node {
-    std::uint32_t older;
-    std::uint32_t younger;
+    std::uint32_t older = 0;
+    std::uint32_t younger = 0;
+    std::uint64_t last_use : 62 = 0;  // a count of uses, not a time
+    std::uint64_t where : 2 = 0;
   };
-  void link_youngest(std::uint32_t at);
-  void unlink(std::uint32_t at);
-  bool contains(EntryId id) const {
-    return position(id) < nodes_.size() && nodes_[position(id)].older != kNowhere;
-  }
-  std::uint32_t position(EntryId id) const { return raw(id) + 1; }  // node 0 is the sentinel
+  struct Waiting {
+    std::uint64_t last_use;
+    EntryId id;
+  };
 
-  std::vector<Node> nodes_;  // sentinel.younger is the oldest, sentinel.older the youngest
-  std::uint32_t size_ = 0;
+  Node& node(EntryId id) { return nodes_[raw(id) + 1]; }  // node 0 is the sentinel
+  static Where where(const Node& n) { return static_cast<Where>(n.where); }
+  static void place(Node& n, Where where) { n.where = static_cast<std::uint64_t>(where) & 3U; }
+  void link_behind(std::uint32_t at, std::uint32_t older);
+  void unlink(std::uint32_t at);
+  void leave(EntryId id);
+  void drop_stale_waiting();
+
+  std::vector<Node> nodes_;      // sentinel.younger is the oldest, sentinel.older the youngest
+  std::vector<Waiting> waiting_;  // a heap, oldest first; entries that left it meanwhile are skipped
+  std::uint64_t uses_ = 0;
+
+ public:
+  static constexpr std::size_t kBytesPerEntry = sizeof(Node);  // what index_bytes_per_block counts
 };
 
 }  // namespace kvtier

@@ -82,9 +82,11 @@ class HostTier {
     SlotPool slots;
     std::unique_ptr<EvictionPolicy> policy;
   };
-  // Never `spared` (or none if null): the parent of what the slot is for, which has no child yet to hold it.
-  bool evict_one(Class& tier_class, const Entry* spared);
+  bool evict_one(Class& tier_class);
   void free_slot(Entry& entry);
+  // Whether the policy knows it, and whether it may name it as a victim (else it is held).
+  bool tracked(const Entry& entry) const { return entry.linked && entry.state == SlotState::ready; }
+  bool evictable(const Entry& entry) const { return entry.pins == 0 && (!leaf_first_ || entry.children == 0); }
   Class& class_for(const Entry& entry) { return classes_[class_of(entry.group)]; }
 
   std::vector<std::size_t> class_of_group_;

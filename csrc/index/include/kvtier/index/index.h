@@ -52,8 +52,8 @@ class Index {
   Entry& insert(const BlockKey& key, GroupId group);
   // Makes it unfindable, so that its key may be inserted anew.
   void unlink(Entry& entry);
-  // Ends an unlinked entry; its record may be reused.
-  void erase(Entry& entry);
+  // Ends an unlinked entry; its record may be reused. Returns its parent if that has no child any more.
+  Entry* erase(Entry& entry);
 
   // The parent counts this child until the child is erased. Entries hold the child -> parent link by id and
   // generation, so that a parent that went first is never mistaken for its record's next user.
@@ -82,7 +82,7 @@ class Index {
   std::uint64_t hash(const BlockKey& key, GroupId group) const;
   std::size_t home(std::uint64_t h) const { return static_cast<std::size_t>(h) & mask_; }
   static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
-  void release_parent(Entry& child);
+  Entry* release_parent(Entry& child);
 
   std::vector<Entry> entries_;
   std::vector<std::uint32_t> parent_generations_;
