@@ -8,7 +8,7 @@ cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # Folders too: their times change when a file comes or goes.
 native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
 
-.PHONY: help setup build demo test test-cpp test-py asan tsan lint lint-py lint-cpp tidy stubs stubs-check format wheel clean
+.PHONY: help setup build demo test test-cpp test-py asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench wheel clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -47,6 +47,10 @@ format: setup  ## formats Python and C++ in place
 	ruff check --fix-only --quiet .
 	ruff format .
 	clang-format -i $(cpp_files)
+
+bench: build  ## the benchmarks that need no GPU, each beside this machine's own limit
+	kvtier bench index
+	kvtier bench copy
 
 wheel: setup  ## a wheel, into dist/
 	pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

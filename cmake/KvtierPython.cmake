@@ -13,7 +13,8 @@ endif()
 set(PYBIND11_FINDPYTHON ON)
 find_package(pybind11 CONFIG REQUIRED)
 
-pybind11_add_module(_core MODULE ${kvtier_binding_sources})
+# NO_EXTRAS: its link-time optimisation would cover the bindings only, and gcc warns there about its own code.
+pybind11_add_module(_core MODULE NO_EXTRAS ${kvtier_binding_sources})
 target_link_libraries(_core PRIVATE kvtier_flags kvtier::engine)
 install(TARGETS _core LIBRARY DESTINATION kvtier)
 if(NOT SKBUILD)

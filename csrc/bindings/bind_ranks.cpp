@@ -35,7 +35,7 @@ StatusTuple tuple_of(const Status& status) {
 
 template <typename Value>
 py::array_t<Value> array_of(const Value* values, std::size_t count) {
-  return {static_cast<py::ssize_t>(count), values};
+  return py::array_t<Value>(static_cast<py::ssize_t>(count), values);
 }
 
 // --- the keeper ---

@@ -48,10 +48,10 @@ std::shared_ptr<Device> cpu_device(EngineBox& box) {
   return box.cpu;
 }
 
-std::shared_ptr<PagesBox> attach(const Box& box, std::shared_ptr<Device> device, std::uint16_t group,
+std::shared_ptr<PagesBox> attach(const Box& box, std::optional<std::shared_ptr<Device>> given, std::uint16_t group,
                                  const std::vector<TensorTuple>& tensors, py::object owner) {
   Engine& engine = box->get();
-  if (!device) device = cpu_device(*box);
+  std::shared_ptr<Device> device = given ? std::move(*given) : cpu_device(*box);
   std::vector<TensorView> views;
   for (const auto& [address, axes] : tensors) {
     TensorView view;

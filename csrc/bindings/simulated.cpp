@@ -1,4 +1,4 @@
-// SimulatedDevice for Python tests. Kernels are Python callables or byte moves that need no GIL.
+// SimulatedDevice for Python tests. Its kernels are Python callables.
 #include "kvtier/platform/simulated_device.h"
 
 #include "common.h"
@@ -63,16 +63,6 @@ void launch(const Simulated& device, std::uintptr_t stream, py::function functio
   without_gil([&] { device->launch(StreamHandle{stream}, [k = std::move(kernel)] { k->run(); }); });
 }
 
-// A kernel that copies `bytes` from one address to another when it runs. Both must stay valid until then.
-void launch_copy(const Simulated& device, std::uintptr_t stream, std::uintptr_t to, std::uintptr_t from,
-                 std::size_t bytes) {
-  without_gil([&] {
-    device->launch(StreamHandle{stream}, [to, from, bytes] {
-      std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
-    });
-  });
-}
-
 Simulated make(std::uint64_t seed, int ordinal, std::uint32_t max_delay_us, std::uint32_t patience_us,
                bool relaxed_capture) {
   SimulatedOptions options;
@@ -108,7 +98,6 @@ void bind_simulated(py::module_& m) {
              return static_cast<std::uintptr_t>(without_gil([&] { return device->create_framework_stream(); }));
            })
       .def("launch", &launch, stream, py::arg("function"))
-      .def("launch_copy", &launch_copy, stream, py::arg("to"), py::arg("from"), py::arg("bytes"))
       .def(
           "host_synchronize",
           [](const Simulated& device, std::uintptr_t s) {

@@ -47,6 +47,7 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(evictions);
   KVTIER_FIELD(drops);
   KVTIER_FIELD(health);
+  KVTIER_FIELD(arena_problem);
 #undef KVTIER_FIELD
   return d;
 }

@@ -7,7 +7,7 @@ namespace kvtier {
 namespace {
 
 constexpr std::size_t kMaxGroups = 64;
-constexpr std::uint64_t kMaxSlotsPerClass = std::uint64_t{1} << 31;
+constexpr std::uint64_t kMaxSlots = std::uint64_t{1} << 31;  // of all classes: EntryId has 32 bits
 constexpr std::uint64_t kMaxHostBytes = std::uint64_t{1} << 46;
 
 // Groups whose slots have the same stride share a size class. Ordered, so every process agrees.
@@ -51,8 +51,9 @@ ArenaGeometry EngineConfig::geometry() const {
   const std::uint64_t blocks = host_bytes / bytes_of_one_block_each(groups);
   ArenaGeometry geometry;
   geometry.chunk_bytes = chunk_bytes;
-  for (const auto& [stride, count] : groups_by_stride(groups)) {
-    const std::uint64_t slots = std::min(blocks * count, kMaxSlotsPerClass);
+  const std::map<std::uint64_t, std::uint32_t> classes = groups_by_stride(groups);
+  for (const auto& [stride, count] : classes) {
+    const std::uint64_t slots = std::min(blocks * count, kMaxSlots / classes.size());
     geometry.classes.push_back({stride, static_cast<std::uint32_t>(slots)});
   }
   return geometry;

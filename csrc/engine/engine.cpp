@@ -29,7 +29,9 @@ Status EngineImpl::start() {
       [this](const Status& status) {
         // What was prefaulted serves on; the tier is only smaller than it was asked to be.
         MutexLock lock(mutex_);
-        if (counters_.arena_problem.empty()) counters_.arena_problem = status.message();
+        if (counters_.arena_problem.empty()) {
+          counters_.arena_problem = status.message().empty() ? "prefaulting failed" : status.message();
+        }
         idle_.notify_all();
       });
   if (!arena) return arena.status();
@@ -60,6 +62,7 @@ Result<std::shared_ptr<Pages>> EngineImpl::attach(std::shared_ptr<Device> device
     return Status::invalid_argument("group is " + std::to_string(raw(group)) + "; allowed: 0 to " +
                                     std::to_string(config_.groups.size() - 1));
   }
+  if (device == nullptr) return Status::invalid_argument("device is null");
   const GroupSpec& spec = config_.groups[raw(group)];
   if (spec.num_stripes > 1) {
     return Status::unsupported("group '" + spec.name + "' has one stripe per rank: its pages are attached by workers");
@@ -170,7 +173,6 @@ Status EngineImpl::close(Deadline deadline) {
   {
     MutexLock lock(mutex_);
     closing_ = true;
-    if (closed_) return Status::ok();
   }
   if (!wait_idle(deadline)) {
     return Status::timeout("close: transfers are still running; the engine takes no new work, and close() may be "
@@ -190,10 +192,9 @@ Status EngineImpl::close(Deadline deadline) {
   // No transfer runs and no call is under way: only waiters' and arena's threads are left, and these end
   // here, with mutex_ free, since their last callbacks take it.
   if (leak) {
-    // A device could not prove that its copies are over. The memory they may touch is never given back.
-    static_cast<void>(arena_.release());
-    static_cast<void>(new std::vector<AttachedDevice>(std::move(devices_)));
-    devices_.clear();
+    // A device could not prove that its copies are over. The memory they may touch is never given back, and
+    // nor is this object: the threads of the arena and of the transfers run on, and call back into it.
+    keep_for_ever(shared_from_this());
     return Status::ok();
   }
   for (AttachedDevice& attached : devices_) attached.transfers.reset();
@@ -201,6 +202,14 @@ Status EngineImpl::close(Deadline deadline) {
   devices_.clear();
   arena_.reset();
   return Status::ok();
+}
+
+void EngineImpl::keep_for_ever(std::shared_ptr<EngineImpl> engine) {
+  // In reach of a global, so that a leak checker tells it from a leak; never destroyed.
+  static Mutex& mutex = *new Mutex;
+  static auto& kept = *new std::vector<std::shared_ptr<EngineImpl>>;
+  MutexLock lock(mutex);
+  kept.push_back(std::move(engine));
 }
 
 bool EngineImpl::closed() {
@@ -241,10 +250,12 @@ class EngineHandle final : public Engine {
 
   ~EngineHandle() override {
     // Threads that a forked child does not have, or copies that will not end, may still use the inside:
-    // then it is never freed.
-    const bool over =
-        !impl_->in_forked_child() && impl_->close(std::chrono::steady_clock::now() + kDropTimeout).is_ok();
-    if (!over) static_cast<void>(new std::shared_ptr<EngineImpl>(impl_));
+    // then it is never freed. In the child without keep_for_ever(): its mutex may be locked for good.
+    if (impl_->in_forked_child()) {
+      static_cast<void>(new std::shared_ptr<EngineImpl>(impl_));
+      return;
+    }
+    if (!close(std::chrono::steady_clock::now() + kDropTimeout)) EngineImpl::keep_for_ever(impl_);
   }
 
   Result<std::shared_ptr<Pages>> attach(std::shared_ptr<Device> device, GroupId group,
@@ -301,7 +312,7 @@ class EngineHandle final : public Engine {
   Result<EngineStats> stats() override {
     return impl_->guarded([&] { return impl_->stats(); });
   }
-  Status close(Deadline deadline) override {
+  Status close(Deadline deadline) final {
     return impl_->guarded([&] { return impl_->close(deadline); });
   }
   bool closed() const override { return impl_->in_forked_child() || impl_->closed(); }
@@ -321,18 +332,20 @@ Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
   HostTier::Options options;
   for (const ArenaClass& size_class : geometry.classes) options.slots_per_class.push_back(size_class.num_slots);
   options.class_of_group = config.class_of_group();
-  if (config.hash_seed) {
-    options.hash_seed = *config.hash_seed;
-  } else {
-    std::random_device random;
-    options.hash_seed = (std::uint64_t{random()} << 32) | random();
-  }
   try {
+    if (config.hash_seed) {
+      options.hash_seed = *config.hash_seed;
+    } else {
+      std::random_device random;
+      options.hash_seed = (std::uint64_t{random()} << 32) | random();
+    }
     auto impl = std::make_shared<EngineImpl>(std::move(config), options);
     KVTIER_RETURN_IF_ERROR(impl->start());
     return std::shared_ptr<Engine>(std::make_shared<EngineHandle>(std::move(impl)));
   } catch (const std::bad_alloc&) {
     return Status::resource("no memory for the index of " + std::to_string(geometry.total_bytes()) + " host bytes");
+  } catch (const std::exception& error) {
+    return Status::internal(std::string("open: ") + error.what());
   }
 }
 

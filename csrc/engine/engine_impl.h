@@ -72,12 +72,14 @@ struct Operation {
   std::vector<EntryId> entries;        // reserved or pinned, in prompt order
   std::vector<std::uint32_t> blocks;   // the key that each entry stands for
   std::vector<SlotId> slots;           // and the slot it has
+  std::vector<EntryId> present;        // pinned by a store only while it reserves
   std::uint32_t parts_left = 1;
+  bool admitted = false;               // close(), detach() and flush() wait for it
   TransferOutcome outcome;
   bool entries_settled = false;  // by an ordering point that a test disabled
 };
 
-class EngineImpl {
+class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
  public:
   EngineImpl(EngineConfig config, HostTier::Options options);
   ~EngineImpl();
@@ -118,11 +120,13 @@ class EngineImpl {
       return f();
     } catch (const std::bad_alloc&) {
       return Status::resource("out of memory");
-    } catch (const std::logic_error& bug) {
+    } catch (const std::exception& bug) {
       mark_failed(bug.what());
       return Status::internal(bug.what());
     }
   }
+  // For threads, copies or children of fork() that may use the inside for ever.
+  static void keep_for_ever(std::shared_ptr<EngineImpl> engine);
 
  private:
   struct AttachedDevice {
@@ -151,8 +155,14 @@ class EngineImpl {
   Status admit(Operation& operation) KVTIER_REQUIRES(mutex_);
   Status begin_store(Operation& operation, const StoreRequest& request);
   Status begin_load(Operation& operation, const LoadRequest& request);
-  void finish_operation(const std::shared_ptr<Operation>& operation);
+  // Exactly once for every admitted operation, whatever happened: else close() would wait for ever.
+  void finish_operation(const std::shared_ptr<Operation>& operation) noexcept;
+  void fail_operation(const std::shared_ptr<Operation>& operation, const Status& why) noexcept;
+  // f() begins and submits. An exception in it ends the operation, if it was admitted, before it goes on.
+  template <typename F>
+  auto finished_if_thrown(const std::shared_ptr<Operation>& operation, F&& f) -> decltype(f());
   void settle_entries(Operation& operation);
+  void release_present(Operation& operation);
   void count(const Operation& operation) KVTIER_REQUIRES(mutex_);
   void submit(const std::shared_ptr<Operation>& operation, std::span<const PageId> pages, StreamHandle stream,
               std::uint32_t first_block, std::uint32_t layers_per_batch);

@@ -8,6 +8,7 @@ namespace {
 
 // Keys handled per hold of the mutex: about 100 us, so that a completion never waits long for a lookup.
 constexpr std::size_t kKeysPerHold = 4096;
+constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's now and this do not overflow
 
 }  // namespace
 
@@ -86,6 +87,7 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
   std::vector<std::vector<BlockState>> states(num_groups, std::vector<BlockState>(keys.size(), BlockState::miss));
   std::vector<std::vector<EntryId>> found(num_groups, std::vector<EntryId>(keys.size()));
   auto lease = std::make_shared<LeaseState>();
+  lease->pinned.reserve(num_groups * keys.size());  // nothing throws between the first pin and the last unpin
 
   // Everything that is ready is pinned first and what the prefix does not need is let go at the end, so
   // that nothing found early can be evicted while the rest is looked for.
@@ -120,8 +122,13 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
     }
   }
   KVTIER_RETURN_IF_ERROR(check_open());
-  if (ttl_us) lease->expires_us = clock_->now_us() + *ttl_us;
-  leases_.push_back(lease);
+  if (ttl_us) lease->expires_us = clock_->now_us() + std::min(*ttl_us, kLongestTtlUs);
+  try {
+    leases_.push_back(lease);
+  } catch (...) {
+    end_lease(*lease);
+    throw;
+  }
   return lease;
 }
 

@@ -60,22 +60,21 @@ std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, Group
 // From here on close(), detach() and flush() wait for the operation.
 Status EngineImpl::admit(Operation& operation) {
   KVTIER_RETURN_IF_ERROR(check_open());
-  if (operation.pages != nullptr) {
-    if (!operation.pages->attached_) return Status::closed("these pages are detached");
-    ++operation.pages->running_;
-  }
-  ++running_;
+  if (operation.pages != nullptr && !operation.pages->attached_) return Status::closed("these pages are detached");
   if (operation.direction == Direction::store) {
+    running_stores_.insert(stores_begun_);  // first: it may throw
     operation.store_number = stores_begun_++;
-    running_stores_.insert(operation.store_number);
   }
+  if (operation.pages != nullptr) ++operation.pages->running_;
+  ++running_;
+  operation.admitted = true;
   return Status::ok();
 }
 
 // Reserves a slot for every block that is not there, in prompt order: when slots run out the prefix is kept
 // and the rest declined, since a block without its parents is of no use.
 Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request) {
-  std::vector<EntryId> present;  // pinned while we reserve, so that no reservation evicts them
+  std::vector<EntryId>& present = operation.present;  // pinned, so that no reservation behind evicts them
   std::optional<EntryId> parent;
   NamespaceId name_space{};
   bool declined = false;
@@ -83,6 +82,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
     if (begin == 0) {
+      KVTIER_RETURN_IF_ERROR(check_open());
       name_space = intern(request.name_space);
       KVTIER_RETURN_IF_ERROR(admit(operation));
       if (counters_.health != "ok") {
@@ -132,13 +132,21 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
     }
     if (request.keys.empty()) break;
   }
-  MutexLock lock(mutex_);
-  for (std::size_t i = present.size(); i-- > 0;) {
-    Entry& entry = tier_.index().at(present[i]);
-    if (entry.linked) tier_.touch(entry);
-    tier_.unpin(entry);
-  }
+  release_present(operation);
   return Status::ok();
+}
+
+void EngineImpl::release_present(Operation& operation) {
+  std::vector<EntryId>& present = operation.present;
+  while (!present.empty()) {  // tail first: the tail becomes the oldest
+    MutexLock lock(mutex_);
+    for (std::size_t n = 0; n < kBlocksPerHold && !present.empty(); ++n) {
+      Entry& entry = tier_.index().at(present.back());
+      present.pop_back();
+      if (entry.linked) tier_.touch(entry);
+      tier_.unpin(entry);
+    }
+  }
 }
 
 Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) {
@@ -164,10 +172,14 @@ Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) 
     });
     if (request.keys.empty()) break;
   }
-  MutexLock lock(mutex_);
-  for (std::size_t i = operation.entries.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
-    Entry& entry = tier_.index().at(operation.entries[i]);
-    if (entry.linked) tier_.touch(entry);
+  for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first: the tail becomes the oldest
+    const std::size_t begin = end - std::min(kBlocksPerHold, end);
+    MutexLock lock(mutex_);
+    for (std::size_t i = end; i-- > begin;) {
+      Entry& entry = tier_.index().at(operation.entries[i]);
+      if (entry.linked) tier_.touch(entry);
+    }
+    end = begin;
   }
   return Status::ok();
 }
@@ -225,31 +237,31 @@ void EngineImpl::count(const Operation& operation) {
   }
 }
 
-void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) {
-  settle_entries(*operation);
-  const TransferOutcome& outcome = operation->outcome;
-  if (operation->pages != nullptr && !outcome.status) {
-    const Status health = operation->pages->device_->health();
-    if (!health) mark_failed("device " + operation->pages->device_->name() + ": " + health.message());
-  }
+void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) noexcept {
+  TransferOutcome& outcome = operation->outcome;
   Ticket& ticket = *operation->ticket;
-  if (!outcome.status) ticket.fail(outcome.status);
-  {
+  try {
+    settle_entries(*operation);
+    if (operation->pages != nullptr && !outcome.status) {
+      const Status health = operation->pages->device_->health();
+      if (!health) mark_failed("device " + operation->pages->device_->name() + ": " + health.message());
+    }
     MutexLock lock(mutex_);
     count(*operation);
-    if (!outcome.drained) {
-      ++undrained_;
-      if (operation->direction == Direction::store) {
-        counters_.quarantined_blocks += static_cast<std::uint32_t>(operation->entries.size());
-      }
+    if (!outcome.drained && operation->direction == Direction::store) {
+      counters_.quarantined_blocks += static_cast<std::uint32_t>(operation->entries.size());
     }
+  } catch (const std::exception& bug) {
+    fail_operation(operation, Status::internal(bug.what()));
   }
-  ticket.set_outcomes(operation->outcomes);
+  if (!outcome.status) ticket.fail(outcome.status);
+  ticket.set_outcomes(std::move(operation->outcomes));
   ticket.settle(Moment::released, outcome.drained ? Status::ok() : outcome.status);
   ticket.settle(Moment::ready);
 
   MutexLock lock(mutex_);
   --running_;
+  if (!outcome.drained) ++undrained_;
   if (operation->direction == Direction::store) running_stores_.erase(operation->store_number);
   if (operation->pages != nullptr) {
     if (outcome.drained) {
@@ -259,6 +271,38 @@ void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) {
     }
   }
   idle_.notify_all();
+}
+
+// A bug broke the bookkeeping: what is not known to be good has failed.
+void EngineImpl::fail_operation(const std::shared_ptr<Operation>& operation, const Status& why) noexcept {
+  for (BlockOutcome& outcome : operation->outcomes) {
+    if (outcome == BlockOutcome::running) outcome = BlockOutcome::failed;
+  }
+  if (operation->outcome.status) operation->outcome.status = why;
+  try {
+    mark_failed(why.message());
+  } catch (const std::exception&) {
+    // No memory to say so; the ticket does.
+  }
+}
+
+template <typename F>
+auto EngineImpl::finished_if_thrown(const std::shared_ptr<Operation>& operation, F&& f) -> decltype(f()) {
+  static const Status kNoMemory = Status::resource("out of memory before anything was submitted");
+  try {
+    return f();
+  } catch (...) {
+    // Nothing was submitted: Transfers::submit() throws only before that.
+    if (operation->admitted) {
+      release_present(*operation);
+      operation->outcome.status = kNoMemory;
+      for (BlockOutcome& outcome : operation->outcomes) {
+        if (outcome == BlockOutcome::running) outcome = BlockOutcome::failed;
+      }
+      finish_operation(operation);
+    }
+    throw;
+  }
 }
 
 // What each disabled ordering point would do wrong; see core/ordering.h. Nothing in production.
@@ -301,20 +345,21 @@ void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::span<c
     request.moves.push_back({arena_->slot(class_index, operation->slots[i]) + kSlotHeaderBytes,
                              block * spec.pages_per_block(), (first_block + block) % spec.blocks_per_page()});
   }
+  // A ticket may outlive the engine, but its transfer's events must not outlive their device.
+  struct WithDevice {
+    std::shared_ptr<Device> device;
+    std::shared_ptr<Transfer> transfer;
+  };
+  const auto held = std::make_shared<WithDevice>(WithDevice{target.device_, nullptr});
   if (any_ordering_disabled()) break_order_for_tests(operation);
+  // From here on nothing throws but submit(), and that only before anything was submitted.
   std::shared_ptr<Transfer> transfer =
       target.transfers_->submit(std::move(request), [this, operation](const TransferOutcome& outcome) {
-        try {
-          if (!operation->entries_settled) operation->outcome = outcome;
-          finish_operation(operation);
-        } catch (const std::exception& bug) {
-          mark_failed(bug.what());
-          operation->ticket->fail(Status::internal(bug.what()));
-          operation->ticket->settle(Moment::released, Status::internal(bug.what()));
-          operation->ticket->settle(Moment::ready);
-        }
+        if (!operation->entries_settled) operation->outcome = outcome;
+        finish_operation(operation);
       });
-  operation->ticket->set_transfer(std::move(transfer));
+  held->transfer = std::move(transfer);
+  operation->ticket->set_transfer(std::shared_ptr<Transfer>(held, held->transfer.get()));
 }
 
 Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreRequest& request) {
@@ -326,9 +371,11 @@ Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreReque
   const std::shared_ptr<Operation> operation = make_operation(Direction::store, pages.group(), request.keys.size());
   operation->pages = *target;
   const Call call(*this);
-  KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
-  submit(operation, request.pages, request.stream, request.first_block, 0);
-  return operation->ticket;
+  return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
+    KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
+    submit(operation, request.pages, request.stream, request.first_block, 0);
+    return operation->ticket;
+  });
 }
 
 Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest& request) {
@@ -345,18 +392,20 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
   const std::shared_ptr<Operation> operation = make_operation(Direction::load, pages.group(), request.keys.size());
   operation->pages = *target;
   const Call call(*this);
-  KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
-  if (request.layers_per_batch > 0 && operation->entries.size() < request.keys.size()) {
-    const std::size_t missing = request.keys.size() - operation->entries.size();
-    // Waiting for the layers of a block that is not there would be a wait for nothing: wrong bytes.
-    operation->outcome.status = Status::unsupported(
-        "a layer-wise load needs every block ready in the host tier; " + std::to_string(missing) + " of " +
-        std::to_string(request.keys.size()) + " are not");
-    finish_operation(operation);
-    return operation->outcome.status;
-  }
-  submit(operation, request.pages, request.stream, request.first_block, request.layers_per_batch);
-  return operation->ticket;
+  return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
+    KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+    if (request.layers_per_batch > 0 && operation->entries.size() < request.keys.size()) {
+      const std::size_t missing = request.keys.size() - operation->entries.size();
+      // Waiting for the layers of a block that is not there would be a wait for nothing: wrong bytes.
+      operation->outcome.status = Status::unsupported(
+          "a layer-wise load needs every block ready in the host tier; " + std::to_string(missing) + " of " +
+          std::to_string(request.keys.size()) + " are not");
+      finish_operation(operation);
+      return operation->outcome.status;
+    }
+    submit(operation, request.pages, request.stream, request.first_block, request.layers_per_batch);
+    return operation->ticket;
+  });
 }
 
 Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation, std::uint32_t num_parts) {
@@ -379,16 +428,20 @@ Result<Grant> EngineImpl::grant_store(GroupId group, const StoreRequest& request
   KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
   const std::shared_ptr<Operation> operation = make_operation(Direction::store, group, request.keys.size());
   const Call call(*this);
-  KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
-  return make_grant(operation, num_parts);
+  return finished_if_thrown(operation, [&]() -> Result<Grant> {
+    KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
+    return make_grant(operation, num_parts);
+  });
 }
 
 Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) {
   KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
   const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
   const Call call(*this);
-  KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
-  return make_grant(operation, num_parts);
+  return finished_if_thrown(operation, [&]() -> Result<Grant> {
+    KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+    return make_grant(operation, num_parts);
+  });
 }
 
 Status EngineImpl::check_grant(GroupId group, std::uint32_t num_parts) const {
@@ -411,6 +464,9 @@ Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& ou
     Operation& running = *found->second;
     if (running.outcome.status) running.outcome.status = outcome.status;
     running.outcome.drained = running.outcome.drained && outcome.drained;
+    if (!running.outcome.drained && running.outcome.status) {
+      running.outcome.status = Status::device("a rank cannot prove that its copies are over");
+    }
     if (--running.parts_left > 0) return Status::ok();
     operation = found->second;
     grants_.erase(found);

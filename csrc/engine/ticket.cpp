@@ -3,127 +3,146 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
 
+#include "kvtier/core/process.h"
+
 namespace kvtier {
 
-Ticket::Ticket(Direction direction, std::size_t num_blocks, bool has_disk)
-    : direction_(direction), has_disk_(has_disk), outcomes_(num_blocks, BlockOutcome::running) {}
+namespace {
 
-Ticket::~Ticket() {
-  if (done_fd_ >= 0) ::close(done_fd_);
+Status inherited_error() { return Status::closed("this ticket belongs to the parent process"); }
+
+}  // namespace
+
+Ticket::Ticket(Direction direction, std::size_t num_blocks, bool has_disk)
+    : direction_(direction),
+      has_disk_(has_disk),
+      num_blocks_(num_blocks),
+      born_in_(process_generation()),
+      state_(std::make_unique<State>()) {
+  state_->outcomes.assign(num_blocks, BlockOutcome::running);
 }
 
+Ticket::~Ticket() {
+  if (inherited()) {
+    // Destroying a condition variable that the parent waits on would wait here for ever.
+    static_cast<void>(state_.release());
+  } else if (state_->done_fd >= 0) {
+    ::close(state_->done_fd);
+  }
+}
+
+bool Ticket::inherited() const { return process_generation() != born_in_; }
+
 bool Ticket::settled(Moment moment) const {
-  MutexLock lock(mutex_);
+  if (inherited()) return true;
+  MutexLock lock(state_->mutex);
   switch (moment) {
-    case Moment::released: return released_;
-    case Moment::ready: return ready_;
+    case Moment::released: return state_->released;
+    case Moment::ready: return state_->ready;
     case Moment::durable: return false;
   }
   return false;
 }
 
 Status Ticket::wait(Moment moment, Deadline deadline) const {
+  if (inherited()) return inherited_error();
   if (moment == Moment::durable && !has_disk_) {
     return Status::unsupported("durable: this engine has no disk tier, so no block becomes durable");
   }
-  MutexLock lock(mutex_);
-  const bool& reached = moment == Moment::released ? released_ : ready_;
+  MutexLock lock(state_->mutex);
+  const bool& reached = moment == Moment::released ? state_->released : state_->ready;
   while (!reached) {
     if (!deadline) {
-      changed_.wait(lock);
-    } else if (!changed_.wait_until(lock, *deadline) && !reached) {
+      state_->changed.wait(lock);
+    } else if (!state_->changed.wait_until(lock, *deadline) && !reached) {
       return Status::timeout("the transfer is still running; it goes on");
     }
   }
-  return moment == Moment::released ? released_error_ : Status::ok();
+  return moment == Moment::released ? state_->released_error : Status::ok();
 }
 
 Status Ticket::failure() const {
-  MutexLock lock(mutex_);
-  return failure_;
+  if (inherited()) return inherited_error();
+  MutexLock lock(state_->mutex);
+  return state_->failure;
 }
 
 std::vector<BlockOutcome> Ticket::outcomes() const {
-  MutexLock lock(mutex_);
-  return outcomes_;
+  if (inherited()) return std::vector<BlockOutcome>(num_blocks_, BlockOutcome::failed);
+  MutexLock lock(state_->mutex);
+  return state_->outcomes;
 }
 
 std::size_t Ticket::valid_blocks() const {
-  MutexLock lock(mutex_);
-  std::size_t n = 0;
-  const auto valid = [](BlockOutcome outcome) {
-    return outcome == BlockOutcome::loaded || outcome == BlockOutcome::stored || outcome == BlockOutcome::present ||
-           outcome == BlockOutcome::pending;
+  const auto valid = [this](BlockOutcome outcome) {
+    if (direction_ == Direction::load) return outcome == BlockOutcome::loaded;
+    return outcome == BlockOutcome::stored || outcome == BlockOutcome::present || outcome == BlockOutcome::pending;
   };
-  while (n < outcomes_.size() && valid(outcomes_[n]) &&
-         (direction_ == Direction::store || outcomes_[n] == BlockOutcome::loaded)) {
-    ++n;
-  }
-  return n;
+  if (inherited()) return 0;
+  MutexLock lock(state_->mutex);
+  const std::vector<BlockOutcome>& all = state_->outcomes;
+  return static_cast<std::size_t>(std::find_if_not(all.begin(), all.end(), valid) - all.begin());
 }
 
-Status Ticket::wait_stream(StreamHandle stream) const {
+Status Ticket::order(StreamHandle stream, std::optional<std::uint32_t> layer) const {
+  if (inherited()) return inherited_error();
   std::shared_ptr<Transfer> transfer;
   {
-    MutexLock lock(mutex_);
-    transfer = transfer_;
-    if (!transfer) return failure_;
+    MutexLock lock(state_->mutex);
+    transfer = state_->transfer;
+    if (!transfer) return state_->failure;
   }
-  return transfer->wait_stream(stream);
+  return layer ? transfer->wait_layer(*layer, stream) : transfer->wait_stream(stream);
 }
 
-Status Ticket::wait_layer(std::uint32_t layer, StreamHandle stream) const {
-  std::shared_ptr<Transfer> transfer;
-  {
-    MutexLock lock(mutex_);
-    transfer = transfer_;
-    if (!transfer) return failure_;
-  }
-  return transfer->wait_layer(layer, stream);
-}
+Status Ticket::wait_stream(StreamHandle stream) const { return order(stream, std::nullopt); }
+
+Status Ticket::wait_layer(std::uint32_t layer, StreamHandle stream) const { return order(stream, layer); }
 
 Result<int> Ticket::done_fd() {
-  MutexLock lock(mutex_);
-  if (done_fd_ < 0) {
-    done_fd_ = ::eventfd(ready_ ? 1 : 0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (done_fd_ < 0) {
+  if (inherited()) return inherited_error();
+  MutexLock lock(state_->mutex);
+  if (state_->done_fd < 0) {
+    state_->done_fd = ::eventfd(state_->ready ? 1 : 0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (state_->done_fd < 0) {
       return Status::resource(std::string("cannot make an eventfd: ") + std::strerror(errno), errno);
     }
   }
-  return done_fd_;
+  return state_->done_fd;
 }
 
 void Ticket::set_outcomes(std::vector<BlockOutcome> outcomes) {
-  MutexLock lock(mutex_);
-  outcomes_ = std::move(outcomes);
+  MutexLock lock(state_->mutex);
+  state_->outcomes = std::move(outcomes);
 }
 
 void Ticket::set_transfer(std::shared_ptr<Transfer> transfer) {
-  MutexLock lock(mutex_);
-  transfer_ = std::move(transfer);
+  MutexLock lock(state_->mutex);
+  state_->transfer = std::move(transfer);
 }
 
 void Ticket::fail(const Status& status) {
-  MutexLock lock(mutex_);
-  if (failure_) failure_ = status;
+  MutexLock lock(state_->mutex);
+  if (state_->failure) state_->failure = status;
 }
 
 void Ticket::settle(Moment moment, Status error) {
-  MutexLock lock(mutex_);
+  MutexLock lock(state_->mutex);
   if (moment == Moment::released) {
-    if (released_) return;
-    released_ = true;
-    released_error_ = std::move(error);
+    if (state_->released) return;
+    state_->released = true;
+    state_->released_error = std::move(error);
   } else if (moment == Moment::ready) {
-    if (ready_) return;
-    ready_ = true;
-    if (done_fd_ >= 0) static_cast<void>(::eventfd_write(done_fd_, 1));
+    if (state_->ready) return;
+    state_->ready = true;
+    if (state_->done_fd >= 0) static_cast<void>(::eventfd_write(state_->done_fd, 1));
   }
-  changed_.notify_all();
+  state_->changed.notify_all();
 }
 
 }  // namespace kvtier

@@ -10,6 +10,8 @@ namespace {
 // std::*_heap keep the greatest in front; we want the oldest.
 constexpr auto kYoungerFirst = [](const auto& a, const auto& b) { return a.last_use > b.last_use; };
 
+constexpr std::size_t kStaleAllowed = 64;  // beside as many as are not: compacting stays rare
+
 constexpr std::uint64_t kUseMask = (std::uint64_t{1} << 62) - 1;  // that many uses outlast any machine
 
 }  // namespace
@@ -17,6 +19,11 @@ constexpr std::uint64_t kUseMask = (std::uint64_t{1} << 62) - 1;  // that many u
 LruPolicy::LruPolicy(std::size_t capacity) {
   nodes_.reserve(capacity + 1);
   nodes_.emplace_back();
+}
+
+LruPolicy::Node& LruPolicy::node(EntryId id) {
+  KVTIER_CHECK(std::size_t{raw(id)} + 1 < nodes_.size());
+  return nodes_[std::size_t{raw(id)} + 1];
 }
 
 void LruPolicy::link_behind(std::uint32_t at, std::uint32_t older) {
@@ -35,6 +42,7 @@ void LruPolicy::unlink(std::uint32_t at) {
 // A waiting entry stays in the heap's array; drop_stale_waiting() skips it when it comes up.
 void LruPolicy::leave(EntryId id) {
   if (where(node(id)) == Where::list) unlink(raw(id) + 1);
+  if (where(node(id)) == Where::heap) --in_heap_;
   place(node(id), Where::nowhere);
 }
 
@@ -42,6 +50,7 @@ void LruPolicy::insert(EntryId id) {
   const std::size_t at = std::size_t{raw(id)} + 1;
   if (at >= nodes_.size()) nodes_.resize(at + 1);
   Node& n = nodes_[at];
+  KVTIER_CHECK(where(n) == Where::nowhere);
   n.last_use = ++uses_ & kUseMask;
   place(n, Where::list);
   link_behind(raw(id) + 1, nodes_[0].older);
@@ -76,9 +85,11 @@ void LruPolicy::let_go(EntryId id) {
     place(n, Where::list);
     link_behind(raw(id) + 1, youngest);
   } else {
-    place(n, Where::heap);
+    if (waiting_.size() > 2 * in_heap_ + kStaleAllowed) compact_waiting();
     waiting_.push_back({n.last_use, id});
     std::push_heap(waiting_.begin(), waiting_.end(), kYoungerFirst);
+    place(n, Where::heap);
+    ++in_heap_;
   }
 }
 
@@ -87,11 +98,24 @@ void LruPolicy::erase(EntryId id) {
   leave(id);
 }
 
+bool LruPolicy::is_stale(const Waiting& waiting) {
+  const Node& n = node(waiting.id);
+  return where(n) != Where::heap || n.last_use != waiting.last_use;
+}
+
+// Where nothing is ever evicted nobody pops the heap, and it would grow with every entry let go. An entry
+// that was held and let go again without a use stands in it twice.
+void LruPolicy::compact_waiting() {
+  std::erase_if(waiting_, [this](const Waiting& each) { return is_stale(each); });
+  std::sort(waiting_.begin(), waiting_.end(),
+            [](const Waiting& a, const Waiting& b) { return a.last_use < b.last_use; });  // which is a heap
+  const auto same = [](const Waiting& a, const Waiting& b) { return a.last_use == b.last_use; };
+  waiting_.erase(std::unique(waiting_.begin(), waiting_.end(), same), waiting_.end());
+}
+
 void LruPolicy::drop_stale_waiting() {
   while (!waiting_.empty()) {
-    const Waiting& oldest = waiting_.front();
-    const Node& n = node(oldest.id);
-    if (where(n) == Where::heap && n.last_use == oldest.last_use) return;
+    if (!is_stale(waiting_.front())) return;
     std::pop_heap(waiting_.begin(), waiting_.end(), kYoungerFirst);
     waiting_.pop_back();
   }

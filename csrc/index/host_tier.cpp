@@ -37,7 +37,8 @@ HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, Name
   entry.depth = depth;
   entry.slot = *slot;
   if (parent != nullptr) {
-    if (leaf_first_ && tracked(*parent) && evictable(*parent)) class_for(*parent).policy->hold(index_.id(*parent));
+    if (leaf_first_ && tracked(*parent) && evictable(*parent))
+      class_for(*parent).policy->hold(index_.id(*parent));
     index_.set_parent(entry, *parent);
   }
   return {ReserveOutcome::reserved, &entry};

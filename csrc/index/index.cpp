@@ -98,7 +98,7 @@ Entry* Index::release_parent(Entry& child) {
 }
 
 Entry* Index::erase(Entry& entry) {
-  KVTIER_CHECK(!entry.linked);
+  KVTIER_CHECK(!entry.linked && entry.generation % 2 == 1);  // not twice
   Entry* parent = release_parent(entry);
   ++entry.generation;  // children that still name this record no longer count on it
   free_records_.push_back(raw(id(entry)));

@@ -1,11 +1,11 @@
-"""Who holds which device page: the bookkeeping of `kvtier.paged`, without engine and tensors.
+r"""Who holds which device page: the bookkeeping of `kvtier.paged`, without engine and tensors.
 
 Pages are handled in *extents*: the pages of `max(page_tokens, block_tokens)` consecutive tokens, the smallest
 run that is both whole pages and whole blocks. Sharing, eviction and copy-on-write are by extent; where
-`page_tokens >= block_tokens` an extent is one page. A page belongs to at most one extent, and is in one state:
+`page_tokens >= block_tokens` an extent is one page. A page is in at most one extent, and in one state:
 
     free --take--> used (refs > 0) --release--> cached (refs == 0, waits in the LRU order) --reclaim--> free
-                        \\--release of a private extent--> free                 \\--reclaim--> quarantined
+                        \--release of a private extent--> free                 \--reclaim--> quarantined
 
 An extent gets a key when the KV of all its tokens is known to be there; only then can others find it.
 """
@@ -13,15 +13,105 @@ An extent gets a key when the KV of all its tokens is known to be there; only th
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvtier.errors import DeviceError
 
 
-class Moment(Protocol):
+@dataclass(frozen=True, slots=True)
+class OutOfPages:
+    """Not enough pages. False in a condition. Whoever returns it has changed nothing.
+
+    Attributes:
+        needed: pages the call would have had to take.
+        available: pages that are free or only cached.
+    """
+
+    needed: int
+    available: int
+
+    def __bool__(self) -> Literal[False]:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Room for further tokens.
+
+    Attributes:
+        begin, end: the token positions `[begin, end)` that were added.
+        copied: (from page, to page) of the copy-on-write that this took, usually none.
+    """
+
+    begin: int
+    end: int
+    copied: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStats:
+    """One consistent snapshot. Pages: free + used + cached + quarantined = num_pages.
+
+    Tokens: prompt = device + host + missed + loading.
+
+    Attributes:
+        num_pages: all pages.
+        free_pages: hold nothing.
+        used_pages: held by an open sequence.
+        cached_pages: held by none; they can be matched, or wait for the end of a store.
+        quarantined_pages: never used again, because a copy may still write or read them.
+        sequences: open sequences.
+        prompt_tokens: tokens of all `open` calls that got pages.
+        device_tokens: of these, found in device pages.
+        host_tokens: of these, loaded from the host.
+        missed_tokens: of these, left to be computed.
+        loading_tokens: of these, in loads that nobody has waited for yet.
+        evicted_pages: cached pages that were given to somebody else.
+        copied_pages: pages copied on write.
+    """
+
+    num_pages: int
+    free_pages: int
+    used_pages: int
+    cached_pages: int
+    quarantined_pages: int
+    sequences: int
+    prompt_tokens: int
+    device_tokens: int
+    host_tokens: int
+    missed_tokens: int
+    loading_tokens: int
+    evicted_pages: int
+    copied_pages: int
+
+
+class Column:
+    """An array that grows at its end in amortised constant time."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._buffer = values.copy()
+        self.size = len(values)
+
+    def view(self) -> NDArray[Any]:
+        """What it holds, valid until the next `replace`."""
+        held: NDArray[Any] = self._buffer[: self.size]
+        return held
+
+    def replace(self, begin: int, values: ArrayLike) -> None:
+        """Everything from `begin` on becomes `values`."""
+        rows = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
+        self.size = begin + len(rows)
+        if self.size > len(self._buffer):
+            grown = np.empty((max(2 * len(self._buffer), self.size), *self._buffer.shape[1:]), rows.dtype)
+            grown[:begin] = self._buffer[:begin]
+            self._buffer = grown
+        self._buffer[begin : self.size] = rows
+
+
+class Released(Protocol):
     """The `released` moment of a store ticket: after it the pages may be written again."""
 
     def done(self) -> bool:
@@ -44,6 +134,7 @@ class Extent:
         block_keys: uint8 `[num_blocks, 32]`, its whole blocks whose KV is there; None while not known.
         first_block: depth of block_keys[0] in its sequence.
         parent: the key of the block before; None at the beginning of a sequence.
+        namespace: of its sequences.
         stores: running stores that read the pages.
         lost: a copy into the pages may still run; they must never be used again.
     """
@@ -54,7 +145,8 @@ class Extent:
     block_keys: NDArray[np.uint8] | None = None
     first_block: int = 0
     parent: bytes | None = None
-    stores: list[Moment] = field(default_factory=list)
+    namespace: str = ""
+    stores: list[Released] = field(default_factory=list)
     lost: bool = False
 
     def settle_stores(self, *, running: Literal["wait", "keep"]) -> None:

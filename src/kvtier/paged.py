@@ -17,115 +17,28 @@ Prefix sharing follows PagedAttention (arXiv:2309.06180, section 4.3). Departure
 been proved to be over.
 
 Threads: every method from any thread; one lock guards a cache and all its sequences. It is held while an
-eviction's copy to the host runs, never while a load is waited for. Streams: `stream` is the framework's stream
-on which the caller reads and writes the pages (None: its default stream); copy-on-write runs on the framework's
-*current* stream, so call under the stream that you name.
+eviction's copy to the host runs, never while a load is waited for.
+
+Streams: `stream` is the framework's stream on which the caller reads and writes the pages (None: its default
+stream); copy-on-write runs on the framework's *current* stream, so call under the stream that you name.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtier.engine import Engine, Ticket
+from kvtier import page_tables
+from kvtier.engine import BlockState, Engine, LoadTicket
 from kvtier.errors import ClosedError, ConfigError, DeviceError
-from kvtier.keys import block_keys
-from kvtier.layout import KVLayout
-from kvtier.page_pool import Extent, PagePool
-
-READY = 2  # kvtier::BlockState::ready
-
-
-@dataclass(frozen=True, slots=True)
-class OutOfPages:
-    """Not enough pages. False in a condition. Whoever returns it has changed nothing.
-
-    Attributes:
-        needed: pages the call would have had to take.
-        available: pages that are free or only cached.
-    """
-
-    needed: int
-    available: int
-
-    def __bool__(self) -> Literal[False]:
-        return False
-
-
-@dataclass(frozen=True, slots=True)
-class Appended:
-    """Room for further tokens.
-
-    Attributes:
-        begin, end: the token positions `[begin, end)` that were added.
-        copied: (from page, to page) of the copy-on-write that this took, usually none.
-    """
-
-    begin: int
-    end: int
-    copied: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PagedStats:
-    """One consistent snapshot. Pages: free + used + cached + quarantined = num_pages.
-
-    Tokens: prompt = device + host + missed + loading.
-
-    Attributes:
-        num_pages: all pages.
-        free_pages: hold nothing.
-        used_pages: held by an open sequence.
-        cached_pages: held by none; they can be matched, or wait for the end of a store.
-        quarantined_pages: never used again, because a copy may still write or read them.
-        sequences: open sequences.
-        prompt_tokens: tokens of all `open` calls that got pages.
-        device_tokens: of these, found in device pages.
-        host_tokens: of these, loaded from the host.
-        missed_tokens: of these, left to be computed.
-        loading_tokens: of these, in loads that nobody has waited for yet.
-        evicted_pages: cached pages that were given to somebody else.
-        copied_pages: pages copied on write.
-    """
-
-    num_pages: int
-    free_pages: int
-    used_pages: int
-    cached_pages: int
-    quarantined_pages: int
-    sequences: int
-    prompt_tokens: int
-    device_tokens: int
-    host_tokens: int
-    missed_tokens: int
-    loading_tokens: int
-    evicted_pages: int
-    copied_pages: int
-
-
-class _Column:
-    """An array that grows at its end in amortised constant time."""
-
-    def __init__(self, values: NDArray[Any]) -> None:
-        self._buffer = values.copy()
-        self.size = len(values)
-
-    def view(self) -> NDArray[Any]:
-        return self._buffer[: self.size]
-
-    def replace(self, begin: int, values: ArrayLike) -> None:
-        """Everything from `begin` on becomes `values`."""
-        rows = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
-        self.size = begin + len(rows)
-        if self.size > len(self._buffer):
-            grown = np.empty((max(2 * len(self._buffer), self.size), *self._buffer.shape[1:]), rows.dtype)
-            grown[:begin] = self._buffer[:begin]
-            self._buffer = grown
-        self._buffer[begin : self.size] = rows
+from kvtier.keys import KeyExtra, block_keys
+from kvtier.layout import KVLayout, check_extent
+from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagedStats, PagePool
 
 
 class PagedSequence:
@@ -136,17 +49,17 @@ class PagedSequence:
         committed_tokens: tokens at the beginning whose KV is in the pages.
     """
 
-    def __init__(self, cache: "PagedKVCache", namespace: str, extra: Any) -> None:
+    def __init__(self, cache: "PagedKVCache", namespace: str, extra: bytes | KeyExtra | None) -> None:
         self._cache = cache
         self._namespace = namespace
         self._extra = extra
-        self._tokens = _Column(np.empty(0, np.int32))
-        self._keys = _Column(np.empty((0, 32), np.uint8))
-        self._pages = _Column(np.empty(0, np.int32))
+        self._tokens = Column(np.empty(0, np.int32))
+        self._keys = Column(np.empty((0, 32), np.uint8))
+        self._pages = Column(np.empty(0, np.int32))
         self._extents: list[Extent] = []
         self._published = 0  # extents that were offered to others
         self._stored_blocks = 0  # blocks that were written through, or came from below
-        self._ticket: Ticket | None = None
+        self._ticket: LoadTicket | None = None
         self._loading_blocks = 0
         self._broken: DeviceError | None = None
         self._open = True
@@ -161,10 +74,10 @@ class PagedSequence:
     @property
     def page_ids(self) -> NDArray[np.int32]:
         """The page of every page_tokens tokens, int32 `[num_pages]`, a copy."""
-        return self._pages.view().copy()
+        return _pages_of([self])[0].copy()
 
     @property
-    def ticket(self) -> Ticket | None:
+    def ticket(self) -> LoadTicket | None:
         """The load that `open` started and that `wait` has not yet settled, else None."""
         return self._ticket
 
@@ -205,7 +118,7 @@ class PagedSequence:
             The new positions and the pages copied; or OutOfPages, and nothing has changed.
 
         Raises:
-            ValueError: token ids that are not one row of 32-bit integers.
+            ConfigError: token ids that are not one row of 32-bit integers.
             ClosedError: the sequence or the cache is closed.
         """
         self.wait()
@@ -222,7 +135,7 @@ class PagedSequence:
             stream: where the kernels that wrote them run; stores are ordered behind it.
 
         Raises:
-            ValueError: fewer tokens than before, or more than there are.
+            ConfigError: fewer tokens than before, or more than there are.
             ClosedError: the sequence or the cache is closed.
         """
         self.wait()
@@ -232,19 +145,17 @@ class PagedSequence:
         """A second sequence with the same tokens in the same pages. Waits for the load of `open`.
 
         Raises:
-            ValueError: not all tokens are committed (both would write them).
+            ConfigError: not all tokens are committed (both would write them).
             ClosedError: the sequence or the cache is closed.
         """
         self.wait()
         return self._cache._fork(self)
 
     def close(self) -> None:
-        """Gives the pages back, the tail as the first to be reused. Waits for the load of `open`. Idempotent."""
+        """Gives the pages back, the tail to be reused first. Waits for the load of `open`. Idempotent."""
         if self._ticket is not None:
-            try:
+            with contextlib.suppress(DeviceError):  # wait() has noted it: the pages are quarantined
                 self.wait()
-            except DeviceError:
-                pass  # noted: the pages are quarantined
         self._cache._close_sequence(self)
 
     def __enter__(self) -> "PagedSequence":
@@ -261,9 +172,9 @@ class PagedKVCache:
 
     Args:
         engine: borrowed; close the cache before it.
-        num_pages: pages to allocate with torch, zeroed; per layer `[num_pages, 2, page_tokens, num_kv_heads,
-            head_dim]` (page_order "KTHD", NHD), `[num_pages, 2, num_kv_heads, page_tokens, head_dim]` ("KHTD",
-            HND) or `[num_pages, page_tokens, latent_dim]` ("TD", MLA).
+        num_pages: pages to allocate with torch, zeroed. Per layer, by the layout's page_order: "KTHD" (NHD)
+            `[num_pages, 2, page_tokens, num_kv_heads, head_dim]`, "KHTD" (HND) `[num_pages, 2, num_kv_heads,
+            page_tokens, head_dim]`, "TD" (MLA) `[num_pages, page_tokens, latent_dim]`.
         pages: instead, the caller's tensors, as `Engine.attach` takes them (all their pages are used).
         group: the cache group.
         axes: of `pages`, as in `Engine.attach`; needed for copy-on-write of tensors in another order.
@@ -272,8 +183,8 @@ class PagedKVCache:
         namespace: of sequences that are opened without one.
 
     Raises:
-        ConfigError: neither or both of num_pages and pages; a group the engine does not have; a dtype that torch
-            does not have.
+        ConfigError: neither or both of num_pages and pages; a group that the engine does not have; a dtype
+            that torch does not have.
     """
 
     def __init__(
@@ -307,10 +218,7 @@ class PagedKVCache:
         self._extent_tokens = max(self.page_tokens, self.block_tokens)
         self._extent_pages = self._extent_tokens // self.page_tokens
         self._extent_blocks = self._extent_tokens // self.block_tokens
-        if num_pages is not None:
-            pages = _allocate(layout, num_pages, device)
-        assert pages is not None
-        self._tensors = list(pages)
+        self._tensors = list(pages) if pages is not None else _allocate(layout, num_pages, device)
         on = None if isinstance(device, str) else device
         self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
         self._pool = PagePool(self._attached.num_pages)
@@ -327,9 +235,9 @@ class PagedKVCache:
     ) -> PagedSequence | OutOfPages:
         """Pages for a prompt, as many as possible with the KV already there.
 
-        Looks for the longest prefix in device pages (whole extents, shared), behind it for blocks in the host,
-        and starts to load these into fresh pages. At least one token is always left to compute. Waits for the
-        copies of pages it has to evict, not for the load: `PagedSequence.wait`.
+        Looks for the longest prefix in device pages (whole extents, shared), behind it for blocks in the
+        host, and starts to load these into fresh pages. At least one token is always left to compute. Waits
+        for the copies of pages it has to evict, not for the load: `PagedSequence.wait`.
 
         Args:
             token_ids: int32 `[num_tokens]`, or what converts to it.
@@ -341,12 +249,14 @@ class PagedKVCache:
             The sequence; or OutOfPages, and nothing has changed.
 
         Raises:
-            ValueError: no token, or token ids that are not one row of 32-bit integers.
+            ConfigError: no token, or token ids that are not one row of 32-bit integers.
             ClosedError: the cache or the engine is closed.
         """
         tokens = _token_array(token_ids)
         if len(tokens) == 0:
-            raise ValueError("token_ids: a sequence has at least one token")
+            raise ConfigError("token_ids is empty; allowed: at least one token")
+        if extra is not None and not isinstance(extra, bytes | KeyExtra):
+            extra = KeyExtra(spans=tuple(extra))
         seq = PagedSequence(self, self._namespace if namespace is None else namespace, extra)
         seq._tokens.replace(0, tokens)
         self._extend_keys(seq)
@@ -373,7 +283,7 @@ class PagedKVCache:
                         return taken
                     fresh = taken
                     self._add_pages(seq, shared, fresh)
-                    count = 0 if match is None else _leading(match.states(self._group) == READY)
+                    count = 0 if match is None else _leading(match.states(self._group) == BlockState.READY)
                     if count:
                         load_pages = self._block_pages(seq, first, first + count)
                         seq._ticket = self._engine.load(
@@ -407,7 +317,7 @@ class PagedKVCache:
             found.append(extent)
         return found
 
-    def _settle(self, seq: PagedSequence, ticket: Ticket) -> None:
+    def _settle(self, seq: PagedSequence, ticket: LoadTicket) -> None:
         """Takes over the outcome of a load that is over."""
         with self._lock:
             if seq._ticket is not ticket:
@@ -469,7 +379,7 @@ class PagedKVCache:
             self._check_open(seq)
             if not seq.committed_tokens <= num_tokens <= seq.num_tokens:
                 allowed = f"{seq.committed_tokens} to {seq.num_tokens}"
-                raise ValueError(f"num_tokens: {num_tokens}; allowed: {allowed}")
+                raise ConfigError(f"num_tokens: {num_tokens}; allowed: {allowed}")
             seq.committed_tokens = num_tokens
             self._extend_keys(seq)
             self._publish(seq)
@@ -483,9 +393,13 @@ class PagedKVCache:
             self._check_open(seq)
             if seq.committed_tokens != seq.num_tokens:
                 left = seq.num_tokens - seq.committed_tokens
-                raise ValueError(f"fork: {left} tokens are not committed; commit them first")
+                raise ConfigError(f"fork: {left} tokens are not committed; commit them first")
             twin = PagedSequence(self, seq._namespace, seq._extra)
-            for mine, other in ((twin._tokens, seq._tokens), (twin._keys, seq._keys), (twin._pages, seq._pages)):
+            for mine, other in (
+                (twin._tokens, seq._tokens),
+                (twin._keys, seq._keys),
+                (twin._pages, seq._pages),
+            ):
                 mine.replace(0, other.view())
             twin._extents = list(seq._extents)
             for extent in twin._extents:
@@ -515,7 +429,8 @@ class PagedKVCache:
         end = seq.committed_tokens // self.block_tokens
         if begin < end and seq._extents[seq._published].refs == 1 and seq._broken is None:
             self._extend_keys(seq)
-            self._store_blocks(seq, begin, end, None)
+            with contextlib.suppress(ClosedError):  # then nobody wants them any more
+                self._store_blocks(seq, begin, end, None)
 
     def _release(self, extents: Seq[Extent]) -> None:
         for extent in reversed(extents):
@@ -539,15 +454,16 @@ class PagedKVCache:
                 self._pool.reclaim(extent)
         return self._pool.take(count)
 
-    def _demote(self, extents: Seq[Extent], stream: object) -> None:
+    def _demote(self, extents: Iterable[Extent], stream: object) -> None:
         """Starts to store the extents' blocks, those of one sequence that follow each other together."""
         chains: list[list[Extent]] = []
-        for extent in reversed(extents):  # the tail is the oldest
-            before = chains[-1][-1].key if chains else None
-            if before is not None and before == extent.parent:
-                chains[-1].append(extent)
-            else:
-                chains.append([extent])
+        ending: dict[bytes | None, list[Extent]] = {}  # chains by the key of their last extent
+        for extent in sorted(extents, key=lambda extent: extent.first_block):
+            chain = ending.pop(extent.parent, None) if extent.parent is not None else None
+            if chain is None:
+                chains.append(chain := [])
+            chain.append(extent)
+            ending[extent.key] = chain
         for chain in chains:
             keys = np.concatenate([e.block_keys for e in chain if e.block_keys is not None])
             pages = np.array([e.pages for e in chain], np.int64).reshape(-1).repeat(self._extent_blocks)
@@ -579,7 +495,7 @@ class PagedKVCache:
             extent.stores.append(ticket.released)
 
     def _block_pages(self, seq: PagedSequence, begin: int, end: int) -> NDArray[np.int64]:
-        """Page ids of blocks `[begin, end)` as `Engine.store` takes them, int64 `[pages_per_block per block]`."""
+        """Page ids of blocks `[begin, end)` as `Engine.store` takes them: pages_per_block of each, int64."""
         pages = seq._pages.view()
         if self._extent_blocks == 1:
             pages = pages[begin * self._extent_pages : end * self._extent_pages]
@@ -619,20 +535,20 @@ class PagedKVCache:
         tokens = seq._tokens.view()
         if len(tokens) // self.block_tokens == have:
             return
-        if have and seq._extra is None:
-            parent = seq._keys.view()[-1].tobytes()
-            more = block_keys(tokens[have * self.block_tokens :], self._config, seq._namespace, parent=parent)
-            seq._keys.replace(have, more)
-        else:
-            seq._keys.replace(0, block_keys(tokens, self._config, seq._namespace, seq._extra))
+        at, extra, parent = have * self.block_tokens, seq._extra, None
+        if have:
+            spans = extra.spans if isinstance(extra, KeyExtra) else ()
+            extra = KeyExtra(spans=[(begin - at, end - at, what) for begin, end, what in spans if end > at])
+            parent = seq._keys.view()[-1]
+        seq._keys.replace(have, block_keys(tokens[at:], self._config, seq._namespace, extra, parent))
 
     def _copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies pages in the framework's memory, on its current stream."""
-        at = (slice(None),) * self._axes.index("P")
-        source = [pair[0] for pair in pairs]
-        target = [pair[1] for pair in pairs]
+        before = (slice(None),) * self._axes.index("P")
+        source = (*before, [pair[0] for pair in pairs])
+        target = (*before, [pair[1] for pair in pairs])
         for tensor in self._tensors:
-            tensor[(*at, target)] = tensor[(*at, source)]
+            tensor[target] = tensor[source]
 
     # --- what kernels take ----------------------------------------------------------------------------
 
@@ -641,7 +557,7 @@ class PagedKVCache:
         return self._tensors[index]
 
     def seq_lens(self, seqs: Seq[PagedSequence]) -> NDArray[np.int32]:
-        """Tokens of each sequence, int32 `[num_seqs]`: vLLM's and FlashAttention's seq_lens / cache_seqlens."""
+        """Tokens of each sequence, int32 `[num_seqs]`: vLLM's seq_lens, FlashAttention's cache_seqlens."""
         return np.array([seq.num_tokens for seq in seqs], np.int32)
 
     def block_table(
@@ -655,63 +571,41 @@ class PagedKVCache:
             width: None is the longest sequence's; give one for a CUDA graph's fixed shape.
 
         Raises:
-            ValueError: width is smaller than a sequence needs.
+            ConfigError: width is smaller than a sequence needs.
         """
         with self._lock:
-            sizes = [seq._pages.size for seq in seqs]
-            longest = max(sizes, default=0)
-            if width is not None and width < longest:
-                raise ValueError(f"width: {width}; a sequence has {longest} pages")
-            table = np.full((len(seqs), longest if width is None else width), pad, np.int32)
-            for row, seq, size in zip(table, seqs, sizes, strict=True):
-                row[:size] = seq._pages.view()
-            return table
+            return page_tables.block_table(_pages_of(seqs), pad=pad, width=width)
 
     def csr(self, seqs: Seq[PagedSequence]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """FlashInfer's paged-KV arrays (its page-table layout: indptr, indices, last_page_len).
+        """FlashInfer's page table.
 
         Returns:
             indptr int32 `[num_seqs + 1]`; indices int32 `[total_pages]`, the pages of sequence i at
-            `[indptr[i], indptr[i + 1])`; last_page_len int32 `[num_seqs]`, tokens in its last page, at least 1.
+            `[indptr[i], indptr[i + 1])`; last_page_len int32 `[num_seqs]`, tokens in its last page, at least
+            1.
         """
         with self._lock:
-            indptr = np.zeros(len(seqs) + 1, np.int32)
-            np.cumsum([seq._pages.size for seq in seqs], out=indptr[1:])
-            views = [seq._pages.view() for seq in seqs]
-            indices = np.concatenate(views) if views else np.empty(0, np.int32)
-            return indptr, indices, (self.seq_lens(seqs) - 1) % np.int32(self.page_tokens) + 1
+            return page_tables.csr(_pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
 
     def slot_mapping(self, seqs: Seq[PagedSequence], *, begin: ArrayLike | None = None) -> NDArray[np.int64]:
         """Where the KV of new tokens goes, sequence after sequence: `page * page_tokens + offset`, in tokens.
 
-        The argument of the same name of vLLM's reshape_and_cache (and of SGLang's out_cache_loc).
+        The argument of that name of vLLM's reshape_and_cache.
 
         Args:
             seqs: the batch.
-            begin: first new token of each sequence `[num_seqs]`; None: the first that is not committed.
+            begin: first token of each sequence `[num_seqs]`; None: the first that is not committed. Committed
+                tokens can be read through it; write them never: their pages may be shared.
 
         Returns:
-            int64 `[total_new_tokens]`.
+            int64 `[total_new_tokens]`, up to each sequence's last token.
 
         Raises:
-            ValueError: a begin outside its sequence, or one inside pages that others share.
+            ConfigError: a begin outside its sequence.
         """
         with self._lock:
-            ends = self.seq_lens(seqs).astype(np.int64)
-            begins = np.array([s.committed_tokens for s in seqs] if begin is None else begin, np.int64)
-            if begins.shape != ends.shape or np.any(begins < 0) or np.any(begins > ends):
-                raise ValueError(f"begin: one position inside each of {len(seqs)} sequences is wanted")
-            page_tokens = self.page_tokens
-            counts = ends - begins
-            first = begins // page_tokens
-            pages = [s._pages.view()[f:] for s, f in zip(seqs, first, strict=True)]
-            sizes = np.array([len(p) for p in pages], np.int64)
-            flat = np.concatenate(pages).astype(np.int64) if pages else np.empty(0, np.int64)
-            # The position of every new token in its sequence, then its page's place in `flat`.
-            position = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
-            place = position // page_tokens + np.repeat(np.cumsum(sizes) - sizes - first, counts)
-            slots: NDArray[np.int64] = flat[place] * page_tokens + position % page_tokens
-            return slots
+            begins = [seq.committed_tokens for seq in seqs] if begin is None else begin
+            return page_tables.slot_mapping(_pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
 
     # --- the whole ------------------------------------------------------------------------------------
 
@@ -723,8 +617,7 @@ class PagedKVCache:
         """
         with self._lock:
             self._check_open()
-            extents = sorted(self._pool.shareable, key=lambda extent: -extent.first_block)
-            self._demote(extents, stream)
+            self._demote(self._pool.shareable, stream)
         self._engine.flush(timeout)
 
     def stats(self) -> PagedStats:
@@ -780,12 +673,17 @@ class PagedKVCache:
 
 def _token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
     tokens = np.asarray(token_ids)
-    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise ValueError(f"token_ids: one row of integers is wanted, not {tokens.dtype} {tokens.shape}")
-    limits = np.iinfo(np.int32)
-    if tokens.size and tokens.dtype != np.int32 and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-        raise ValueError("token_ids: a token id does not fit 32 bits")
+    if tokens.size == 0:
+        return np.empty(0, np.int32)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ConfigError(f"token_ids is {tokens.dtype} {tokens.shape}; allowed: integers, [num_tokens]")
+    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+        raise ConfigError(f"token_ids is in [{tokens.min()}, {tokens.max()}]; allowed: 0 to 2**31 - 1")
     return tokens.astype(np.int32)
+
+
+def _pages_of(seqs: Seq[PagedSequence]) -> list[NDArray[np.int32]]:
+    return [seq._pages.view() for seq in seqs]
 
 
 def _leading(mask: NDArray[np.bool_]) -> int:
@@ -793,8 +691,8 @@ def _leading(mask: NDArray[np.bool_]) -> int:
     return len(mask) if mask.all() else int(mask.argmin())
 
 
-def _allocate(layout: KVLayout, num_pages: int, device: object) -> list[Any]:
-    """Zeroed torch tensors, one per layer (zeroed: kernels may read a page's unused end, and 0 * NaN is NaN)."""
+def _allocate(layout: KVLayout, num_pages: int | None, device: object) -> list[Any]:
+    """Torch tensors, one per layer; zeroed: kernels may read a page's unused end, and 0 * NaN is NaN."""
     import torch
 
     if not isinstance(device, str):
@@ -802,6 +700,12 @@ def _allocate(layout: KVLayout, num_pages: int, device: object) -> list[Any]:
     dtype = getattr(torch, str(layout.dtype), None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype: torch has no {layout.dtype!r}; give the tensors themselves (pages=...)")
-    extent = {"P": num_pages, "K": 2, "T": layout.page_tokens, "H": layout.num_kv_heads, "D": layout.head_dim}
+    extent = {
+        "P": check_extent("num_pages", num_pages),
+        "K": layout.num_parts,
+        "T": layout.page_tokens,
+        "H": layout.num_kv_heads,
+        "D": layout.head_dim,
+    }
     shape = [extent[axis] for axis in "P" + layout.page_order]
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.num_layers)]

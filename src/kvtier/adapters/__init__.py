@@ -1,1 +1,1 @@
-"""What joins kvtier to other projects. Each module imports its project; importing this package imports none."""
+"""What joins kvtier to other projects. Each module imports its project; this package imports none."""

@@ -81,7 +81,7 @@ class KVTierCache(Cache):
         capacity: Tokens it holds at most; rounded up to whole blocks and pages.
         device: Where the buffers are; the model's device by default.
         namespace: Of the keys: what is saved under one is never restored under another.
-        extra: Whatever else the keys and values depend on (LoRA, images): see `kvtier.block_keys`.
+        extra: Whatever else the keys and values depend on, such as the name of a LoRA adapter.
 
     Raises:
         ConfigError: The engine's group does not describe this model's cache.
@@ -96,14 +96,14 @@ class KVTierCache(Cache):
         *,
         device: str | torch.device | None = None,
         namespace: str = "",
-        extra: Any = None,
+        extra: bytes = b"",
     ) -> None:
         config = engine.config
         if len(config.groups) != 1:
             raise UnsupportedError(f"KVTierCache needs an engine with one group; it has {len(config.groups)}")
         layout = config.groups[0]
         wanted = layout_of(model, page_tokens=layout.page_tokens, dtype=str(layout.dtype))
-        if layout != wanted:
+        if layout.fingerprint() != wanted.fingerprint():
             raise ConfigError(f"groups[0] is {layout}; this model's cache is {wanted}")
         if capacity <= 0:
             raise ConfigError(f"capacity={capacity}: must be positive")
@@ -121,7 +121,7 @@ class KVTierCache(Cache):
         super().__init__(layers=list(layers))
         self._layers = layers
         self._pages = engine.attach(
-            [_as_pages(t, layout.page_tokens) for layer in layers for t in layer.parts()], axes=_TENSOR_AXES
+            [_as_pages(part, layout.page_tokens) for part in self.buffers()], axes=_TENSOR_AXES
         )
         self._saving: Ticket | None = None
 
@@ -134,6 +134,10 @@ class KVTierCache(Cache):
     def num_tokens(self) -> int:
         """Tokens it holds now, in every layer."""
         return min(layer.length for layer in self._layers)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Keys and values of each layer in turn, whole: `[1, num_kv_heads, capacity, head_dim]`."""
+        return [part for layer in self._layers for part in layer.parts()]
 
     def restore(self, token_ids: TokenIds) -> int:
         """Forgets what it holds and brings back the longest saved prefix of `token_ids`. Waits for the copy.
@@ -230,7 +234,7 @@ class KVTierCache(Cache):
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values `[1, num_kv_heads, capacity, head_dim]` of one layer, of which `length` tokens count."""
+    """Keys and values `[1, num_kv_heads, capacity, head_dim]` of one layer; `length` tokens of it count."""
 
     is_croppable = True
     supports_early_init = False
@@ -315,7 +319,7 @@ class _Layer(CacheLayerMixin):
             )
         if self.length + new.shape[2] > part.shape[2]:
             raise ResourceError(
-                f"KVTierCache(capacity={part.shape[2]}) holds {self.length} tokens: no room for {new.shape[2]}"
+                f"a cache of {part.shape[2]} tokens holds {self.length}: no room for {new.shape[2]} more"
             )
 
 

@@ -26,7 +26,9 @@ def facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "transparent_hugepages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
         "python": platform.python_version(),
-        "versions": {name: found for name in ("kvtier", "numpy", "torch", "transformers") if (found := _version(name))},
+        "versions": {
+            name: found for name in ("kvtier", "numpy", "torch", "transformers") if (found := _version(name))
+        },
     }
 
 

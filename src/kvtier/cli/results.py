@@ -1,7 +1,8 @@
 """What every measuring command writes with `--json FILE`: one schema, complete even when interrupted.
 
     {"schema": 1, "command": "bench copy", "commit": "...", "machine": {...},
-     "results": [{"name": ..., "value": ..., "unit": ..., "limit": ..., "ratio": ..., "n": ..., "min": ..., "max": ...}],
+     "results": [{"name": ..., "value": ..., "unit": ..., "limit": ..., "ratio": ...,
+                  "n": ..., "min": ..., "max": ...}],
      "checks": {"bytes": true, "completed": true}}
 
 A result's `value` is the median of `n` measurements between `min` and `max`. `limit` is what it is held
@@ -141,6 +142,31 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there too; - is standard output")
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (header, *rows)
+    )
+    return "\n".join(lines)
+
+
+def results_table(results: Sequence[Result], targets: dict[str, str] | None = None) -> str:
+    """One line a result; `targets` says in words what is wanted of some."""
+    rows = []
+    for r in results:
+        numbers = [_short(x) for x in (r.value, r.min, r.max, r.limit, r.ratio)]
+        rows.append((r.name, numbers[0], r.unit, *numbers[1:], str(r.n), (targets or {}).get(r.name, "")))
+    return table(("name", "median", "unit", "min", "max", "limit", "ratio", "n", "target"), rows)
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def problems(document: Any) -> list[str]:
     """What is wrong with a document of this schema; empty if nothing is."""
     if not isinstance(document, dict):
@@ -149,7 +175,9 @@ def problems(document: Any) -> list[str]:
     kinds = {"schema": int, "command": str, "commit": str, "machine": dict, "results": list, "checks": dict}
     if set(document) != set(kinds):
         found.append(f"keys are {sorted(document)}; must be {sorted(kinds)}")
-    found += [f"{k} is not of type {t.__name__}" for k, t in kinds.items() if not isinstance(document.get(k), t)]
+    found += [
+        f"{k} is not of type {t.__name__}" for k, t in kinds.items() if not isinstance(document.get(k), t)
+    ]
     if found:
         return found
     if document["schema"] != SCHEMA:
@@ -158,14 +186,18 @@ def problems(document: Any) -> list[str]:
     for result in document["results"]:
         found += _result_problems(result)
     names = [r.get("name") for r in document["results"] if isinstance(r, dict)]
-    found += [f"result {name} is there twice" for name in sorted({str(n) for n in names if names.count(n) > 1})]
+    found += [
+        f"result {name} is there twice" for name in sorted({str(n) for n in names if names.count(n) > 1})
+    ]
     return found
 
 
 def _result_problems(result: Any) -> list[str]:
     if not isinstance(result, dict) or set(result) != set(Result.__dataclass_fields__):
         return [f"result {result!r} has other keys than {list(Result.__dataclass_fields__)}"]
-    found = [f"{k} of {result['name']} is not text" for k in ("name", "unit") if not isinstance(result[k], str)]
+    found = [
+        f"{k} of {result['name']} is not text" for k in ("name", "unit") if not isinstance(result[k], str)
+    ]
     for key in ("value", "limit", "ratio", "n", "min", "max"):
         value = result[key]
         if value is None and key in ("limit", "ratio", "min", "max"):

@@ -165,6 +165,7 @@ class Engine {
   virtual bool closed() const = 0;
 
   virtual const EngineConfig& config() const = 0;
+  // Requires that no close() has succeeded or is under way.
   virtual const Arena& arena() const = 0;
 };
 

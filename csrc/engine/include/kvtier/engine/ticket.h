@@ -4,6 +4,9 @@
 // and `durable` (they survive a restart). A load has one, `ready`. A moment is *settled* when it was
 // reached or will never be; the outcomes say which. Dropping a Ticket cancels nothing: what the transfer
 // needs (pins, reservations) belongs to the engine until the copies are over (I5).
+//
+// In a child of fork() nothing will ever settle and the locks may be held for good: there every moment
+// counts as settled, waits answer `closed`, all blocks have failed, and nothing touches what is inherited.
 #pragma once
 
 #include <chrono>
@@ -72,17 +75,25 @@ class Ticket {
   void settle(Moment moment, Status error = Status::ok());
 
  private:
+  struct State {
+    mutable Mutex mutex;
+    mutable CondVar changed;
+    std::vector<BlockOutcome> outcomes KVTIER_GUARDED_BY(mutex);
+    std::shared_ptr<Transfer> transfer KVTIER_GUARDED_BY(mutex);
+    Status failure KVTIER_GUARDED_BY(mutex);
+    Status released_error KVTIER_GUARDED_BY(mutex);
+    bool released KVTIER_GUARDED_BY(mutex) = false;
+    bool ready KVTIER_GUARDED_BY(mutex) = false;
+    int done_fd KVTIER_GUARDED_BY(mutex) = -1;
+  };
+  bool inherited() const;  // by a child of fork()
+  Status order(StreamHandle stream, std::optional<std::uint32_t> layer) const;
+
   const Direction direction_;
   const bool has_disk_;
-  mutable Mutex mutex_;
-  mutable CondVar changed_;
-  std::vector<BlockOutcome> outcomes_ KVTIER_GUARDED_BY(mutex_);
-  std::shared_ptr<Transfer> transfer_ KVTIER_GUARDED_BY(mutex_);
-  Status failure_ KVTIER_GUARDED_BY(mutex_);
-  Status released_error_ KVTIER_GUARDED_BY(mutex_);
-  bool released_ KVTIER_GUARDED_BY(mutex_) = false;
-  bool ready_ KVTIER_GUARDED_BY(mutex_) = false;
-  int done_fd_ KVTIER_GUARDED_BY(mutex_) = -1;
+  const std::size_t num_blocks_;
+  const std::uint64_t born_in_;
+  std::unique_ptr<State> state_;  // in one piece, so that a forked child can leave it alone
 };
 
 }  // namespace kvtier

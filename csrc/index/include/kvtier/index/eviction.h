@@ -41,7 +41,7 @@ class EvictionPolicy {
 // operation is O(1) but for entries that were let go out of order, O(log of how many there are).
 class LruPolicy final : public EvictionPolicy {
  public:
-  // Links for `capacity` records are reserved now, so that insert() never allocates.
+  // Links for `capacity` records are reserved now, so that only let_go() may allocate (the heap).
   explicit LruPolicy(std::size_t capacity);
   void insert(EntryId id) override;
   void touch(EntryId id) override;
@@ -63,17 +63,22 @@ class LruPolicy final : public EvictionPolicy {
     EntryId id;
   };
 
-  Node& node(EntryId id) { return nodes_[raw(id) + 1]; }  // node 0 is the sentinel
+  Node& node(EntryId id);  // node 0 is the sentinel
   static Where where(const Node& n) { return static_cast<Where>(n.where); }
   static void place(Node& n, Where where) { n.where = static_cast<std::uint64_t>(where) & 3U; }
   void link_behind(std::uint32_t at, std::uint32_t older);
   void unlink(std::uint32_t at);
   void leave(EntryId id);
+  bool is_stale(const Waiting& waiting);
+  void compact_waiting();
   void drop_stale_waiting();
 
-  std::vector<Node> nodes_;      // sentinel.younger is the oldest, sentinel.older the youngest
+  std::vector<Node> nodes_;       // sentinel.younger is the oldest, sentinel.older the youngest
   std::vector<Waiting> waiting_;  // a heap, oldest first; entries that left it meanwhile are skipped
+  std::size_t in_heap_ = 0;       // entries in the heap, without the stale
   std::uint64_t uses_ = 0;
+
+  friend struct LruPolicyPeer;  // tests: how much memory the heap takes
 
  public:
   static constexpr std::size_t kBytesPerEntry = sizeof(Node);  // what index_bytes_per_block counts

@@ -86,7 +86,9 @@ class HostTier {
   void free_slot(Entry& entry);
   // Whether the policy knows it, and whether it may name it as a victim (else it is held).
   bool tracked(const Entry& entry) const { return entry.linked && entry.state == SlotState::ready; }
-  bool evictable(const Entry& entry) const { return entry.pins == 0 && (!leaf_first_ || entry.children == 0); }
+  bool evictable(const Entry& entry) const {
+    return entry.pins == 0 && (!leaf_first_ || entry.children == 0);
+  }
   Class& class_for(const Entry& entry) { return classes_[class_of(entry.group)]; }
 
   std::vector<std::size_t> class_of_group_;

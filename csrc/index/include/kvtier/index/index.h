@@ -30,7 +30,7 @@ struct alignas(64) Entry {
   std::uint32_t children;  // resident entries whose parent this is
   SlotId slot;
   std::uint32_t pins;
-  std::uint32_t generation;  // counts reuses of this record
+  std::uint32_t generation;  // of this record: odd while in use, then one more
   std::uint32_t parent;      // raw EntryId, valid while its generation is parent_generation(); see Index
 };
 static_assert(sizeof(Entry) == 64);
@@ -55,8 +55,9 @@ class Index {
   // Ends an unlinked entry; its record may be reused. Returns its parent if that has no child any more.
   Entry* erase(Entry& entry);
 
-  // The parent counts this child until the child is erased. Entries hold the child -> parent link by id and
-  // generation, so that a parent that went first is never mistaken for its record's next user.
+  // The parent counts this child until the child is erased. Requires a child that has none yet. Entries hold
+  // the child -> parent link by id and generation, so that a parent that went first is never mistaken for its
+  // record's next user.
   void set_parent(Entry& child, Entry& parent);
 
   EntryId id(const Entry& entry) const {

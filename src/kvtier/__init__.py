@@ -1,0 +1,76 @@
+"""kvtier keeps transformer KV-cache blocks in device memory, host memory and on disk.
+
+No prefix is computed twice: blocks that a server evicts are copied down, looked up by the hash of their
+tokens, and copied back asynchronously. Importing this package needs NumPy and no GPU.
+"""
+
+from kvtier.arrays import RawTensor
+from kvtier.config import Config, parse_size
+from kvtier.engine import (
+    BlockOutcome,
+    BlockState,
+    Engine,
+    FlushResult,
+    Lease,
+    LoadResult,
+    LoadTicket,
+    Match,
+    Moment,
+    Pages,
+    StoreResult,
+    StoreTicket,
+    Ticket,
+    Tier,
+)
+from kvtier.engine import open_engine as open  # noqa: A004 - kvtier.open(), as gzip.open()
+from kvtier.errors import (
+    ClosedError,
+    ConfigError,
+    CorruptionError,
+    DeviceError,
+    InternalError,
+    KVTierError,
+    ResourceError,
+    StorageError,
+    TimeoutError,  # noqa: A004 - kvtier.TimeoutError, as asyncio.TimeoutError
+    UnsupportedError,
+)
+from kvtier.keys import KeyExtra, block_keys
+from kvtier.layout import KVLayout
+from kvtier.metrics import HostClassStats, Stats
+
+__all__ = [
+    "BlockOutcome",
+    "BlockState",
+    "ClosedError",
+    "Config",
+    "ConfigError",
+    "CorruptionError",
+    "DeviceError",
+    "Engine",
+    "FlushResult",
+    "HostClassStats",
+    "InternalError",
+    "KVLayout",
+    "KVTierError",
+    "KeyExtra",
+    "Lease",
+    "LoadResult",
+    "LoadTicket",
+    "Match",
+    "Moment",
+    "Pages",
+    "RawTensor",
+    "ResourceError",
+    "Stats",
+    "StorageError",
+    "StoreResult",
+    "StoreTicket",
+    "Ticket",
+    "Tier",
+    "TimeoutError",
+    "UnsupportedError",
+    "block_keys",
+    "open",
+    "parse_size",
+]

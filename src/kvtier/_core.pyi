@@ -1,0 +1,386 @@
+# Written by `make stubs` from the native module; do not edit.
+"""
+The native core of kvtier. Private: use the package kvtier.
+"""
+
+from __future__ import annotations
+import collections.abc
+import numpy
+import numpy.typing
+import typing
+
+__all__: list[str] = [
+    "Clock",
+    "Device",
+    "DisableOrdering",
+    "Engine",
+    "FaultPlan",
+    "GroupSpec",
+    "HostMemory",
+    "Lease",
+    "ManualClock",
+    "Moment",
+    "Pages",
+    "RankWorker",
+    "SimulatedDevice",
+    "Ticket",
+    "arena_of",
+    "chain_keys",
+    "copy_limit",
+    "cpu_device",
+    "fault_calls",
+    "faulty_device",
+    "faulty_memory",
+    "finish_part",
+    "grant_load",
+    "grant_store",
+    "host_memory",
+    "ordering_points",
+    "root_key",
+    "stream_isa",
+]
+
+class Device:
+    def health(self) -> typing.Any: ...
+    @property
+    def name(self) -> str: ...
+
+class HostMemory:
+    pass
+
+class FaultPlan:
+    def __init__(self) -> None: ...
+    def fail(
+        self,
+        call: str | None,
+        n: typing.SupportsInt | typing.SupportsIndex,
+        code: str,
+        native_code: typing.SupportsInt | typing.SupportsIndex,
+        from_then_on: bool,
+    ) -> None: ...
+    def injected(self) -> int: ...
+    def reset(self) -> None: ...
+    def seen(self, call: str | None) -> int: ...
+
+class Clock:
+    def now_us(self) -> int: ...
+
+class ManualClock(Clock):
+    def __init__(self) -> None: ...
+    def advance_us(self, us: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class DisableOrdering:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *args) -> None: ...
+    def __init__(self, name: str) -> None: ...
+
+class SimulatedDevice(Device):
+    def __init__(
+        self,
+        seed: typing.SupportsInt | typing.SupportsIndex,
+        ordinal: typing.SupportsInt | typing.SupportsIndex,
+        max_delay_us: typing.SupportsInt | typing.SupportsIndex,
+        patience_us: typing.SupportsInt | typing.SupportsIndex,
+        relaxed_capture: bool,
+    ) -> None: ...
+    def allocate(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def begin_capture(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def create_framework_stream(self) -> int: ...
+    def end_capture(self) -> None: ...
+    def fail_sticky(self, code: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def fail_sticky_at_copy(
+        self, n: typing.SupportsInt | typing.SupportsIndex, code: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def free(self, begin: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def hold(self, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    def host_synchronize(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def launch(
+        self, stream: typing.SupportsInt | typing.SupportsIndex, function: collections.abc.Callable
+    ) -> None: ...
+    def launch_copy(
+        self,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+        target: typing.SupportsInt | typing.SupportsIndex,
+        source: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def pending(self) -> int: ...
+    def release(self, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
+    def run_until_idle(self) -> int: ...
+    def step(self, stream: typing.SupportsInt | typing.SupportsIndex | None) -> bool: ...
+    def violations(self) -> list[str]: ...
+
+class Moment:
+    """
+    Members:
+
+      released
+
+      ready
+
+      durable
+    """
+
+    __members__: typing.ClassVar[dict[str, Moment]]
+    durable: typing.ClassVar[Moment]
+    ready: typing.ClassVar[Moment]
+    released: typing.ClassVar[Moment]
+    @typing.overload
+    def __eq__(self, other: Moment) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Moment) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Ticket:
+    def done_fd(self) -> int: ...
+    def failure(self) -> typing.Any: ...
+    def outcomes(self) -> numpy.typing.NDArray[numpy.uint8]: ...
+    def settled(self, moment: Moment) -> bool: ...
+    def valid_blocks(self) -> int: ...
+    def wait(
+        self, moment: Moment, timeout: typing.SupportsFloat | typing.SupportsIndex | None = None
+    ) -> None: ...
+    def wait_layer(
+        self,
+        layer: typing.SupportsInt | typing.SupportsIndex,
+        stream: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def wait_stream(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class GroupSpec:
+    def __init__(
+        self,
+        *,
+        name: str,
+        num_layers: typing.SupportsInt | typing.SupportsIndex,
+        num_parts: typing.SupportsInt | typing.SupportsIndex,
+        num_heads: typing.SupportsInt | typing.SupportsIndex,
+        head_dim: typing.SupportsInt | typing.SupportsIndex,
+        item_bytes: typing.SupportsInt | typing.SupportsIndex,
+        page_tokens: typing.SupportsInt | typing.SupportsIndex,
+        block_tokens: typing.SupportsInt | typing.SupportsIndex,
+        page_order: str,
+        window_tokens: typing.SupportsInt | typing.SupportsIndex | None,
+        num_stripes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    @property
+    def slot_stride_bytes(self) -> int: ...
+    @property
+    def stripe_bytes(self) -> int: ...
+
+class Pages:
+    @property
+    def attached(self) -> bool: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def num_pieces(self) -> int: ...
+
+class Lease:
+    def release(self) -> None: ...
+    @property
+    def active(self) -> bool: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+class Engine:
+    @staticmethod
+    def open(
+        *,
+        groups: collections.abc.Sequence[GroupSpec],
+        host_bytes: typing.SupportsInt | typing.SupportsIndex,
+        chunk_bytes: typing.SupportsInt | typing.SupportsIndex,
+        copy_threads: typing.SupportsInt | typing.SupportsIndex,
+        memory: HostMemory,
+        clock: Clock,
+        hash_seed: typing.SupportsInt | typing.SupportsIndex | None,
+    ) -> Engine: ...
+    def attach(
+        self,
+        device: Device,
+        group: typing.SupportsInt | typing.SupportsIndex,
+        tensors: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[
+                    tuple[
+                        str,
+                        typing.SupportsInt | typing.SupportsIndex,
+                        typing.SupportsInt | typing.SupportsIndex,
+                    ]
+                ],
+            ]
+        ],
+        owner: typing.Any,
+    ) -> Pages: ...
+    def close(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    def detach(self, pages: Pages, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    def drop(self, keys: numpy.typing.NDArray[numpy.uint8]) -> int: ...
+    def drop_namespace(self, name_space: str) -> int: ...
+    def flush(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> tuple[int, int]: ...
+    def load(
+        self,
+        pages: Pages,
+        keys: numpy.typing.NDArray[numpy.uint8],
+        page_ids: numpy.typing.NDArray[numpy.uint32],
+        stream: typing.SupportsInt | typing.SupportsIndex,
+        first_block: typing.SupportsInt | typing.SupportsIndex,
+        layers_per_batch: typing.SupportsInt | typing.SupportsIndex,
+    ) -> Ticket: ...
+    def lookup(self, keys: numpy.typing.NDArray[numpy.uint8]) -> tuple: ...
+    def pin(
+        self,
+        keys: numpy.typing.NDArray[numpy.uint8],
+        max_blocks: typing.SupportsInt | typing.SupportsIndex,
+        ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
+    ) -> Lease: ...
+    def poll(self) -> int: ...
+    def stats(self) -> dict: ...
+    def store(
+        self,
+        pages: Pages,
+        keys: numpy.typing.NDArray[numpy.uint8],
+        page_ids: numpy.typing.NDArray[numpy.uint32],
+        stream: typing.SupportsInt | typing.SupportsIndex,
+        first_block: typing.SupportsInt | typing.SupportsIndex,
+        parent: bytes | None,
+        name_space: str,
+    ) -> Ticket: ...
+    def touch(self, keys: numpy.typing.NDArray[numpy.uint8]) -> int: ...
+    def wait_until_whole(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+
+class RankWorker:
+    def __init__(
+        self, *, groups: collections.abc.Sequence[GroupSpec], rank: typing.SupportsInt | typing.SupportsIndex
+    ) -> None: ...
+    def attach(
+        self,
+        device: Device,
+        group: typing.SupportsInt | typing.SupportsIndex,
+        tensors: collections.abc.Sequence[
+            tuple[
+                typing.SupportsInt | typing.SupportsIndex,
+                collections.abc.Sequence[
+                    tuple[
+                        str,
+                        typing.SupportsInt | typing.SupportsIndex,
+                        typing.SupportsInt | typing.SupportsIndex,
+                    ]
+                ],
+            ]
+        ],
+        owner: typing.Any,
+    ) -> Pages: ...
+    def close(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    def detach(self, pages: Pages, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    def ended_fd(self) -> int: ...
+    def join(
+        self,
+        *,
+        chunk_bytes: typing.SupportsInt | typing.SupportsIndex,
+        classes: collections.abc.Sequence[
+            tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]
+        ],
+        class_of_group: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        fd: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def leave(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
+    def run(
+        self,
+        pages: Pages,
+        *,
+        id: typing.SupportsInt | typing.SupportsIndex,
+        is_store: bool,
+        outcomes: numpy.typing.NDArray[numpy.uint8],
+        slots: numpy.typing.NDArray[numpy.uint32],
+        page_ids: numpy.typing.NDArray[numpy.uint32],
+        stream: typing.SupportsInt | typing.SupportsIndex,
+        first_block: typing.SupportsInt | typing.SupportsIndex,
+        layers_per_batch: typing.SupportsInt | typing.SupportsIndex,
+    ) -> Ticket: ...
+    def take_ended(self) -> list[tuple[int, tuple[str, int, str], bool]]: ...
+
+def arena_of(engine: Engine) -> dict: ...
+def chain_keys(
+    parent: bytes,
+    tokens: numpy.typing.NDArray[numpy.int32],
+    block_tokens: typing.SupportsInt | typing.SupportsIndex,
+    extras: collections.abc.Sequence[
+        tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex, bytes]
+    ],
+) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    Keys [n, 32] of the whole blocks of int32 tokens. Releases the GIL.
+    """
+
+def copy_limit(
+    *,
+    destination: numpy.typing.NDArray[numpy.uint8],
+    source: numpy.typing.NDArray[numpy.uint8],
+    method: str,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> float:
+    """
+    Seconds that a plain contiguous copy takes: by 'memcpy' (the C library's) or 'streaming' (non-temporal).
+    """
+
+def cpu_device(copy_threads: typing.SupportsInt | typing.SupportsIndex) -> Device:
+    """
+    A CPU device; copy_threads 0 is the default number.
+    """
+
+def fault_calls() -> list[str]: ...
+def faulty_device(inner: Device, plan: FaultPlan) -> Device: ...
+def faulty_memory(inner: HostMemory, plan: FaultPlan) -> HostMemory: ...
+def finish_part(
+    engine: Engine,
+    grant_id: typing.SupportsInt | typing.SupportsIndex,
+    status: tuple[str, typing.SupportsInt | typing.SupportsIndex, str],
+    drained: bool,
+) -> None: ...
+def grant_load(
+    engine: Engine,
+    group: typing.SupportsInt | typing.SupportsIndex,
+    num_parts: typing.SupportsInt | typing.SupportsIndex,
+    keys: numpy.typing.NDArray[numpy.uint8],
+    first_block: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple: ...
+def grant_store(
+    engine: Engine,
+    group: typing.SupportsInt | typing.SupportsIndex,
+    num_parts: typing.SupportsInt | typing.SupportsIndex,
+    keys: numpy.typing.NDArray[numpy.uint8],
+    first_block: typing.SupportsInt | typing.SupportsIndex,
+    parent: bytes | None,
+    name_space: str,
+) -> tuple: ...
+def host_memory() -> HostMemory: ...
+def ordering_points() -> list[str]: ...
+def root_key(fields: collections.abc.Sequence[bytes]) -> bytes:
+    """
+    Key that stands for namespace, model and layout.
+    """
+
+def stream_isa() -> str:
+    """
+    Which non-temporal stores this machine has.
+    """
+
+__version__: str

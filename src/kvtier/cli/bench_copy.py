@@ -1,0 +1,189 @@
+"""How fast blocks move between pages and host slots, beside the machine's own copy of the same bytes.
+
+The limit is one plain contiguous copy by as many threads as the engine has: the faster, by its median, of the
+C library's memcpy and a non-temporal copy. It is measured right before each of our copies; ratios are of
+neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import kvtier
+from kvtier.cli import machine
+from kvtier.cli.bench import seconds
+from kvtier.cli.results import Report, measured, results_table
+from kvtier.engine import copy_limit
+from kvtier.errors import ConfigError, ResourceError
+
+METHODS = ("memcpy", "streaming")
+TARGETS = {"store": "ratio >= 0.95", "load": "ratio >= 0.95"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's blocks of 16 tokens in bfloat16, keys and values apart in every layer."""
+
+    suffix: str
+    num_layers: int
+    num_kv_heads: int
+
+    @property
+    def layout(self) -> kvtier.KVLayout:
+        """Of the group."""
+        return kvtier.KVLayout(self.num_layers, self.num_kv_heads, 128, "bfloat16", 16)
+
+    @property
+    def about(self) -> str:
+        """In words."""
+        runs = 2 * self.num_layers
+        kib = self.layout.block_bytes(16) >> 10
+        return f"blocks of {kib} KiB, {runs} runs of {kib // runs} KiB"
+
+
+SHAPES = (Shape("", 32, 8), Shape("_4k", 80, 1))  # an 8B model; one of eight ranks of a 70B model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier bench copy`."""
+    parser.add_argument("--mib", type=int, default=256, help="moved by each copy (default: %(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="copy threads (default: 2 1)")
+
+
+@dataclass
+class _Bench:
+    threads: int
+    engine: kvtier.Engine
+    pages: kvtier.Pages
+    memory: Any  # [num_layers, 2, num_pages, 16, num_kv_heads, 128] uint16
+    source_ids: Any
+    target_ids: Any
+    keys: Any
+    limit_source: Any
+    limit_target: Any
+    bytes_right: bool = True
+    s: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, name: str, took: float) -> None:
+        self.s.setdefault(name, []).append(took)
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
+    if args.mib < 1 or not all(1 <= t <= 64 for t in args.threads):
+        raise ConfigError(f"--mib {args.mib} --threads {args.threads}: at least 1 MiB, 1 to 64 threads")
+    if 6 * (args.mib << 20) > machine.available_bytes():
+        raise ResourceError(f"--mib {args.mib}: needs about six times as much free memory")
+    if (args.mib << 20) < 4 * report.machine["l3_bytes"]:
+        text = f"{args.mib} MiB are not far larger than the L3 cache: the figures flatter"
+        print(text, file=report.out)
+    targets: dict[str, str] = {}
+    for shape in SHAPES:
+        for threads in args.threads:
+            suffix = shape.suffix
+            if threads != args.threads[0]:
+                suffix += f"_{threads}_thread" + ("s" if threads > 1 else "")
+            print(f"{shape.about}, {threads} threads: *{suffix or ' without suffix'}", file=report.out)
+            targets |= {name + suffix: text for name, text in TARGETS.items()}
+            _measure_shape(args, shape, threads, suffix, report)
+    print(
+        "\nstore, load: one ticket for all blocks, from the call until it is done; pages are scattered.\n"
+        "limit: the faster of memcpy (C library) and a non-temporal copy, contiguous. ticket: what a block\n"
+        "adds when it has a ticket of its own, waited for before the next, over its share of one for all.\n",
+        file=report.out,
+    )
+    print(results_table(report.results, targets), file=report.out)
+
+
+def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix: str, report: Report) -> None:
+    layout = shape.layout
+    block_bytes = layout.block_bytes(16)
+    num_blocks = max(2, (args.mib << 20) // block_bytes)
+    moved = num_blocks * block_bytes
+    rng = np.random.default_rng(args.seed)
+    config = kvtier.Config(
+        groups=[layout],
+        model="kvtier-bench@1",
+        host=(num_blocks + 2) * (block_bytes + 8192),
+        copy_threads=threads,
+    )
+    with kvtier.open(config) as engine:
+        memory = np.empty((shape.num_layers, 2, 2 * num_blocks, 16, shape.num_kv_heads, 128), np.uint16)
+        memory[:] = rng.integers(0, 1 << 16, memory.shape[1:], np.uint16)
+        memory ^= np.arange(shape.num_layers, dtype=np.uint16).reshape(-1, 1, 1, 1, 1, 1)
+        ids = rng.permutation(2 * num_blocks)
+        bench = _Bench(
+            threads=threads,
+            engine=engine,
+            pages=engine.attach(list(memory), axes="KPTHD"),
+            memory=memory,
+            source_ids=ids[:num_blocks],
+            target_ids=ids[num_blocks:],
+            keys=rng.integers(0, 256, (num_blocks, 32), np.uint8),
+            limit_source=rng.integers(0, 256, moved, np.uint8),
+            limit_target=np.ones(moved, np.uint8),
+        )
+        try:
+            for _ in range(args.rounds + 1):
+                _round(bench)
+        finally:
+            _record(bench, moved, suffix, report)
+        bench.pages.detach()
+
+
+def _round(bench: _Bench) -> None:
+    engine, keys, pages = bench.engine, bench.keys, bench.pages
+    engine.drop(keys)
+    _limits(bench, "store")
+    bench.time("store", seconds(lambda: engine.store(keys, pages, bench.source_ids).wait()))
+
+    bench.memory[:, :, bench.target_ids] = 0
+    _limits(bench, "load")
+    bench.time("load", seconds(lambda: engine.load(keys, pages, bench.target_ids).wait()))
+    _compare(bench)
+
+    bench.memory[:, :, bench.target_ids] = 0
+    bench.time("single", seconds(lambda: _one_by_one(bench)))
+    _compare(bench)
+
+
+def _limits(bench: _Bench, beside: str) -> None:
+    for method in METHODS:
+        took = copy_limit(bench.limit_target, bench.limit_source, method=method, threads=bench.threads)
+        bench.time(f"{method} beside {beside}", took)
+
+
+def _one_by_one(bench: _Bench) -> None:
+    for i in range(len(bench.keys)):
+        bench.engine.load(bench.keys[i : i + 1], bench.pages, bench.target_ids[i : i + 1]).wait()
+
+
+def _compare(bench: _Bench) -> None:
+    for layer in bench.memory:  # one at a time: indexing makes copies
+        if not np.array_equal(layer[:, bench.source_ids], layer[:, bench.target_ids]):
+            bench.bytes_right = False
+
+
+def _record(bench: _Bench, moved: int, suffix: str, report: Report) -> None:
+    report.checks["bytes"] = report.checks.get("bytes", True) and bench.bytes_right
+    if not bench.bytes_right:
+        print("wrong bytes: these figures are not reported", file=report.out)
+        return
+    complete = min((len(values) for values in bench.s.values()), default=0)
+    s = {name: values[1:complete] for name, values in bench.s.items()}  # the first warms up
+    if complete < 2 or "single" not in s:
+        return
+    for name in ("store", "load"):
+        beside = {m: [*s[f"{m} beside store"], *s[f"{m} beside load"]] for m in METHODS}
+        method = min(METHODS, key=lambda m, beside=beside: statistics.median(beside[m]))  # type: ignore[misc]
+        report.machine[f"limit{suffix}"] = method
+        rates, limits = ([moved / v / 1e9 for v in s[key]] for key in (name, f"{method} beside {name}"))
+        report.add(measured(name + suffix, rates, "GB/s", limits))
+    pairs = zip(s["single"], s["load"], strict=True)
+    adds = [1e6 * (single - together) / len(bench.keys) for single, together in pairs]
+    report.add(measured(f"ticket{suffix}", adds, "us"))

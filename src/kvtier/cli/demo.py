@@ -1,0 +1,147 @@
+"""`kvtier demo`: a real transformer, a real document, and how long its first token takes.
+
+Cold, with the prefix still in the cache, and with the prefix restored from the host tier; beside it what the
+machine's own copy of the same bytes takes; and the proof that the restored bytes are the right ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import kvtier
+from kvtier.cli import machine
+from kvtier.cli.progress import Progress
+from kvtier.cli.results import Report, Result, add_json_argument, measured, table
+from kvtier.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from kvtier.cli.demo_run import Run
+
+_NEEDED = ("torch", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier demo`."""
+    parser.add_argument("--model", metavar="DIR", help="a local transformers model (default: random weights)")
+    parser.add_argument("--size", choices=("100m", "tiny"), default="100m", help="of random weights")
+    parser.add_argument("--text", metavar="FILE", help="the prompt (default: kvtier's own documentation)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the prefix (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens at once (default: %(default)s)")
+    parser.add_argument("--block-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="restored runs (default: %(default)s)")
+    parser.add_argument("--cold-runs", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--copy-threads", type=int, default=2, help="of the engine (default: %(default)s)")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; returns the exit status."""
+    for name in ("tokens", "chunk", "block_tokens", "runs", "cold_runs", "copy_threads"):
+        if getattr(args, name) < 1:
+            raise kvtier.ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(f"the demo needs {' and '.join(missing)}: pip install 'kvtier[demo]'")
+    from kvtier.cli.demo_model import load_model, make_prompt
+    from kvtier.cli.demo_run import SUFFIX_TOKENS
+
+    model = load_model(args.model, args.size)
+    prefix = -(-args.tokens // args.block_tokens) * args.block_tokens
+    prompt = make_prompt(model, args.text, prefix + SUFFIX_TOKENS)
+    with Report("demo", args.json) as report:
+        print(machine.describe(report.machine), file=report.out)
+        print(f"model:  {model.about}\nprompt: {prompt.source}", file=report.out)
+        try:
+            _measure(args, model, prompt, report)
+        finally:
+            _summarize(args, prefix, report)
+    return report.status
+
+
+def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) -> None:
+    from kvtier.adapters.transformers import KVTierCache, layout_of
+    from kvtier.cli.demo_run import SUFFIX_TOKENS, Run, repeat
+
+    layout = layout_of(model.module, page_tokens=args.block_tokens, dtype="float32")
+    prefix = len(prompt.token_ids) - SUFFIX_TOKENS
+    kv_bytes = layout.block_bytes(prefix)
+    num_blocks = prefix // args.block_tokens
+    slot_bytes = layout.block_bytes(args.block_tokens) + (8 << 10)  # header, and rounding up to its size
+    config = kvtier.Config(
+        groups=[layout],
+        block_tokens=args.block_tokens,
+        model=model.identity,
+        host=max(64 << 20, (num_blocks + 8) * slot_bytes),
+        copy_threads=args.copy_threads,
+    )
+    work = args.cold_runs * (prefix + SUFFIX_TOKENS) + (2 * args.runs + 1) * SUFFIX_TOKENS
+    with (
+        kvtier.open(config) as engine,
+        KVTierCache(engine, model.module, len(prompt.token_ids)) as cache,
+        Progress(report.out, work) as progress,
+    ):
+        demo = Run(model.module, cache, prompt.token_ids, args.chunk, args.copy_threads, progress)
+        source = np.random.default_rng(0).integers(0, 256, kv_bytes, np.uint8)
+        destination = np.ones_like(source)  # all of it touched before it is measured
+        try:
+            demo.warm_up()
+            repeat(args.cold_runs, demo.cold)
+            demo.save()
+            repeat(args.runs, demo.device, demo.host, lambda: demo.machine_copy(source, destination))
+            demo.control(args.block_tokens)
+        finally:
+            _record(demo, kv_bytes, report)
+
+
+def _record(demo: Run, kv_bytes: int, report: Report) -> None:
+    times = demo.times
+    report.checks.update(demo.checks)
+    report.add(
+        Result("prefix_tokens", demo.prefix, "tokens"),
+        Result("suffix_tokens", len(demo.token_ids) - demo.prefix, "tokens"),
+        Result("kv_bytes", kv_bytes, "B"),
+    )
+    for name in ("cold", "device", "host"):
+        if values := getattr(times, name):
+            # For the restored ones: how many times shorter than cold.
+            cold = None if name == "cold" else [statistics.median(times.cold)] * len(values)
+            report.add(measured(f"ttft_{name}", values, "s", cold))
+    if times.save:
+        report.add(measured("save", times.save, "s"))
+    if len(times.restore) == len(times.memcpy) > 0:
+        rates, limits = ([kv_bytes / s / 1e9 for s in which] for which in (times.restore, times.memcpy))
+        report.add(measured("restore", rates, "GB/s", limits))
+
+
+def _summarize(args: argparse.Namespace, prefix: int, report: Report) -> None:
+    found = {result.name: result for result in report.results}
+    if "kv_bytes" not in found:
+        return
+    kv_mib = found["kv_bytes"].value / 2**20
+    restore = found.get("restore")
+    print(file=report.out)
+    header = ("TTFT", "tokens", "KV MiB", "seconds", "min", "max", "n", "vs cold", "GB/s", "memcpy GB/s")
+    rows = []
+    for name in ("cold", "device", "host"):
+        if result := found.get(f"ttft_{name}"):
+            rates = ("", "")
+            if name == "host" and restore is not None and restore.limit is not None:
+                rates = (f"{restore.value:.2f}", f"{restore.limit:.2f}")
+            ratio = f"{result.ratio:.1f} x" if result.ratio is not None else ""
+            seconds = [f"{s:.3f}" for s in (result.value, result.min or 0.0, result.max or 0.0)]
+            rows.append((name, f"{prefix}+128", f"{kv_mib:.1f}", *seconds, str(result.n), ratio, *rates))
+    print(table(header, rows), file=report.out)
+    print(
+        "\nTTFT: from token ids to next-token logits (keys, lookup, load, model); seconds are medians of n.\n"
+        "cold: everything is computed; device: the prefix is still in the cache; host: it comes from the\n"
+        "host tier. GB/s: the KV bytes over hashing, lookup and load; memcpy: as many bytes in alternation,\n"
+        f"{args.copy_threads} threads, the faster of the C library's and a non-temporal copy.",
+        file=report.out,
+    )
+    for name, passed in report.checks.items():
+        print(f"{'ok    ' if passed else 'FAILED'} {name}", file=report.out)

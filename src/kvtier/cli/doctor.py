@@ -1,0 +1,123 @@
+"""`kvtier doctor`: what there is on this machine, and whether kvtier works here.
+
+A line is ok, a note (it works, but slower or with less), or FAILED; FAILED makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import kvtier
+from kvtier.cli import machine
+from kvtier.cli.results import Report, add_json_argument
+from kvtier.engine import copy_limit, stream_isa
+from kvtier.errors import KVTierError
+
+_OPTIONAL = {
+    "torch": "kvtier demo",
+    "transformers": "kvtier demo and its cache class",
+    "rich": "progress bars",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `passed` is None for a note."""
+
+    name: str
+    text: str
+    passed: bool | None = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier doctor`."""
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs every check; returns the exit status."""
+    with Report("doctor", args.json) as report:
+        print(machine.describe(report.machine), file=report.out)
+        for check in CHECKS:
+            for finding in check():
+                mark = {True: "ok    ", None: "note  ", False: "FAILED"}[finding.passed]
+                print(f"{mark} {finding.name}: {finding.text}", file=report.out)
+                if finding.passed is not None:
+                    report.checks[finding.name] = finding.passed
+                report.machine.setdefault("findings", {})[finding.name] = finding.text
+    return report.status
+
+
+def _devices() -> list[Finding]:
+    nvidia = Path("/proc/driver/nvidia/version").exists()
+    text = "cpu; this build has no CUDA device"
+    return [Finding("devices", text + (", though a GPU is here" if nvidia else ""), None if nvidia else True)]
+
+
+def _copies() -> list[Finding]:
+    isa = stream_isa()
+    source = np.random.default_rng(0).integers(0, 256, 64 << 20, np.uint8)
+    target = np.ones_like(source)
+    times = {
+        m: min(copy_limit(target, source, method=m, threads=1) for _ in range(3))
+        for m in ("memcpy", "streaming")
+    }
+    rates = ", ".join(f"{m} {source.nbytes / s / 1e9:.1f} GB/s" for m, s in times.items())
+    right = np.array_equal(source, target)
+    return [
+        Finding("copies", f"{rates} (64 MiB, one thread)" if right else "wrong bytes", right),
+        Finding("streaming stores", isa, None if isa == "none" else True),
+    ]
+
+
+def _memory() -> list[Finding]:
+    free = machine.available_bytes()
+    huge = machine.facts()["transparent_hugepages"]
+    pinned = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = "without limit" if pinned == resource.RLIM_INFINITY else f"{pinned >> 20} MiB"
+    return [
+        Finding(
+            "memory", f"{free / 2**30:.1f} GiB free for the host tier", True if free >= 1 << 30 else None
+        ),
+        Finding("huge pages", f"transparent: {huge or 'unknown'}", None if huge in ("", "never") else True),
+        Finding("locked memory", f"{text} (only GPUs and disks need it)"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    there = {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL}
+    return [
+        Finding(
+            name, "installed" if there[name] else f"not installed; only {use} needs it", there[name] or None
+        )
+        for name, use in _OPTIONAL.items()
+    ]
+
+
+def _round_trip() -> list[Finding]:
+    layout = kvtier.KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float16", page_tokens=16)
+    config = kvtier.Config(groups=[layout], model="kvtier-doctor@1", host="4MiB", chunk="4MiB")
+    memory = np.random.default_rng(0).integers(0, 1 << 16, (4, 8, 2, 16, 2, 64), np.uint16)
+    try:
+        with kvtier.open(config) as engine:
+            pages = engine.attach(list(memory))
+            keys = kvtier.block_keys(np.arange(64, dtype=np.int32), config)
+            engine.store(keys, pages, np.arange(4)).wait(30)
+            found = engine.lookup(keys).ready_blocks
+            loaded = engine.load(keys, pages, np.arange(4, 8)).result().valid_blocks
+            pages.detach(30)
+    except (KVTierError, OSError) as error:
+        return [Finding("round trip", f"{type(error).__name__}: {error}", passed=False)]
+    right = bool(np.array_equal(memory[:, :4], memory[:, 4:]))
+    text = f"stored 4 blocks, found {found}, loaded {loaded}, bytes {'right' if right else 'WRONG'}"
+    return [Finding("round trip", text, right and found == loaded == 4)]
+
+
+CHECKS: tuple[Callable[[], list[Finding]], ...] = (_devices, _copies, _memory, _packages, _round_trip)

@@ -1,0 +1,71 @@
+"""A progress bar where somebody watches, plain lines where nobody does."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+# Without a terminal: a line at every new phase, and inside a phase not more often than this.
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Progress of a run through named phases; a context manager.
+
+    With `rich` installed and a terminal at `out`: a bar. Otherwise lines.
+
+    Args:
+        out: Where to draw.
+        total: Units of work altogether.
+    """
+
+    def __init__(self, out: TextIO, total: int) -> None:
+        self._out = out
+        self._total = max(total, 1)
+        self._done = 0
+        self._phase = ""
+        self._printed_at = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        if out.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import Progress as RichProgress
+            except ImportError:
+                return
+            self._bar = RichProgress(console=Console(file=out), transient=True)
+            self._task = self._bar.add_task("", total=self._total)
+
+    def phase(self, name: str) -> None:
+        """Begins a phase."""
+        self._phase = name
+        if self._bar is not None:
+            self._bar.update(self._task, description=name)
+        else:
+            self._line()
+
+    def step(self, units: int = 1) -> None:
+        """Some units of work are done."""
+        self._done += units
+        if self._bar is not None:
+            self._bar.update(self._task, advance=units)
+        elif time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self.phase("done")
+
+    def _line(self) -> None:
+        self._printed_at = time.monotonic()
+        print(f"[{100 * self._done // self._total:3d} %] {self._phase}", file=self._out, flush=True)

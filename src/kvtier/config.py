@@ -1,0 +1,228 @@
+"""Config: all that an engine is told when it is opened, from Python, a TOML file or the environment."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kvtier.errors import ConfigError
+from kvtier.layout import KVLayout, check_extent
+
+# In the standard library since 3.11; before, the same module under another name.
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_ENV_PREFIX = "KVTIER_"
+_MAX_COPY_THREADS = 64
+
+
+def parse_size(value: int | str, key: str = "size") -> int:
+    """Reads a size.
+
+    Args:
+        value: Bytes, or a number with a unit: "64GiB" (1024^3), "1.5 GB" (1000^3), "4096". Units need no
+            "B" and no particular case.
+        key: What the size is called in messages.
+
+    Returns:
+        Bytes, rounded down; at least 1.
+
+    Raises:
+        ConfigError: Not a size, or less than one byte.
+    """
+    allowed = 'allowed: a number of bytes of at least 1, or a size such as "64GiB" or "1.5 GB"'
+    size = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        number, unit, binary, _ = match.groups()
+        if not binary or unit:
+            power = "kmgt".find(unit.lower()) + 1 if unit else 0
+            size = int(float(number) * (1024 if binary else 1000) ** power)
+    if not 1 <= size < 2**63:
+        raise ConfigError(f"{key} is {value!r}; {allowed}")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What kvtier.open() needs to know.
+
+    Attributes:
+        groups: One layout for each cache group; most models have one.
+        host: Size of the host tier, bytes or as in "64GiB". It is taken from the machine at once.
+        model: Name and revision of the weights, "name@revision". Part of every key: two models never share
+            a block.
+        block_tokens: Tokens of a block, the unit of lookup and eviction. For each group, one of block_tokens
+            and page_tokens divides the other.
+        world_size: Ranks on this host that share one cache, each with its part of every block.
+        copy_threads: Threads of the CPU device, None for the default.
+        chunk: The arena is prefaulted and registered in chunks of this size.
+    """
+
+    groups: Sequence[KVLayout]
+    host: int | str
+    model: str
+    block_tokens: int = 16
+    world_size: int = 1
+    copy_threads: int | None = None
+    chunk: int | str = "128MiB"
+
+    def __post_init__(self) -> None:
+        groups = _checked_groups(self.groups)
+        object.__setattr__(self, "groups", groups)
+        model: object = self.model
+        if not isinstance(model, str) or not model:
+            raise ConfigError(f'model is {model!r}; allowed: a name with its revision, "name@revision"')
+        check_extent("block_tokens", self.block_tokens)
+        check_extent("world_size", self.world_size, 1, 1024)
+        if self.copy_threads is not None:
+            check_extent("copy_threads", self.copy_threads, 1, _MAX_COPY_THREADS)
+        for i, layout in enumerate(groups):
+            if self.block_tokens % layout.page_tokens and layout.page_tokens % self.block_tokens:
+                raise ConfigError(
+                    f"block_tokens is {self.block_tokens} and page_tokens of groups[{i}] is "
+                    f"{layout.page_tokens}; allowed: one a multiple of the other"
+                )
+        one_of_each = sum(layout.block_bytes(self.block_tokens) for layout in groups)
+        if self.host_bytes < one_of_each:
+            raise ConfigError(
+                f"host is {self.host!r}; allowed: at least one block of every group, {one_of_each} bytes"
+            )
+        parse_size(self.chunk, "chunk")
+
+    @property
+    def host_bytes(self) -> int:
+        """Size of the host tier in bytes."""
+        return parse_size(self.host, "host")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk in bytes."""
+        return parse_size(self.chunk, "chunk")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> "Config":
+        """Makes a Config from keys and values, as they stand in a TOML file.
+
+        Args:
+            values: Keyword arguments of Config; `groups` may hold tables with the arguments of KVLayout
+                (or, where a table has `latent_dim`, of KVLayout.mla).
+            source: Where the values come from, for messages.
+
+        Raises:
+            ConfigError: A key is not known or missing, or a value is not allowed.
+        """
+        given = dict(values)
+        if "disk" in given:
+            raise ConfigError(
+                f"{source}: disk is given, but the disk tier is not in this version; leave it out"
+            )
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(known)}")
+        for key in ("groups", "host", "model"):
+            if key not in given:
+                raise ConfigError(f"{source}: {key!r} is missing")
+        if isinstance(given["groups"], (list, tuple)):
+            given["groups"] = [
+                _layout_of(table, f"{source}: groups[{i}]") if isinstance(table, Mapping) else table
+                for i, table in enumerate(given["groups"])
+            ]
+        return cls(**given)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Config":
+        """Reads a TOML file whose keys are the attributes, with one [[groups]] table for each group.
+
+        Raises:
+            ConfigError: The file is not readable or not TOML, or says something that is not allowed.
+        """
+        return cls.from_mapping(_read_toml(path), str(path))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **defaults: Any) -> "Config":
+        """Reads KVTIER_HOST, KVTIER_MODEL, KVTIER_BLOCK_TOKENS, KVTIER_COPY_THREADS and their like.
+
+        KVTIER_CONFIG names a TOML file. A variable beats the file, and the file beats `defaults`.
+
+        Args:
+            environ: The variables; None for those of the process.
+            defaults: Keyword arguments of Config. Groups come from here or from the file.
+
+        Raises:
+            ConfigError: As load(), or a KVTIER_ variable that is not known.
+        """
+        environ = os.environ if environ is None else environ
+        values = dict(defaults)
+        given = {key: text for key, text in environ.items() if key.startswith(_ENV_PREFIX)}
+        file = given.pop(_ENV_PREFIX + "CONFIG", None)
+        if file is not None:
+            values.update(_read_toml(file))
+        allowed = [field.name for field in fields(cls) if field.name != "groups"]
+        for variable, text in given.items():
+            key = variable.removeprefix(_ENV_PREFIX).lower()
+            if key == "disk":
+                raise ConfigError(f"{variable} is set, but the disk tier is not in this version; unset it")
+            if key not in allowed:
+                names = ", ".join(_ENV_PREFIX + name.upper() for name in ["config", *allowed])
+                raise ConfigError(f"{variable} is not a variable of kvtier; allowed: {names}")
+            values[key] = _integer(variable, text) if key in _INTEGER_KEYS else text
+        return cls.from_mapping(values, "environment")
+
+
+def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
+    if isinstance(groups, KVLayout):
+        return (groups,)
+    if not isinstance(groups, (list, tuple)) or not groups:
+        raise ConfigError(f"groups is {groups!r}; allowed: a list of at least one KVLayout")
+    for i, layout in enumerate(groups):
+        if not isinstance(layout, KVLayout):
+            raise ConfigError(f"groups[{i}] is {layout!r}; allowed: a KVLayout")
+    return tuple(groups)
+
+
+_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads")
+
+
+def _integer(key: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{key} is {text!r}; allowed: an integer") from None
+
+
+def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    return table
+
+
+def _layout_of(table: Mapping[str, Any], source: str) -> KVLayout:
+    latent = "latent_dim" in table
+    required = [
+        "num_layers",
+        "dtype",
+        "page_tokens",
+        *(["latent_dim"] if latent else ["num_kv_heads", "head_dim"]),
+    ]
+    optional = ["window_tokens", "name", *([] if latent else ["page_order"])]
+    for key in table:
+        if key not in required + optional:
+            raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(required + optional)}")
+    for key in required:
+        if key not in table:
+            raise ConfigError(f"{source}: {key!r} is missing")
+    try:
+        return KVLayout.mla(**table) if latent else KVLayout(**table)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error

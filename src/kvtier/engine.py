@@ -1,0 +1,397 @@
+"""Engine: what users open and close. The only module, with keys.py and testing.py, that sees the native core.
+
+layout = kvtier.KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", page_tokens=16)
+config = kvtier.Config(groups=[layout], model="meta-llama/Llama-3.1-8B@0e9e39f", host="64GiB")
+with kvtier.open(config) as engine:
+    pages = engine.attach(kv_tensors)
+    keys = kvtier.block_keys(token_ids, config)
+    match = engine.lookup(keys)
+    engine.load(match, pages, page_ids[: match.ready_blocks]).wait_stream(stream)
+    ...
+    engine.store(keys, pages, page_ids, stream=stream)
+"""
+
+import atexit
+import contextlib
+import weakref
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier import _core
+from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
+from kvtier.config import Config
+from kvtier.errors import ConfigError, KVTierError
+from kvtier.handles import BlockState, Lease, Match, Pages, Tier
+from kvtier.keys import Keys, key_bytes
+from kvtier.layout import KVLayout, check_extent
+from kvtier.metrics import Stats
+from kvtier.tickets import (
+    BlockOutcome,
+    FlushResult,
+    LoadResult,
+    LoadTicket,
+    Moment,
+    StoreResult,
+    StoreTicket,
+    Ticket,
+    checked_timeout,
+)
+
+__all__ = [
+    "BlockOutcome",
+    "BlockState",
+    "Engine",
+    "FlushResult",
+    "Lease",
+    "LoadResult",
+    "LoadTicket",
+    "Match",
+    "Moment",
+    "Pages",
+    "StoreResult",
+    "StoreTicket",
+    "Ticket",
+    "Tier",
+    "group_spec",
+    "native_device",
+    "open_engine",
+]
+
+_EXIT_PATIENCE_SECONDS = 5.0
+
+
+def group_spec(layout: KVLayout, config: Config) -> _core.GroupSpec:
+    """Makes the core's description of a cache group.
+
+    Raises:
+        ConfigError: The core does not allow it.
+    """
+    return _core.GroupSpec(
+        name=layout.name,
+        num_layers=layout.num_layers,
+        num_parts=layout.num_parts,
+        num_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        item_bytes=layout.item_bytes,
+        page_tokens=layout.page_tokens,
+        block_tokens=config.block_tokens,
+        page_order=layout.page_order,
+        window_tokens=layout.window_tokens,
+        num_stripes=1 if layout.replicated else config.world_size,
+    )
+
+
+def native_device(device: Any) -> _core.Device | None:
+    """Returns the core's device of a kvtier.testing device; None stays None."""
+    native = getattr(device, "native", device)
+    if native is None or isinstance(native, _core.Device):
+        return native
+    raise ConfigError(f"device is {device!r}; allowed: None or a device of kvtier.testing")
+
+
+class Engine:
+    """Keeps KV blocks below the framework's device memory and moves them. Made by kvtier.open().
+
+    Threads: every method from any thread. None waits for copies but detach(), flush(), close() and
+    wait_until_whole(). Calls release the GIL. In a forked child every call raises ClosedError.
+
+    Attributes:
+        config: What it was opened with.
+    """
+
+    def __init__(
+        self, config: Config, *, memory: Any = None, clock: Any = None, hash_seed: int | None = None
+    ) -> None:
+        """Opens an engine; kvtier.open() is the same.
+
+        Args:
+            config: The config.
+            memory: For tests: a host memory of kvtier.testing.
+            clock: For tests: a kvtier.testing.ManualClock.
+            hash_seed: For tests: seed of the index; None is random.
+        """
+        if not isinstance(config, Config):
+            raise ConfigError(f"config is {config!r}; allowed: a kvtier.Config")
+        self.config = config
+        self._native = _core.Engine.open(
+            groups=[group_spec(layout, config) for layout in config.groups],
+            host_bytes=config.host_bytes,
+            chunk_bytes=config.chunk_bytes,
+            copy_threads=config.copy_threads or 0,
+            memory=getattr(memory, "native", memory),
+            clock=clock,
+            hash_seed=hash_seed,
+        )
+        _open_engines.add(self)
+
+    def attach(self, tensors: Any, group: int = 0, *, axes: str | None = None, device: Any = None) -> Pages:
+        """Makes a framework's tensors the pages of a group. Copies nothing.
+
+        Args:
+            tensors: One tensor per layer; or two per layer, key, value, key, value ... (axes without K); or
+                one for all layers (axes with L). torch, NumPy, DLPack, or (ptr, shape, strides_bytes,
+                itemsize); writable, any strides of 0 or more, dimension D contiguous.
+            group: Index into Config.groups.
+            axes: A letter for each dimension: P page, L layer, K part, T token, H head, D dimension.
+                Default: "P" and the layout's page_order. "PKTHD" FlashInfer NHD, "PKHTD" HND, "KPTHD" vLLM.
+            device: None: where the tensors are. Or a device of kvtier.testing.
+
+        Returns:
+            The pages. The engine keeps the tensors alive until they are detached.
+
+        Raises:
+            ConfigError: A tensor does not fit; the message names tensor, axis, value and what is allowed.
+            UnsupportedError: CUDA tensors; this build has no CUDA device.
+            ClosedError: The engine is closed.
+        """
+        check_extent("group", group, 0, len(self.config.groups) - 1)
+        views, owners, where = tensor_views(tensors, self.config.groups[group], axes)
+        native, found = native_device(device), native_device(where)
+        pages = self._native.attach(found if native is None else native, group, views, owners)
+        return Pages(self._native, pages, self.config.groups[group], group)
+
+    def lookup(self, keys: Any) -> Match:
+        """Says which blocks are there. Never waits, does no I/O and touches no recency.
+
+        Args:
+            keys: Keys [n, 32] in prompt order, as from block_keys(); read without a copy.
+
+        Raises:
+            ConfigError: Not keys.
+            ClosedError: The engine is closed.
+        """
+        array = key_array(keys)
+        return Match(self._native, self.config, array, self._native.lookup(array))
+
+    def _transfer_arguments(
+        self, keys: Any, pages: Any, page_ids: Any, first_block: int
+    ) -> tuple[Keys, npt.NDArray[np.uint32]]:
+        if not isinstance(pages, Pages) or pages._engine is not self._native:
+            raise ConfigError(f"pages is {pages!r}; allowed: what attach() of this engine returned")
+        array = key_array(keys)
+        check_extent("first_block", first_block, 0, 2**32 - 1)
+        each = pages.layout.pages_per_block(self.config.block_tokens)
+        ids = page_array(
+            page_ids, pages.num_pages, len(array) * each, f"{each} for each of {len(array)} keys"
+        )
+        return array, ids
+
+    def store(
+        self,
+        keys: Any,
+        pages: Pages,
+        page_ids: Any,
+        *,
+        stream: Any = None,
+        first_block: int = 0,
+        parent: Any = None,
+        namespace: str = "",
+    ) -> StoreTicket:
+        """Copies blocks from pages into the tier, behind what `stream` has been given so far.
+
+        Does not wait for the copies: the pages must not change until `released` of the ticket.
+
+        Args:
+            keys: Keys [n, 32] in prompt order.
+            pages: Where the blocks are.
+            page_ids: Page ids [n * pages_per_block], in order; where a page holds several blocks one per key,
+                and block i is part (first_block + i) % blocks_per_page of its page. Any integers.
+            stream: Stream whose kernels write the pages: None for the framework's default stream, a native
+                handle, or a torch or CuPy stream. On the CPU there is only None, the calling thread.
+            first_block: Index of keys[0] in its sequence.
+            parent: Key of the block before keys[0], where it is known. Parents outlive their descendants.
+            namespace: The tenant, for drop(namespace=...).
+
+        Raises:
+            ConfigError: An argument is not allowed; nothing was done.
+            ClosedError: The engine is closed, or the pages are detached.
+        """
+        array, ids = self._transfer_arguments(keys, pages, page_ids, first_block)
+        above = None if parent is None else key_bytes(parent, "parent")
+        if not isinstance(namespace, str):
+            raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
+        native = self._native.store(
+            pages._native, array, ids, stream_handle(stream), first_block, above, namespace
+        )
+        return StoreTicket(native, _core.Moment, self.config.block_tokens)
+
+    def load(
+        self,
+        what: Any,
+        pages: Pages,
+        page_ids: Any,
+        *,
+        stream: Any = None,
+        first_block: int = 0,
+        layers_per_batch: int | None = None,
+    ) -> LoadTicket:
+        """Copies blocks from the tier into pages, behind what `stream` has been given so far.
+
+        Does not wait for the copies: read the pages when the ticket is done, or behind its wait_stream().
+
+        Args:
+            what: A Lease or a Match (its ready prefix), or keys [n, 32].
+            pages: Where the blocks go.
+            page_ids: As for store(); no place twice.
+            stream: Stream whose kernels used the pages before; as for store().
+            first_block: Index of the first key in its sequence.
+            layers_per_batch: Load layer by layer, with one batch of copies and one event for so many layers
+                (LoadTicket.wait_layer). Needs every block ready. None loads whole blocks.
+
+        Raises:
+            ConfigError: An argument is not allowed; nothing was done.
+            UnsupportedError: Layer-wise, and a block is not ready; load whole blocks instead.
+            ClosedError: The engine is closed, or the pages are detached.
+        """
+        keys = what
+        if isinstance(what, Lease):
+            keys = what.keys
+        elif isinstance(what, Match):
+            keys = what.keys[: what.ready_blocks]
+        array, ids = self._transfer_arguments(keys, pages, page_ids, first_block)
+        batch = 0 if layers_per_batch is None else check_extent("layers_per_batch", layers_per_batch)
+        native = self._native.load(pages._native, array, ids, stream_handle(stream), first_block, batch)
+        return LoadTicket(native, _core.Moment, self.config.block_tokens)
+
+    def touch(self, keys: Any) -> int:
+        """Makes blocks the most recently used, the last key the oldest of them.
+
+        Returns:
+            Blocks that were there, summed over groups.
+        """
+        return self._native.touch(key_array(keys))
+
+    def drop(self, keys: Any = None, namespace: str | None = None) -> int:
+        """Forgets blocks: no lookup finds them when it returns. Running loads of them finish unharmed.
+
+        Args:
+            keys: Keys [n, 32], or None.
+            namespace: Or all that was stored under a namespace.
+
+        Returns:
+            Blocks that were there, summed over groups.
+
+        Raises:
+            ConfigError: Neither or both are given.
+        """
+        if (keys is None) == (namespace is None):
+            raise ConfigError("drop() takes either keys or namespace")
+        if namespace is not None:
+            if not isinstance(namespace, str):
+                raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
+            return self._native.drop_namespace(namespace)
+        return self._native.drop(key_array(keys))
+
+    def poll(self) -> int:
+        """Ends leases whose time is over. Never waits; nothing needs it to make progress.
+
+        Returns:
+            Transfers that are running.
+        """
+        return self._native.poll()
+
+    def flush(self, timeout: float | None = None) -> FlushResult:
+        """Waits, without the GIL, until every store submitted before the call has settled.
+
+        Args:
+            timeout: Seconds, None for as long as it takes.
+
+        Raises:
+            TimeoutError: The time is over. The stores go on.
+        """
+        return FlushResult(*self._native.flush(checked_timeout(timeout)))
+
+    def wait_until_whole(self) -> None:
+        """Waits, without the GIL, until the whole host tier is prefaulted. For benchmarks."""
+        self._native.wait_until_whole()
+
+    def stats(self) -> Stats:
+        """One consistent snapshot."""
+        return Stats.from_native(self._native.stats())
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called (or a fork made this somebody else's engine)."""
+        return self._native.closed
+
+    def close(self, timeout: float | None = None) -> None:
+        """Refuses new work, waits without the GIL until running transfers have ended, frees everything.
+
+        Idempotent; ends leases and lets go of attached tensors.
+
+        Args:
+            timeout: Seconds, None for as long as it takes.
+
+        Raises:
+            TimeoutError: Copies still run. The engine takes no new work, its memory and the tensors stay
+                until a later close() succeeds.
+        """
+        self._native.close(checked_timeout(timeout))
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_engine(config: Config) -> Engine:
+    """Opens an engine; use it as a context manager, or close() it.
+
+    Returns as soon as the first part of the host tier is ready; the rest follows in the background.
+
+    Args:
+        config: The config.
+
+    Raises:
+        ConfigError: The config is not allowed.
+        ResourceError: The machine has not that much memory left.
+    """
+    return Engine(config)
+
+
+_open_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """Ends transfers while their tensors are still there; what does not end in time is left to the kernel."""
+    for engine in list(_open_engines):
+        with contextlib.suppress(KVTierError):
+            engine.close(_EXIT_PATIENCE_SECONDS)
+
+
+def copy_limit(destination: Any, source: Any, *, method: str, threads: int) -> float:
+    """What the machine itself can do: a plain contiguous copy, for benchmarks. Waits, without the GIL.
+
+    Args:
+        destination: Contiguous uint8 array, as long as `source`.
+        source: Contiguous uint8 array.
+        method: "memcpy", the C library's, or "streaming", non-temporal.
+        threads: That copy a share each.
+
+    Returns:
+        Seconds, without the start of the threads.
+    """
+    return _core.copy_limit(destination=destination, source=source, method=method, threads=threads)
+
+
+def stream_isa() -> str:
+    """Which non-temporal stores this machine has."""
+    return _core.stream_isa()
+
+
+# What kvtier.ranks needs of the core.
+NativeMoment = _core.Moment
+NativePages = _core.Pages
+NativeRankWorker = _core.RankWorker
+arena_of = _core.arena_of
+cpu_device = _core.cpu_device
+finish_part = _core.finish_part
+grant_load = _core.grant_load
+grant_store = _core.grant_store

@@ -1,0 +1,174 @@
+"""What an engine hands out beside tickets: Pages, Match, Lease. Thin faces of the core's objects."""
+
+from enum import IntEnum
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.config import Config
+from kvtier.keys import Keys
+from kvtier.layout import KVLayout, check_extent
+from kvtier.tickets import checked_timeout
+
+States = npt.NDArray[np.uint8]
+
+
+class BlockState(IntEnum):
+    """State of one key in one group."""
+
+    MISS = 0
+    PENDING = 1
+    READY = 2
+
+
+class Tier(IntEnum):
+    """Where a block is."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+    NONE = 255
+
+
+class NativeLease(Protocol):
+    """kvtier._core.Lease."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pinned prefix."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the pins hold."""
+
+    def release(self) -> None:
+        """Lets go of the pins."""
+
+
+class NativeEngine(Protocol):
+    """What is needed of kvtier._core.Engine here. Calls release the GIL."""
+
+    def detach(self, pages: Any, timeout: float | None) -> None:
+        """Waits until no copy touches the pages."""
+
+    def pin(self, keys: Keys, max_blocks: int, ttl_us: int | None) -> NativeLease:
+        """Pins the ready prefix."""
+
+
+class Pages:
+    """Tensors of a framework, attached to an engine as the pages of one group. Made by Engine.attach().
+
+    The engine keeps the tensors alive until detach() or Engine.close() has returned, whatever Python drops.
+
+    Attributes:
+        num_pages: Pages there are; ids are below.
+        layout: Layout of the group.
+        group: Index into Config.groups.
+    """
+
+    def __init__(self, engine: NativeEngine, native: Any, layout: KVLayout, group: int) -> None:
+        self._engine = engine
+        self._native = native
+        self.num_pages: int = native.num_pages
+        self.layout = layout
+        self.group = group
+
+    @property
+    def attached(self) -> bool:
+        """Whether transfers are still accepted."""
+        return bool(self._native.attached)
+
+    def detach(self, timeout: float | None = None) -> None:
+        """Refuses further transfers and waits, without the GIL, until none touches the pages. Idempotent.
+
+        Args:
+            timeout: Seconds, None for as long as it takes.
+
+        Raises:
+            TimeoutError: Copies still run: the tensors must not be freed yet; call again.
+            DeviceError: The device cannot prove that its copies are over: the tensors must never be freed.
+        """
+        self._engine.detach(self._native, checked_timeout(timeout))
+
+
+class Lease:
+    """Pins on the ready prefix of a Match: while it is active its blocks are not evicted. Threads: any.
+
+    Ends with release(), with the `with` block, when its time to live is over, when it is dropped, or with
+    Engine.close().
+    """
+
+    def __init__(self, native: NativeLease, keys: Keys) -> None:
+        self._native = native
+        self.keys = keys[: native.num_blocks]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the prefix; fewer than Match.ready_blocks if some were evicted since."""
+        return len(self.keys)
+
+    @property
+    def active(self) -> bool:
+        """Whether the blocks are still pinned."""
+        return self._native.active
+
+    def release(self) -> None:
+        """Lets the blocks be evicted again. Idempotent; running loads are not affected."""
+        self._native.release()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Match:
+    """What lookup() found. Advisory: nothing holds the blocks until they are pinned or loaded.
+
+    Attributes:
+        keys: The keys [n, 32] that were looked up.
+        ready_blocks: Longest prefix that every group can restore. A sliding window needs only the blocks
+            that it reaches back to.
+    """
+
+    def __init__(
+        self, engine: NativeEngine, config: Config, keys: Keys, found: tuple[int, list[States]]
+    ) -> None:
+        self._engine = engine
+        self._block_tokens = config.block_tokens
+        self.keys = keys
+        self.ready_blocks, self._states = found
+
+    @property
+    def ready_tokens(self) -> int:
+        """The ready prefix in tokens."""
+        return self.ready_blocks * self._block_tokens
+
+    def states(self, group: int = 0) -> States:
+        """A BlockState for each key [n] in one group; do not write into it."""
+        return self._states[check_extent("group", group, 0, len(self._states) - 1)]
+
+    def tiers(self, group: int = 0) -> States:
+        """For each key [n] the fastest Tier that has it ready in one group, else Tier.NONE."""
+        ready = self.states(group) == BlockState.READY
+        tiers: States = np.where(ready, np.uint8(Tier.HOST), np.uint8(Tier.NONE))
+        return tiers
+
+    def pin(self, ttl: float | None = None) -> Lease:
+        """Pins what is still ready of the prefix, in every group, and refreshes it. Never waits for copies.
+
+        Args:
+            ttl: Seconds until the pins end by themselves, None for never.
+
+        Raises:
+            ConfigError: `ttl` is not a number of 0 or more.
+            ClosedError: The engine is closed.
+        """
+        seconds = checked_timeout(ttl)
+        ttl_us = None if seconds is None else min(int(seconds * 1e6), 2**62)
+        return Lease(self._engine.pin(self.keys, self.ready_blocks, ttl_us), self.keys)

@@ -1,0 +1,309 @@
+"""RankServer: the keeper's side of the sockets - who is which rank, what they report, and when they end."""
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvtier.config import Config
+from kvtier.errors import ClosedError, ConfigError, KVTierError
+from kvtier.keys import root_key
+from kvtier.layout import check_extent
+from kvtier.ranks import wire
+
+_BACKLOG = 128
+
+Status = tuple[str, int, str]  # code, native code, message: a Status of the core; the code of success is "ok"
+
+
+@dataclass(eq=False)
+class Member:
+    """A process that joined as a rank; until the process has ended, whatever becomes of its socket."""
+
+    number: int
+    rank: int
+    pid: int
+    pidfd: int
+    connection: socket.socket
+    outbox: wire.Outbox
+    grants: set[int] = field(default_factory=set)  # that it has not reported
+    connected: bool = True
+
+
+# Called when parts of grants are over: (member, grants, status, drained). Holds RankServer.changed.
+OnParts = Callable[[Member, list[int], Status, bool], None]
+
+
+class RankServer:
+    """Lets ranks join, and tells when their parts are over. One thread, which sleeps until something happens.
+
+    Attributes:
+        epoch: Names this life of the keeper, 16 bytes.
+        changed: Guards everything here and whatever its owner adds; notified after every change.
+        members: The processes that are ranks, by rank.
+        closing: Set by the owner: nobody may join any more.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], config: Config, arena: dict[str, Any], on_parts: OnParts
+    ) -> None:
+        """Begins to serve.
+
+        Args:
+            directory: Where workers find us.
+            config: What theirs must agree with.
+            arena: Its geometry, and its descriptor `fd`.
+            on_parts: Told what is over.
+
+        Raises:
+            ConfigError: Others can reach the directory, or a living keeper serves it.
+        """
+        self.epoch = secrets.token_bytes(16)
+        self.changed = threading.Condition()
+        self.members: dict[int, Member] = {}
+        self.closing = False
+        self._config = config
+        self._fingerprint = root_key(config).hex()
+        self._start = wire.start_time()
+        self._arena = {name: value for name, value in arena.items() if name != "fd"}
+        self._on_parts = on_parts
+        self._next_member = 1
+        self._stopped = False
+        with contextlib.ExitStack() as undo:
+            self._directory = wire.open_directory(directory, create=True)
+            undo.callback(os.close, self._directory)
+            undo.enter_context(_claimed(self._directory))
+            self._arena_fd = os.dup(arena["fd"])
+            undo.callback(os.close, self._arena_fd)
+            lock_fd = wire.take_lock(self._directory)
+            undo.callback(os.close, lock_fd)
+            undo.callback(self._remove_names)
+            self._listener = undo.enter_context(self._listen())
+            self._selector = undo.enter_context(contextlib.closing(selectors.DefaultSelector()))
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._wake_fd)
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._selector.register(
+                self._wake_fd, selectors.EVENT_READ, lambda: os.eventfd_read(self._wake_fd)
+            )
+            self._thread = threading.Thread(target=self._serve, name="kvtier-keeper", daemon=True)
+            self._thread.start()
+            self._undo = undo.pop_all()
+
+    def missing(self) -> list[int]:
+        """Ranks without a living worker that can be reached. The caller holds `changed`."""
+        living = {rank for rank, m in self.members.items() if m.connected and not wire.has_ended(m.pidfd)}
+        return [rank for rank in range(self._config.world_size) if rank not in living]
+
+    def ask_to_cancel(self, grants: list[int]) -> None:
+        """Asks every rank not to begin grants that it has not begun. The caller holds `changed`."""
+        for member in self.members.values():
+            mine = [grant for grant in grants if grant in member.grants]
+            for begin in range(0, len(mine), 1000):
+                member.outbox.put({"type": "cancel", "grants": mine[begin : begin + 1000]})
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """Stops to serve; waits for the thread, and leaves no name behind. The caller does not hold `changed`."""
+        with self.changed:
+            if self._stopped:
+                return
+            self._stopped = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        with self.changed:
+            for member in list(self.members.values()):
+                self._forget(member)
+        self._undo.close()
+
+    def _remove_names(self) -> None:
+        for name in (wire.SOCKET, wire.LOCK):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._directory)
+
+    # --- the thread ---
+
+    def _serve(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                action: Callable[[], None] = key.data
+                with self.changed:
+                    if self._stopped:
+                        return
+                    action()  # one that an action before this has made moot does nothing
+            with self.changed:
+                for member in self.members.values():
+                    self._flush(member)
+
+    def _flush(self, member: Member) -> None:
+        if member.connected:
+            wanted = selectors.EVENT_READ | (0 if member.outbox.flush() else selectors.EVENT_WRITE)
+            key = self._selector.get_key(member.connection)
+            if key.events != wanted:
+                self._selector.modify(member.connection, wanted, key.data)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            # Renamed into place when it listens: a worker never meets a socket that nobody answers.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(wire.SOCKET + ".new", dir_fd=self._directory)
+            listener.bind(wire.address(self._directory) + ".new")
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+            os.rename(
+                wire.SOCKET + ".new", wire.SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory
+            )
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            _, user = wire.peer_identity(connection)
+            if user != os.geteuid():
+                connection.close()
+                return
+            self._selector.register(connection, selectors.EVENT_READ, lambda: self._greet(connection))
+
+    def _greet(self, connection: socket.socket) -> None:
+        try:
+            received = wire.receive(connection)
+        except BlockingIOError:
+            return
+        except (ConfigError, OSError):
+            received = None
+        self._selector.unregister(connection)
+        if received is None:
+            connection.close()
+            return
+        message, fd = received
+        if fd is not None:
+            os.close(fd)
+        try:
+            member = self._admit(connection, message)
+        except KVTierError as error:
+            kind = "config" if isinstance(error, ConfigError) else "closed"
+            with contextlib.suppress(OSError):
+                wire.send(connection, {"type": "refused", "kind": kind, "message": str(error)})
+            connection.close()
+            return
+        self.members[member.rank] = member
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(member))
+        self._selector.register(member.pidfd, selectors.EVENT_READ, lambda: self._bury(member))
+        self.changed.notify_all()
+
+    def _admit(self, connection: socket.socket, message: dict[str, Any]) -> Member:
+        if message["type"] != "join" or message.get("version") != wire.VERSION:
+            raise ConfigError(f"the keeper speaks version {wire.VERSION} of the protocol; this is {message}")
+        if message.get("world_size") != self._config.world_size:
+            raise ConfigError(
+                f"world_size is {message.get('world_size')} at the worker and {self._config.world_size} at the keeper"
+            )
+        if message.get("fingerprint") != self._fingerprint:
+            raise ConfigError(
+                "model, groups, block_tokens or world_size differ between the worker's config and the keeper's"
+            )
+        rank = check_extent("rank", message.get("rank"), 0, self._config.world_size - 1)
+        if self.closing:
+            raise ClosedError("the keeper is closed")
+        if (there := self.members.get(rank)) is not None:
+            if not wire.has_ended(there.pidfd):
+                raise ConfigError(f"rank {rank} is taken by process {there.pid}, which lives")
+            self._bury(there)
+        pidfd = wire.peer_pidfd(connection, str(message.get("start")))
+        pid, _ = wire.peer_identity(connection)
+        member = Member(self._next_member, rank, pid, pidfd, connection, wire.Outbox(connection))
+        welcome = {
+            "type": "welcome",
+            "epoch": self.epoch.hex(),
+            "member": member.number,
+            "start": self._start,
+            "arena": self._arena,
+        }
+        try:
+            wire.send(connection, welcome, self._arena_fd)
+        except OSError as error:
+            os.close(pidfd)
+            raise ClosedError(f"rank {rank} closed its connection: {error}") from None
+        self._next_member += 1
+        return member
+
+    def _read(self, member: Member) -> None:
+        """Takes all that a member has said."""
+        while member.connected:
+            try:
+                received = wire.receive(member.connection)
+            except BlockingIOError:
+                return
+            except (ConfigError, OSError):
+                received = None
+            if received is None:
+                # Its process may live on and copy. The slots and the rank stay its own until that ends.
+                self._disconnect(member)
+                return
+            message, fd = received
+            if fd is not None:
+                os.close(fd)
+            if message["type"] == "ended" and message["grant"] in member.grants:
+                code, native, text = message["status"]
+                self._over(member, [message["grant"]], (code, native, text), drained=message["drained"])
+            elif message["type"] == "leave":
+                status = ("closed", 0, f"rank {member.rank} left")
+                self._over(member, list(member.grants), status, drained=True)
+                self._forget(member)
+                return
+
+    def _over(self, member: Member, grants: list[int], status: Status, *, drained: bool) -> None:
+        member.grants.difference_update(grants)
+        self._on_parts(member, grants, status, drained)
+        self.changed.notify_all()
+
+    def _bury(self, member: Member) -> None:
+        """The process has ended: nothing of it runs any more, and what it said before still counts."""
+        self._read(member)
+        if self.members.get(member.rank) is not member:
+            return  # the last it said was that it left
+        status = ("closed", 0, f"rank {member.rank}'s worker, process {member.pid}, has ended")
+        self._over(member, list(member.grants), status, drained=True)
+        self._forget(member)
+
+    def _disconnect(self, member: Member) -> None:
+        if member.connected:
+            member.connected = False
+            self._selector.unregister(member.connection)
+            member.connection.close()
+
+    def _forget(self, member: Member) -> None:
+        self._disconnect(member)
+        self._selector.unregister(member.pidfd)
+        os.close(member.pidfd)
+        self.members.pop(member.rank, None)
+        self.changed.notify_all()
+
+
+_claims: set[tuple[int, int]] = set()  # directories that keepers of this very process serve: a lock of the
+_claims_lock = threading.Lock()  # process's own does not keep them apart
+
+
+@contextlib.contextmanager
+def _claimed(directory_fd: int) -> Iterator[None]:
+    found = os.fstat(directory_fd)
+    identity = (found.st_dev, found.st_ino)
+    with _claims_lock:
+        if identity in _claims:
+            raise ConfigError("directory: a keeper of this process serves it already; allowed: one keeper")
+        _claims.add(identity)
+    try:
+        yield
+    finally:
+        with _claims_lock:
+            _claims.discard(identity)

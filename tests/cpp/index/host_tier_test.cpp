@@ -1,0 +1,592 @@
+#include "kvtier/index/host_tier.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <random>
+#include <set>
+#include <vector>
+
+namespace kvtier {
+namespace {
+
+constexpr GroupId kGroup{0};
+constexpr NamespaceId kTenant{0};
+
+BlockKey key_of(std::uint64_t n) {
+  BlockKey key{};
+  std::memcpy(key.bytes.data(), &n, sizeof n);
+  return key;
+}
+
+// A tier of one class and one group, all of it usable.
+HostTier tier_of(std::uint32_t slots, bool leaf_first = true) {
+  HostTier tier({.slots_per_class = {slots}, .class_of_group = {0}, .leaf_first = leaf_first});
+  tier.slots(0).grow(slots);
+  return tier;
+}
+
+HostTier::Reservation reserve(HostTier& tier, std::uint64_t n, Entry* parent = nullptr) {
+  return tier.reserve(key_of(n), kGroup, kTenant, 0, parent);
+}
+
+Entry& store(HostTier& tier, std::uint64_t n, Entry* parent = nullptr) {
+  const HostTier::Reservation reservation = reserve(tier, n, parent);
+  EXPECT_EQ(reservation.outcome, ReserveOutcome::reserved);
+  EXPECT_TRUE(tier.commit(*reservation.entry));
+  return *reservation.entry;
+}
+
+bool resident(HostTier& tier, std::uint64_t n) { return tier.index().find(key_of(n), kGroup) != nullptr; }
+
+void expect_counts(const HostTier& tier, std::uint32_t free, std::uint32_t filling, std::uint32_t ready,
+                   std::uint32_t leaving) {
+  const SlotPool::Counts counts = tier.slots(0).counts();
+  EXPECT_EQ(counts.free, free);
+  EXPECT_EQ(counts.filling, filling);
+  EXPECT_EQ(counts.ready, ready);
+  EXPECT_EQ(counts.leaving, leaving);
+}
+
+TEST(HostTier, a_block_is_pending_until_its_commit_and_present_afterwards_I3) {
+  HostTier tier = tier_of(2);
+  const HostTier::Reservation first = reserve(tier, 1);
+  ASSERT_EQ(first.outcome, ReserveOutcome::reserved);
+  EXPECT_EQ(first.entry->state, SlotState::filling);
+  HostTier::Reservation again = reserve(tier, 1);
+  EXPECT_EQ(again.outcome, ReserveOutcome::pending);
+  EXPECT_EQ(again.entry, first.entry);
+  EXPECT_TRUE(tier.commit(*first.entry));
+  again = reserve(tier, 1);
+  EXPECT_EQ(again.outcome, ReserveOutcome::present);
+  EXPECT_EQ(again.entry, first.entry);
+  expect_counts(tier, 1, 0, 1, 0);
+}
+
+TEST(HostTier, what_reserve_was_told_is_in_the_entry) {
+  HostTier tier = tier_of(2);
+  Entry& parent = store(tier, 1);
+  const HostTier::Reservation found = tier.reserve(key_of(2), kGroup, NamespaceId{9}, 17, &parent);
+  EXPECT_EQ(found.entry->name_space, NamespaceId{9});
+  EXPECT_EQ(found.entry->depth, 17U);
+  EXPECT_EQ(found.entry->key, key_of(2));
+  EXPECT_EQ(parent.children, 1U);
+}
+
+TEST(HostTier, an_aborted_reservation_leaves_nothing) {
+  HostTier tier = tier_of(1);
+  Entry& parent = store(tier, 1);
+  tier.slots(0).grow(1);
+  EXPECT_EQ(reserve(tier, 2, &parent).outcome, ReserveOutcome::declined);
+  tier.drop(parent);
+  const HostTier::Reservation found = reserve(tier, 2);
+  tier.abort(*found.entry);
+  EXPECT_FALSE(resident(tier, 2));
+  expect_counts(tier, 1, 0, 0, 0);
+  EXPECT_EQ(tier.index().size(), 0U);
+}
+
+TEST(HostTier, a_full_tier_evicts_the_least_recently_used) {
+  HostTier tier = tier_of(3);
+  for (std::uint64_t n = 0; n < 3; ++n) store(tier, n);
+  tier.touch(*tier.index().find(key_of(0), kGroup));
+  store(tier, 3);
+  EXPECT_TRUE(resident(tier, 0));
+  EXPECT_FALSE(resident(tier, 1));
+  EXPECT_EQ(tier.evictions(), 1U);
+  expect_counts(tier, 0, 0, 3, 0);
+}
+
+TEST(HostTier, pinned_block_is_never_evicted_I4) {
+  HostTier tier = tier_of(2);
+  Entry& pinned = store(tier, 0);
+  tier.pin(pinned);
+  tier.pin(pinned);
+  const SlotId slot = pinned.slot;
+  store(tier, 1);
+  for (std::uint64_t n = 2; n < 50; ++n) {
+    EXPECT_NE(store(tier, n).slot, slot);
+    EXPECT_TRUE(resident(tier, 0));
+    EXPECT_EQ(pinned.slot, slot);
+  }
+  tier.unpin(pinned);
+  store(tier, 50);
+  EXPECT_TRUE(resident(tier, 0)) << "one pin is left";
+  tier.unpin(pinned);
+  store(tier, 51);
+  store(tier, 52);
+  EXPECT_FALSE(resident(tier, 0));
+}
+
+TEST(HostTier, when_everything_is_pinned_or_filling_a_reservation_is_declined_I4) {
+  HostTier tier = tier_of(2);
+  Entry& pinned = store(tier, 0);
+  tier.pin(pinned);
+  const HostTier::Reservation filling = reserve(tier, 1);
+  EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::declined);
+  EXPECT_EQ(reserve(tier, 2).entry, nullptr);
+  EXPECT_TRUE(tier.commit(*filling.entry));
+  EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::reserved);
+  EXPECT_EQ(tier.evictions(), 1U);
+}
+
+TEST(HostTier, pins_are_counted_by_block_and_in_all) {
+  HostTier tier = tier_of(2);
+  Entry& a = store(tier, 0);
+  Entry& b = store(tier, 1);
+  tier.pin(a);
+  tier.pin(a);
+  tier.pin(b);
+  EXPECT_EQ(tier.pins(), 3U);
+  EXPECT_EQ(tier.pinned_blocks(), 2U);
+  tier.unpin(a);
+  EXPECT_EQ(tier.pinned_blocks(), 2U);
+  tier.unpin(a);
+  tier.unpin(b);
+  EXPECT_EQ(tier.pins(), 0U);
+  EXPECT_EQ(tier.pinned_blocks(), 0U);
+}
+
+// Blocks first .. first + n of one prompt, inserted tail first as the engine commits.
+void store_prompt(HostTier& tier, std::uint64_t first, std::uint64_t n) {
+  std::vector<Entry*> entries;
+  for (std::uint64_t i = 0; i < n; ++i) {
+    const HostTier::Reservation found = reserve(tier, first + i, entries.empty() ? nullptr : entries.back());
+    ASSERT_EQ(found.outcome, ReserveOutcome::reserved);
+    entries.push_back(found.entry);
+  }
+  while (!entries.empty()) {
+    EXPECT_TRUE(tier.commit(*entries.back()));
+    entries.pop_back();
+  }
+}
+
+TEST(HostTier, tail_of_a_prompt_goes_first) {
+  HostTier tier = tier_of(4);
+  store_prompt(tier, 0, 4);
+  for (std::uint64_t gone = 0; gone < 4; ++gone) {
+    store(tier, 100 + gone);
+    for (std::uint64_t n = 0; n < 4; ++n)
+      EXPECT_EQ(resident(tier, n), n < 3 - gone) << n << " after " << gone;
+  }
+}
+
+TEST(HostTier, tail_of_a_prompt_goes_first_whatever_the_order_of_its_commits) {
+  std::vector<std::uint64_t> order{0, 1, 2, 3};
+  do {
+    HostTier tier = tier_of(4);
+    std::vector<Entry*> entries;
+    for (std::uint64_t n = 0; n < 4; ++n) {
+      entries.push_back(reserve(tier, n, entries.empty() ? nullptr : entries.back()).entry);
+    }
+    for (const std::uint64_t n : order) EXPECT_TRUE(tier.commit(*entries[n]));
+    for (std::uint64_t gone = 0; gone < 4; ++gone) {
+      // The newcomers are pinned, so that only the prompt can go.
+      tier.pin(store(tier, 100 + gone));
+      for (std::uint64_t n = 0; n < 4; ++n) ASSERT_EQ(resident(tier, n), n < 3 - gone);
+    }
+  } while (std::next_permutation(order.begin(), order.end()));
+}
+
+TEST(HostTier, a_prompt_that_was_used_earlier_goes_before_one_that_was_used_later) {
+  HostTier tier = tier_of(6);
+  store_prompt(tier, 0, 3);
+  store_prompt(tier, 10, 3);
+  for (std::uint64_t n = 0; n < 3; ++n) store(tier, 100 + n);
+  for (std::uint64_t n = 0; n < 3; ++n) {
+    EXPECT_FALSE(resident(tier, n));
+    EXPECT_TRUE(resident(tier, 10 + n));
+  }
+}
+
+TEST(HostTier, parent_outlives_child) {
+  HostTier tier = tier_of(3);
+  Entry& parent = store(tier, 0);
+  Entry& child = store(tier, 1, &parent);
+  tier.pin(child);
+  store(tier, 2);
+  for (std::uint64_t n = 3; n < 10; ++n) {
+    store(tier, n);
+    EXPECT_TRUE(resident(tier, 0));
+    EXPECT_TRUE(resident(tier, 1));
+  }
+  tier.unpin(child);
+}
+
+TEST(HostTier, a_child_that_is_still_filling_holds_its_parent) {
+  HostTier tier = tier_of(2);
+  Entry& parent = store(tier, 0);
+  const HostTier::Reservation child = reserve(tier, 1, &parent);
+  EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::declined);
+  tier.abort(*child.entry);
+  EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::reserved);
+  EXPECT_TRUE(resident(tier, 0)) << "the child's slot was free";
+  EXPECT_EQ(reserve(tier, 3).outcome, ReserveOutcome::reserved);
+  EXPECT_FALSE(resident(tier, 0));
+}
+
+TEST(HostTier, a_reservation_never_evicts_its_own_parent) {
+  for (const bool leaf_first : {true, false}) {
+    HostTier tier = tier_of(1, leaf_first);
+    Entry& parent = store(tier, 0);
+    EXPECT_EQ(reserve(tier, 1, &parent).outcome, ReserveOutcome::declined);
+    EXPECT_TRUE(resident(tier, 0));
+    EXPECT_EQ(parent.children, 0U);
+  }
+}
+
+TEST(HostTier, without_leaf_first_age_alone_decides) {
+  HostTier tier = tier_of(2, /*leaf_first=*/false);
+  Entry& parent = store(tier, 0);
+  store(tier, 1, &parent);
+  store(tier, 2);
+  EXPECT_FALSE(resident(tier, 0));
+  EXPECT_TRUE(resident(tier, 1));
+}
+
+TEST(HostTier, dropped_while_pinned_frees_with_last_pin) {
+  HostTier tier = tier_of(1);
+  Entry& entry = store(tier, 0);
+  tier.pin(entry);
+  tier.pin(entry);
+  tier.drop(entry);
+  EXPECT_FALSE(resident(tier, 0));
+  expect_counts(tier, 0, 0, 0, 1);
+  EXPECT_EQ(reserve(tier, 1).outcome, ReserveOutcome::declined);
+  tier.unpin(entry);
+  expect_counts(tier, 0, 0, 0, 1);
+  tier.unpin(entry);
+  expect_counts(tier, 1, 0, 0, 0);
+  EXPECT_EQ(tier.pins(), 0U);
+  EXPECT_EQ(tier.index().size(), 0U);
+}
+
+TEST(HostTier, dropped_while_pinned_may_be_stored_anew_beside_it) {
+  HostTier tier = tier_of(2);
+  Entry& old = store(tier, 0);
+  tier.pin(old);
+  tier.drop(old);
+  Entry& young = store(tier, 0);
+  EXPECT_NE(young.slot, old.slot);
+  tier.unpin(old);
+  EXPECT_EQ(tier.index().find(key_of(0), kGroup), &young);
+  expect_counts(tier, 1, 0, 1, 0);
+}
+
+TEST(HostTier, dropped_while_filling_is_unfindable_at_once_and_frees_at_its_end) {
+  for (const bool commits : {true, false}) {
+    HostTier tier = tier_of(1);
+    Entry& entry = *reserve(tier, 0).entry;
+    tier.drop(entry);
+    EXPECT_FALSE(resident(tier, 0));
+    expect_counts(tier, 0, 1, 0, 0);
+    EXPECT_EQ(reserve(tier, 1).outcome, ReserveOutcome::declined);
+    if (commits) {
+      EXPECT_FALSE(tier.commit(entry));
+    } else {
+      tier.abort(entry);
+    }
+    expect_counts(tier, 1, 0, 0, 0);
+    EXPECT_EQ(tier.index().size(), 0U);
+  }
+}
+
+TEST(HostTier, a_quarantined_slot_is_held_until_it_is_released_I1) {
+  for (const bool dropped : {false, true}) {
+    HostTier tier = tier_of(1);
+    Entry& entry = *reserve(tier, 0).entry;
+    if (dropped) tier.drop(entry);
+    tier.quarantine(entry);
+    EXPECT_FALSE(resident(tier, 0));
+    expect_counts(tier, 0, 0, 0, 1);
+    EXPECT_EQ(reserve(tier, 0).outcome, ReserveOutcome::declined);
+    tier.release_quarantined(entry);
+    expect_counts(tier, 1, 0, 0, 0);
+    EXPECT_EQ(reserve(tier, 0).outcome, ReserveOutcome::reserved);
+  }
+}
+
+TEST(HostTier, a_dropped_parent_leaves_its_children_and_counts_no_more) {
+  HostTier tier = tier_of(3);
+  Entry& parent = store(tier, 0);
+  Entry& child = store(tier, 1, &parent);
+  tier.drop(parent);
+  EXPECT_TRUE(resident(tier, 1));
+  Entry& reused = store(tier, 2);
+  EXPECT_EQ(&reused, &parent) << "the record is reused";
+  tier.drop(child);
+  EXPECT_EQ(reused.children, 0U);
+}
+
+TEST(HostTier, classes_do_not_evict_for_each_other) {
+  HostTier tier({.slots_per_class = {1, 1}, .class_of_group = {0, 1, 1}});
+  for (std::size_t c = 0; c < 2; ++c) tier.slots(c).grow(1);
+  Entry& first = *tier.reserve(key_of(1), GroupId{0}, kTenant, 0, nullptr).entry;
+  EXPECT_TRUE(tier.commit(first));
+  Entry& second = *tier.reserve(key_of(1), GroupId{1}, kTenant, 0, nullptr).entry;
+  EXPECT_TRUE(tier.commit(second));
+  EXPECT_EQ(tier.evictions(), 0U);
+  EXPECT_EQ(tier.reserve(key_of(1), GroupId{2}, kTenant, 0, nullptr).outcome, ReserveOutcome::reserved);
+  EXPECT_EQ(tier.evictions(), 1U);
+  EXPECT_NE(tier.index().find(key_of(1), GroupId{0}), nullptr);
+  EXPECT_EQ(tier.index().find(key_of(1), GroupId{1}), nullptr);
+}
+
+TEST(HostTier, slots_that_are_not_prefaulted_yet_are_not_handed_out) {
+  HostTier tier({.slots_per_class = {2}, .class_of_group = {0}});
+  EXPECT_EQ(reserve(tier, 0).outcome, ReserveOutcome::declined);
+  tier.slots(0).grow(1);
+  store(tier, 0);
+  store(tier, 1);
+  EXPECT_FALSE(resident(tier, 0));
+  tier.slots(0).grow(2);
+  store(tier, 2);
+  EXPECT_TRUE(resident(tier, 1));
+}
+
+TEST(HostTier, stays_within_its_budget_of_memory) {
+  HostTier tier({.slots_per_class = {(1U << 16) + 1}, .class_of_group = {0}});
+  EXPECT_LE(tier.bytes_per_block(), 128.0);
+}
+
+// Everything at random, against a model that keeps a plain list of what it holds.
+class AgainstModel {
+ public:
+  AgainstModel(unsigned seed, bool leaf_first)
+      : random_(seed),
+        leaf_first_(leaf_first),
+        tier_({.slots_per_class = {7, 3},
+               .class_of_group = {0, 1, 0},
+               .hash_seed = seed,
+               .leaf_first = leaf_first}) {}
+
+  void run(int steps) {
+    for (int step = 0; step < steps && !::testing::Test::HasFailure(); ++step) {
+      one_step();
+      check();
+    }
+  }
+
+ private:
+  static constexpr std::uint32_t kCapacity[2] = {7, 3};
+  struct Block {
+    Entry* entry;
+    std::uint64_t key;
+    GroupId group;
+    SlotId slot;
+    SlotState state;
+    bool linked = true;
+    bool quarantined = false;
+    std::uint32_t pins = 0;
+    std::uint64_t serial;
+    std::uint64_t parent = 0;  // serial of, 0 for none
+  };
+  using Blocks = std::map<std::uint64_t, Block>;  // by serial
+
+  std::uint32_t children_of(std::uint64_t serial) const {
+    return static_cast<std::uint32_t>(std::count_if(
+        blocks_.begin(), blocks_.end(), [&](const auto& other) { return other.second.parent == serial; }));
+  }
+  std::size_t class_of(const Block& block) const { return block.group == GroupId{1} ? 1 : 0; }
+
+  Block* pick(const std::function<bool(const Block&)>& fits) {
+    std::vector<Block*> found;
+    for (auto& [serial, block] : blocks_) {
+      if (fits(block)) found.push_back(&block);
+    }
+    return found.empty() ? nullptr : found[random_() % found.size()];
+  }
+  void gone(const Block& block) { blocks_.erase(std::uint64_t{block.serial}); }
+
+  void reserve() {
+    const GroupId group{static_cast<std::uint16_t>(random_() % 3)};
+    const std::uint64_t key = random_() % 12;
+    Block* parent = random_() % 2 ? pick([&](const Block& b) { return b.group == group; }) : nullptr;
+    const std::size_t class_index = group == GroupId{1} ? 1 : 0;
+    Block* same = pick([&](const Block& b) { return b.linked && b.key == key && b.group == group; });
+    const auto may_go = [&](const Block& b) {
+      return class_of(b) == class_index && b.state == SlotState::ready && b.pins == 0 && &b != parent &&
+             (!leaf_first_ || children_of(b.serial) == 0);
+    };
+    const SlotPool::Counts before = tier_.slots(class_index).counts();
+    const std::uint64_t evictions = tier_.evictions();
+    const bool slot_is_free = kCapacity[class_index] - before.free < tier_.slots(class_index).usable();
+    const bool could_evict = pick(may_go) != nullptr;
+
+    const HostTier::Reservation found =
+        tier_.reserve(key_of(key), group, kTenant, 3, parent ? parent->entry : nullptr);
+    if (same != nullptr) {
+      EXPECT_EQ(found.entry, same->entry);
+      EXPECT_EQ(found.outcome,
+                same->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending);
+      return;
+    }
+    EXPECT_EQ(tier_.evictions() - evictions, !slot_is_free && could_evict ? 1U : 0U);
+    if (tier_.evictions() != evictions) {
+      // Exactly one block cannot be found any more, and it was one that might go.
+      std::vector<Block*> evicted;
+      for (auto& [serial, block] : blocks_) {
+        if (block.linked && tier_.index().find(key_of(block.key), block.group) == nullptr)
+          evicted.push_back(&block);
+      }
+      ASSERT_EQ(evicted.size(), 1U);
+      EXPECT_TRUE(may_go(*evicted[0]));
+      gone(*evicted[0]);
+    }
+    if (!slot_is_free && !could_evict) {
+      EXPECT_EQ(found.outcome, ReserveOutcome::declined);
+      return;
+    }
+    ASSERT_EQ(found.outcome, ReserveOutcome::reserved);
+    const std::uint64_t serial = ++serials_;
+    blocks_[serial] = {found.entry, key, group,  found.entry->slot,          SlotState::filling, true,
+                       false,       0,   serial, parent ? parent->serial : 0};
+  }
+
+  void one_step() {
+    if (random_() % 40 == 0) {
+      const std::size_t c = random_() % 2;
+      tier_.slots(c).grow(static_cast<std::uint32_t>(random_() % (kCapacity[c] + 1)));
+    }
+    const auto filling = [](const Block& b) { return b.state == SlotState::filling; };
+    switch (random_() % 10) {
+      default: reserve(); break;
+      case 3:
+      case 4:
+        if (Block* b = pick(filling)) {
+          EXPECT_EQ(tier_.commit(*b->entry), b->linked);
+          b->state = SlotState::ready;
+          if (!b->linked) gone(*b);
+        }
+        break;
+      case 5:
+        if (Block* b = pick(filling)) {
+          if (random_() % 2 == 0) {
+            tier_.abort(*b->entry);
+            gone(*b);
+          } else {
+            tier_.quarantine(*b->entry);
+            b->state = SlotState::leaving;
+            b->linked = false;
+            b->quarantined = true;
+          }
+        }
+        break;
+      case 6:
+        if (Block* b = pick([](const Block& q) { return q.quarantined; })) {
+          tier_.release_quarantined(*b->entry);
+          gone(*b);
+        }
+        break;
+      case 7:
+        if (Block* b = pick([](const Block& r) { return r.state == SlotState::ready; })) {
+          if (random_() % 2 == 0) {
+            tier_.touch(*b->entry);
+          } else {
+            tier_.pin(*b->entry);
+            ++b->pins;
+          }
+        }
+        break;
+      case 8:
+        if (Block* b = pick([](const Block& p) { return p.pins > 0; })) {
+          tier_.unpin(*b->entry);
+          if (--b->pins == 0 && b->state == SlotState::leaving) gone(*b);
+        }
+        break;
+      case 9:
+        if (Block* b = pick([](const Block& l) { return l.linked; })) {
+          tier_.drop(*b->entry);
+          b->linked = false;
+          if (b->state == SlotState::ready) {
+            b->state = SlotState::leaving;
+            if (b->pins == 0) gone(*b);
+          }
+        }
+        break;
+    }
+  }
+
+  void check() {
+    std::uint64_t pins = 0;
+    std::uint32_t pinned = 0;
+    for (std::size_t c = 0; c < 2; ++c) {
+      SlotPool::Counts expected{kCapacity[c], 0, 0, 0};
+      std::set<SlotId> slots;
+      for (const auto& [serial, block] : blocks_) {
+        if (class_of(block) != c) continue;
+        --expected.free;
+        ++(block.state == SlotState::filling ? expected.filling
+           : block.state == SlotState::ready ? expected.ready
+                                             : expected.leaving);
+        EXPECT_TRUE(slots.insert(block.slot).second) << "two holders of one slot (I2)";
+      }
+      const SlotPool::Counts counts = tier_.slots(c).counts();
+      EXPECT_EQ(counts.free + counts.filling + counts.ready + counts.leaving, kCapacity[c]) << "I1";
+      EXPECT_EQ(counts.free, expected.free);
+      EXPECT_EQ(counts.filling, expected.filling);
+      EXPECT_EQ(counts.ready, expected.ready);
+      EXPECT_EQ(counts.leaving, expected.leaving);
+    }
+    for (const auto& [serial, block] : blocks_) {
+      const Entry& entry = *block.entry;
+      // What is held is still what it was: nobody else got the record or the slot (I2, I4).
+      EXPECT_EQ(entry.key, key_of(block.key));
+      EXPECT_EQ(entry.slot, block.slot);
+      EXPECT_EQ(entry.state, block.state);
+      EXPECT_EQ(tier_.slots(class_of(block)).state(block.slot), block.state);
+      EXPECT_EQ(entry.linked, block.linked);
+      EXPECT_EQ(entry.pins, block.pins);
+      EXPECT_EQ(entry.children, children_of(serial));
+      if (block.linked) {
+        EXPECT_EQ(tier_.index().find(key_of(block.key), block.group), &entry);
+      } else {
+        EXPECT_NE(tier_.index().find(key_of(block.key), block.group), &entry);
+      }
+      pins += block.pins;
+      pinned += block.pins > 0 ? 1 : 0;
+    }
+    EXPECT_EQ(tier_.index().size(), blocks_.size());
+    EXPECT_EQ(tier_.pins(), pins);
+    EXPECT_EQ(tier_.pinned_blocks(), pinned);
+  }
+
+  std::mt19937 random_;
+  bool leaf_first_;
+  HostTier tier_;
+  Blocks blocks_;
+  std::uint64_t serials_ = 0;
+};
+
+TEST(HostTier, agrees_with_a_naive_model_I1_I2_I3_I4) {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    SCOPED_TRACE(seed);
+    AgainstModel(seed, true).run(1500);
+    AgainstModel(seed, false).run(1500);
+  }
+}
+
+#ifndef NDEBUG
+TEST(HostTierDeathTest, misuse_is_a_bug) {
+  HostTier tier = tier_of(4);
+  Entry& filling = *reserve(tier, 0).entry;
+  EXPECT_DEATH(tier.pin(filling), "broken invariant");
+  EXPECT_DEATH(tier.touch(filling), "broken invariant");
+  EXPECT_DEATH(tier.release_quarantined(filling), "broken invariant");
+  Entry& ready = store(tier, 1);
+  EXPECT_DEATH(static_cast<void>(tier.commit(ready)), "broken invariant");
+  EXPECT_DEATH(tier.abort(ready), "broken invariant");
+  EXPECT_DEATH(tier.quarantine(ready), "broken invariant");
+  EXPECT_DEATH(tier.unpin(ready), "broken invariant");
+  tier.pin(ready);
+  tier.drop(ready);
+  EXPECT_DEATH(tier.drop(ready), "broken invariant");
+  EXPECT_DEATH(tier.pin(ready), "broken invariant");
+  EXPECT_DEATH(tier.release_quarantined(ready), "broken invariant");
+}
+#endif
+
+}  // namespace
+}  // namespace kvtier

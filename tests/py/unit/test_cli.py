@@ -1,0 +1,231 @@
+"""The commands, with sizes so small that they prove that they work and measure nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier.cli import bench_copy, bench_index, demo, main
+from kvtier.cli.progress import Progress
+from kvtier.cli.results import problems
+
+DEMO = ["demo", "--size", "tiny", "--tokens", "200", "--block-tokens", "16", "--chunk", "64", "--runs", "2"]
+INDEX = ["bench", "index", "--blocks", "2000", "--batch", "512", "--tokens", "1000", "--rounds", "2"]
+COPY = ["bench", "copy", "--mib", "4", "--rounds", "2"]
+
+
+def run_with_json(argv: list[str], path: Path) -> tuple[int, Any]:
+    status = main([*argv, "--json", str(path)])
+    document = json.loads(path.read_text())
+    assert problems(document) == []
+    return status, document
+
+
+def names(document: Any) -> set[str]:
+    return {r["name"] for r in document["results"]}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["bench"], ["bench", "nonsense"], ["demo", "--tokens", "many"]]
+)
+def test_a_wrong_command_line_is_status_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["demo", "--runs", "0"],
+        ["demo", "--model", "/nonexistent"],
+        ["demo", "--size", "tiny", "--text", "/nonexistent"],
+        ["bench", "index", "--batch", "0"],
+        ["bench", "copy", "--rounds", "0"],
+        ["doctor", "--json", "/nonexistent/x.json"],
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_1(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 1
+    assert capsys.readouterr().err.startswith(f"kvtier {argv[0]}: ")
+
+
+def test_nothing_slow_is_imported_for_help() -> None:
+    code = "import sys, kvtier.cli; kvtier.cli.main(['version']); print({'torch', 'rich'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run_with_json(["doctor"], tmp_path / "out.json")
+    assert status == 0
+    assert document["checks"]["round trip"] is True
+    assert "ok     round trip: stored 4 blocks" in capsys.readouterr().out
+
+
+def test_bench_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run_with_json(INDEX, tmp_path / "out.json")
+    assert status == 0, capsys.readouterr().out
+    wanted = {"lookup_in_order", "lookup_random", "dict_in_order", "dict_random", "store_evicting"}
+    assert wanted | {"index_bytes_per_block", "dict_in_order_sliced", "lookup_miss"} <= names(document)
+    checks = {"index_full", "lookup_states", "every_store_evicted", "bytes", "completed"}
+    assert document["checks"] == dict.fromkeys(checks, True)
+    assert {r["n"] for r in document["results"] if r["name"] == "lookup_random"} == {2}
+
+
+def test_bench_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run_with_json(COPY, tmp_path / "out.json")
+    assert status == 0, capsys.readouterr().out
+    assert {"store", "load", "ticket", "store_4k_1_thread", "load_1_thread"} <= names(document)
+    assert document["checks"] == {"bytes": True, "completed": True}
+    assert all(r["limit"] > 0 and r["ratio"] > 0 for r in document["results"] if r["unit"] == "GB/s")
+
+
+def test_bench_copy_reports_wrong_bytes_and_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_copy.np, "array_equal", lambda a, b: False)
+    status, document = run_with_json(COPY, tmp_path / "out.json")
+    assert status == 1
+    assert document["checks"]["bytes"] is False
+    assert document["results"] == []
+
+
+def test_bench_index_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_index, "_evicting_round", interrupted)
+    status, document = run_with_json(INDEX, tmp_path / "out.json")
+    assert status == 130
+    assert document["checks"]["completed"] is False
+    assert "lookup_random" in names(document)
+    assert "store_evicting" not in names(document)
+
+
+class TestDemo:
+    @pytest.fixture(autouse=True)
+    def _needs_a_model(self) -> None:
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+
+    def test_demo(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        status, document = run_with_json(DEMO, tmp_path / "out.json")
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert {"ttft_cold", "ttft_device", "ttft_host", "restore", "save"} <= names(document)
+        assert [r["value"] for r in document["results"] if r["name"] == "prefix_tokens"] == [
+            208
+        ]  # whole blocks
+        checks = document["checks"]
+        assert checks["identical_logits"] is checks["control_differs"] is checks["completed"] is True
+        assert "memcpy GB/s" in printed
+        assert "[100 %]" in printed
+
+    def test_json_on_standard_output(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*DEMO, "--json", "-"]) == 0
+        assert problems(json.loads(capsys.readouterr().out)) == []
+
+    def test_the_prompt_is_repeated_when_too_short(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        text = tmp_path / "short.txt"
+        text.write_text("A short document.\n")
+        assert main([*DEMO, "--text", str(text)]) == 0
+        assert "under section numbers" in capsys.readouterr().out
+        text.write_text(" \n")
+        assert main([*DEMO, "--text", str(text)]) == 1
+        assert "is empty" in capsys.readouterr().err
+
+    def test_a_local_model(self, tmp_path: Path) -> None:
+        tokenizers = pytest.importorskip("tokenizers")
+        transformers = pytest.importorskip("transformers")
+        from kvtier.cli.demo_model import load_model
+
+        load_model(None, "tiny").module.save_pretrained(tmp_path)
+        words = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({"[UNK]": 0, "kvtier": 1, "the": 2}, "[UNK]")
+        )
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(
+            tmp_path
+        )
+        assert main([*DEMO, "--model", str(tmp_path)]) == 0
+
+    @pytest.mark.parametrize("check", ["identical_logits", "control_differs"])
+    def test_a_failed_check_is_status_1(
+        self, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import torch
+
+        monkeypatch.setattr(torch, "equal", lambda a, b: check != "identical_logits")
+        status, document = run_with_json(DEMO, tmp_path / "out.json")
+        assert status == 1
+        assert document["checks"][check] is False
+        assert f"FAILED {check}" in capsys.readouterr().out
+
+    def test_it_keeps_what_was_finished(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from kvtier.cli.demo_run import Run
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "host", interrupted)
+        status, document = run_with_json(DEMO, tmp_path / "out.json")
+        assert status == 130
+        assert document["checks"]["completed"] is False
+        assert "ttft_cold" in names(document)
+        assert "ttft_host" not in names(document)
+
+    def test_it_says_what_is_missing(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+        assert main(["demo"]) == 1
+        assert "pip install 'kvtier[demo]'" in capsys.readouterr().err
+
+
+class Terminal:
+    """A text stream that somebody watches."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    pytest.importorskip("rich")
+    terminal: Any = Terminal()
+    with Progress(terminal, 10) as progress:
+        progress.phase("copying")
+        progress.step(5)
+    assert "copying" in terminal.text
+
+
+def test_without_rich_a_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rich", "rich.console", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
+    terminal: Any = Terminal()
+    with Progress(terminal, 10) as progress:
+        progress.step(5)
+        progress.phase("copying")
+    assert terminal.text == "[ 50 %] copying\n[ 50 %] done\n"

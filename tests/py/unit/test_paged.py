@@ -1,0 +1,750 @@
+"""PagedKVCache: sharing, eviction and return, copy-on-write, out of pages, and what kernels are given.
+
+The KV of a token is made from all tokens before it, so that a page in the wrong place is seen in its bytes.
+"""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kvtier
+from kvtier import page_tables
+from kvtier.page_pool import Extent, PagePool
+from kvtier.paged import OutOfPages, PagedKVCache, PagedSequence
+
+LAYERS, HEADS, DIM = 2, 2, 4
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class Server:
+    """A model that writes KV where the cache says, and reads it back from there."""
+
+    def __init__(
+        self, page: int = 4, block: int = 4, pages: int = 8, host: str = "1MiB", **options: Any
+    ) -> None:
+        layout = kvtier.KVLayout(LAYERS, HEADS, DIM, "int32", page)
+        self.config = kvtier.Config(groups=[layout], block_tokens=block, model="m@1", host=host, chunk="1MiB")
+        self.engine = kvtier.open(self.config)
+        self.tensors = [np.zeros((pages, 2, page, HEADS, DIM), np.int32) for _ in range(LAYERS)]
+        self.page = page
+        self.cache = PagedKVCache(self.engine, pages=self.tensors, **options)
+
+    def close(self) -> None:
+        self.cache.close()
+        self.engine.close()
+
+    def open(self, tokens: Tokens, **options: Any) -> PagedSequence:
+        seq = self.cache.open(tokens, **options)
+        assert isinstance(seq, PagedSequence)
+        return seq
+
+    def compute(self, seq: PagedSequence, tokens: Tokens) -> None:
+        """Writes the KV of what is not committed, and commits."""
+        slots = self.cache.slot_mapping([seq])
+        values = kv_of(tokens)[:, seq.num_tokens - len(slots) :]
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor[slots // self.page, :, slots % self.page] = value
+        seq.commit()
+
+    def run(self, tokens: Tokens, **options: Any) -> int:
+        """A whole request. Returns its cached tokens."""
+        with self.open(tokens, **options) as seq:
+            cached = seq.wait()
+            self.compute(seq, tokens)
+            self.check(seq, tokens)
+        return cached
+
+    def read(self, seq: PagedSequence) -> np.ndarray[Any, Any]:
+        indptr, indices, last = self.cache.csr([seq])
+        assert list(indptr) == [0, len(indices)]
+        count = (len(indices) - 1) * self.page + last[0]
+        rows = [t[indices].swapaxes(1, 2).reshape(-1, 2, HEADS, DIM)[:count] for t in self.tensors]
+        return np.stack(rows)
+
+    def check(self, seq: PagedSequence, tokens: Tokens, count: int | None = None) -> None:
+        count = len(tokens) if count is None else count
+        np.testing.assert_array_equal(self.read(seq)[:, :count], kv_of(tokens)[:, :count])
+
+    def fill(self, seed: int = 900) -> None:
+        """A foreign request that needs every page: all that is cached is evicted."""
+        self.run(prompt(len(self.tensors[0]) * self.page, seed))
+        self.engine.flush()
+
+
+def prompt(count: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 1000, count).astype(np.int32)
+
+
+def kv_of(tokens: Tokens) -> np.ndarray[Any, Any]:
+    """int32 [LAYERS, num_tokens, 2, HEADS, DIM]: depends on all tokens up to each."""
+    state = 1
+    chain = []
+    for token in tokens.tolist():
+        state = (state * 1_000_003 + token + 17) % (2**31 - 1)
+        chain.append(state)
+    parts = np.arange(LAYERS * 2 * HEADS * DIM).reshape(LAYERS, 1, 2, HEADS, DIM)
+    mixed = (np.array(chain, np.int64).reshape(1, -1, 1, 1, 1) + parts * 7919) % (2**31 - 1)
+    return mixed.astype(np.int32)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(closing(Server(**options)))
+
+
+def pages_add_up(cache: PagedKVCache) -> None:
+    s = cache.stats()
+    assert s.free_pages + s.used_pages + s.cached_pages + s.quarantined_pages == s.num_pages
+    assert s.device_tokens + s.host_tokens + s.missed_tokens + s.loading_tokens == s.prompt_tokens
+
+
+SIZES = pytest.mark.parametrize(
+    ("page", "block"), [(4, 4), (16, 4), (4, 16)], ids=["equal", "big pages", "big blocks"]
+)
+
+
+# --- matching and sharing -----------------------------------------------------------------------------
+
+
+@SIZES
+def test_a_closed_prompt_is_found_in_the_same_device_pages(
+    serve: Callable[..., Server], page: int, block: int
+) -> None:
+    server = serve(page=page, block=block, pages=64)
+    tokens = prompt(70)
+    with server.open(tokens) as first:
+        assert first.wait() == 0
+        assert first.ticket is None
+        server.compute(first, tokens)
+        ids = first.page_ids
+    with server.open(tokens) as second:
+        found = 69 // max(page, block) * max(page, block)
+        assert second.cached_tokens == found
+        np.testing.assert_array_equal(second.page_ids[: found // page], ids[: found // page])
+        server.check(second, tokens, found)
+    pages_add_up(server.cache)
+
+
+@SIZES
+def test_at_least_one_token_is_left_to_compute(serve: Callable[..., Server], page: int, block: int) -> None:
+    server = serve(page=page, block=block, pages=64)
+    tokens = prompt(64)
+    server.run(tokens)
+    for count in (64, 63, 49, 48, 17, 16, 5, 4, 1):
+        with server.open(tokens[:count]) as seq:
+            assert seq.wait() <= count - 1
+            assert seq.cached_tokens >= count - 1 - max(page, block)
+            assert len(server.cache.slot_mapping([seq])) == count - seq.cached_tokens >= 1
+
+
+def test_running_sequences_share_full_pages_and_only_those(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(10)
+    first = server.open(tokens)
+    early = server.open(tokens)  # nothing is committed yet
+    assert early.cached_tokens == 0
+    assert not set(early.page_ids) & set(first.page_ids)
+    early.close()
+    server.compute(first, tokens)
+    second = server.open(tokens)
+    assert second.cached_tokens == 8
+    assert list(second.page_ids[:2]) == list(first.page_ids[:2])
+    assert second.page_ids[2] != first.page_ids[2]
+    assert server.cache.stats().used_pages == 4
+    first.close()
+    server.check(second, tokens, 8)
+    assert server.cache.stats().used_pages == 3
+
+
+def test_equal_prompts_that_ran_side_by_side_keep_one_copy(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(8)
+    pair = [server.open(tokens), server.open(tokens)]
+    for seq in pair:
+        server.compute(seq, tokens)
+    for seq in pair:
+        seq.close()
+    stats = server.cache.stats()
+    assert (stats.cached_pages, stats.free_pages) == (2, 6)
+    assert server.run(np.append(tokens, 1).astype(np.int32)) == 8
+
+
+def test_namespaces_and_extras_share_nothing(serve: Callable[..., Server]) -> None:
+    server = serve(pages=32)
+    tokens = prompt(9)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"namespace": "a"},
+        {"extra": b"lora"},
+        {"extra": [(0, 3, b"cat")]},
+        {"extra": kvtier.KeyExtra(prompt=b"lora", spans=[(0, 3, b"cat")])},
+    ]
+    assert [server.run(tokens, **kind) for kind in kinds] == [0] * 5
+    assert [server.run(tokens, **kind) for kind in kinds] == [8] * 5
+    with closing(PagedKVCache(server.engine, num_pages=4, namespace="b")) as other:
+        assert other._namespace == "b"
+
+
+@pytest.mark.parametrize("extra", [None, b"lora", [(1, 3, b"x"), (6, 7, b"y")]])
+def test_keys_of_a_grown_sequence_are_those_of_the_whole(serve: Callable[..., Server], extra: Any) -> None:
+    server = serve(pages=16)
+    tokens = prompt(30)
+    with server.open(tokens[:7], extra=extra) as seq:
+        for at in range(7, 30):
+            seq.append(tokens[at : at + 1])
+            seq.commit()
+        whole = kvtier.block_keys(tokens, server.config, extra=extra)
+        np.testing.assert_array_equal(seq._keys.view(), whole)
+
+
+# --- eviction and return ------------------------------------------------------------------------------
+
+
+@SIZES
+def test_evicted_blocks_come_back_from_the_host_into_other_pages(
+    serve: Callable[..., Server], page: int, block: int
+) -> None:
+    server = serve(page=page, block=block, pages=64 // min(page, 16) + 4)
+    tokens = prompt(62)
+    with server.open(tokens) as seq:
+        server.compute(seq, tokens)
+        before = seq.page_ids
+    server.fill()
+    for tensor in server.tensors:
+        tensor[:] = -1  # what is found now comes from the host
+    with occupied(server, before[0]), server.open(tokens) as seq:
+        assert seq.ticket is not None
+        expected = 60 if page == 16 else 61 // block * block
+        assert seq.wait() == expected
+        assert seq.ticket is None
+        server.check(seq, tokens, expected)
+        assert before[0] not in seq.page_ids
+        server.compute(seq, tokens)
+        server.check(seq, tokens)
+    stats = server.cache.stats()
+    assert stats.host_tokens == expected
+    pages_add_up(server.cache)
+
+
+def occupied(server: Server, page: int) -> PagedSequence:
+    """A sequence of one token that holds that page."""
+    found = None
+    others = []
+    while found is None:
+        seq = server.open(prompt(1, 50))
+        if seq.page_ids[0] == page:
+            found = seq
+        else:
+            others.append(seq)
+    for seq in others:
+        seq.close()
+    return found
+
+
+def test_restored_pages_are_shareable_again(serve: Callable[..., Server]) -> None:
+    server = serve(pages=12)
+    tokens = prompt(17)
+    server.run(tokens)
+    server.fill()
+    with server.open(tokens) as first, server.open(tokens) as early:
+        assert early.ticket is not None  # both load: the first one's bytes are not there yet
+        first.wait()
+        early.wait()
+    with server.open(tokens) as third:
+        assert third.ticket is None
+        assert third.cached_tokens == 16
+        server.check(third, tokens, 16)
+
+
+def test_the_least_recently_used_sequence_goes_first_and_its_tail_before_its_head(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(pages=6, host="1MiB")
+    old, new = prompt(8, 1), prompt(8, 2)
+    server.run(old)
+    server.run(new)
+    server.run(np.append(old, 5).astype(np.int32))  # used again: now the other is the oldest
+    assert server.cache.stats().evicted_pages == 0
+    with server.open(prompt(12, 3)):  # 2 are free; one page has to go
+        assert server.cache.stats().evicted_pages == 1
+        server.engine.drop(namespace="")
+        grown = [np.append(t, 5).astype(np.int32) for t in (old, new)]
+        assert [len(server.cache._match_device(keys_of(server, t))) for t in grown] == [2, 1]
+
+
+def keys_of(server: Server, tokens: Tokens) -> np.ndarray[Any, Any]:
+    return kvtier.block_keys(tokens, server.config)
+
+
+def test_a_sub_page_tail_is_kept_at_block_granularity(serve: Callable[..., Server]) -> None:
+    server = serve(page=16, block=4, pages=6)
+    tokens = prompt(30)
+    server.run(tokens)  # one full page and three and a half blocks
+    server.engine.flush()
+    assert server.engine.stats().store_stored == 3  # the full page stays on the device alone
+    with server.open(tokens) as seq:
+        assert seq.cached_tokens == 16
+        assert seq.wait() == 28
+        server.check(seq, tokens, 28)
+    stats = server.cache.stats()
+    assert (stats.device_tokens, stats.host_tokens, stats.missed_tokens) == (16, 12, 32)
+
+
+def test_write_through_stores_at_commit(serve: Callable[..., Server]) -> None:
+    server = serve(write="through", pages=8)
+    tokens = prompt(10)
+    with server.open(tokens) as seq:
+        server.compute(seq, tokens)
+        server.engine.flush()
+        assert server.engine.lookup(keys_of(server, tokens)).ready_blocks == 2
+        tokens = np.append(tokens, [1, 2]).astype(np.int32)
+        seq.append(tokens[10:])
+        server.compute(seq, tokens)
+        server.engine.flush()
+        assert server.engine.stats().store_stored == 3
+    server.fill()
+    assert server.run(np.append(tokens, 1).astype(np.int32)) == 12
+
+
+def test_write_on_eviction_stores_nothing_before(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    server.run(prompt(16))
+    server.engine.flush()
+    assert server.engine.stats().store_stored == 0
+    server.cache.flush()
+    assert server.engine.stats().store_stored == 4
+    server.cache.flush()
+    assert server.engine.stats().store_stored == 4
+
+
+def test_a_page_is_reused_only_after_its_store_has_released_it(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=4)
+    tokens = prompt(16)
+    server.run(tokens)
+    gate, asked = threading.Event(), threading.Event()
+    store = server.engine.store
+
+    def slow_store(*args: Any, **options: Any) -> Any:
+        ticket = store(*args, **options)
+
+        def wait(timeout: float | None = None) -> None:
+            asked.set()
+            assert gate.wait(30)
+
+        return SimpleNamespace(released=SimpleNamespace(done=gate.is_set, wait=wait), ticket=ticket)
+
+    monkeypatch.setattr(server.cache, "_engine", Proxy(server.engine, store=slow_store))
+    opened: list[Any] = []
+    thread = threading.Thread(target=lambda: opened.append(server.cache.open(prompt(4, 1))))
+    thread.start()
+    assert asked.wait(30)
+    assert not opened
+    gate.set()
+    thread.join(30)
+    assert isinstance(opened[0], PagedSequence)
+
+
+class Proxy:
+    """An engine with some of its methods replaced."""
+
+    def __init__(self, engine: Any, **methods: Any) -> None:
+        self._engine = engine
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def failing_moment() -> Any:
+    def wait(timeout: float | None = None) -> None:
+        raise kvtier.DeviceError("cannot tell")
+
+    return SimpleNamespace(done=lambda: True, wait=wait)
+
+
+def test_pages_that_a_copy_may_still_read_are_never_used_again(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=4)
+    server.run(prompt(16))
+    lost = Proxy(server.engine, store=lambda *a, **o: SimpleNamespace(released=failing_moment()))
+    monkeypatch.setattr(server.cache, "_engine", lost)
+    assert server.cache.open(prompt(8, 1)) == OutOfPages(2, 0)
+    assert server.cache.stats().quarantined_pages == 4
+    pages_add_up(server.cache)
+
+
+def test_pages_that_a_copy_may_still_write_are_never_used_again(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=4)
+    tokens = prompt(16)
+    server.run(tokens)
+    server.fill()
+    result = SimpleNamespace(valid_blocks=0)
+    ticket = SimpleNamespace(wait=lambda timeout: None, result=lambda: result, released=failing_moment())
+    monkeypatch.setattr(server.cache, "_engine", Proxy(server.engine, load=lambda *a, **o: ticket))
+    seq = server.open(tokens)
+    with pytest.raises(kvtier.DeviceError):
+        seq.wait()
+    with pytest.raises(kvtier.DeviceError):
+        seq.append([1])
+    assert seq.cached_tokens == 0
+    seq.close()
+    assert server.cache.stats().quarantined_pages == 4
+    pages_add_up(server.cache)
+
+
+def test_blocks_that_vanish_before_the_load_are_left_to_be_computed(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=8)
+    tokens = prompt(20)
+    server.run(tokens)
+    server.fill()
+    load = server.engine.load
+
+    def late_load(keys: Any, *args: Any, **options: Any) -> Any:
+        assert server.engine.drop(keys[2:3]) == 1
+        return load(keys, *args, **options)
+
+    monkeypatch.setattr(server.cache, "_engine", Proxy(server.engine, load=late_load))
+    with server.open(tokens) as seq:
+        assert seq.cached_tokens == 0  # nothing is claimed before it is known
+        assert seq.wait() == 8
+        server.check(seq, tokens, 8)
+        server.compute(seq, tokens)
+    stats = server.cache.stats()
+    assert stats.host_tokens == 8
+    pages_add_up(server.cache)
+    assert server.run(tokens) == 16
+
+
+# --- out of pages -------------------------------------------------------------------------------------
+
+
+def test_open_without_enough_pages_is_a_value_and_changes_nothing(serve: Callable[..., Server]) -> None:
+    server = serve(pages=6)
+    kept, cached = prompt(8, 1), prompt(12, 2)
+    held = server.open(kept)
+    server.compute(held, kept)
+    server.run(cached)
+    before = server.cache.stats(), list(server.cache._pool.cached), server.engine.stats()
+    outcome = server.cache.open(np.append(cached, prompt(9, 3)).astype(np.int32))
+    assert outcome == OutOfPages(needed=3, available=1)
+    assert not outcome
+    assert (server.cache.stats(), list(server.cache._pool.cached), server.engine.stats()) == before
+    server.check(held, kept)
+    assert server.run(np.append(cached, prompt(4, 3)).astype(np.int32)) == 12
+
+
+def test_append_without_enough_pages_is_a_value_and_changes_nothing(serve: Callable[..., Server]) -> None:
+    server = serve(pages=3)
+    tokens = prompt(10)
+    seq = server.open(tokens)
+    server.compute(seq, tokens)
+    twin = seq.fork()
+    before = server.cache.stats(), list(seq.page_ids)
+    assert twin.append(prompt(1)) == OutOfPages(needed=1, available=0)  # the copy needs one
+    assert (server.cache.stats(), list(twin.page_ids)) == before
+    twin.close()
+    appended = seq.append(prompt(2))  # now nobody shares the page
+    assert appended == kvtier.paged.Appended(10, 12, ())
+    assert not seq.append(prompt(1))
+    assert seq.num_tokens == 12
+
+
+# --- fork ---------------------------------------------------------------------------------------------
+
+
+@SIZES
+def test_a_fork_copies_the_last_part_when_either_appends(
+    serve: Callable[..., Server], page: int, block: int
+) -> None:
+    server = serve(page=page, block=block, pages=40)
+    tokens = prompt(38)
+    seq = server.open(tokens)
+    server.compute(seq, tokens)
+    twin = seq.fork()
+    used = server.cache.stats().used_pages
+    assert list(twin.page_ids) == list(seq.page_ids)
+    assert used == -(-38 // page)
+    left, right = (np.append(tokens, prompt(30, s)).astype(np.int32) for s in (1, 2))
+
+    copied = twin.append(right[38:])
+    assert isinstance(copied, kvtier.paged.Appended)
+    whole = 38 // max(page, block) * max(page, block) // page  # what is full stays shared
+    assert [pair[0] for pair in copied.copied] == list(seq.page_ids[whole:])
+    assert list(twin.page_ids[:whole]) == list(seq.page_ids[:whole])
+    assert not set(twin.page_ids[whole:]) & set(seq.page_ids)
+    server.compute(twin, right)
+    assert seq.append(left[38:]).copied == ()  # the twin has left the page
+    server.compute(seq, left)
+    server.check(seq, left)
+    server.check(twin, right)
+    seq.close()
+    server.check(twin, right)
+    twin.close()
+    assert server.cache.stats().used_pages == 0
+    assert server.run(left) >= 48
+    assert server.run(right) >= 48
+    pages_add_up(server.cache)
+
+
+def test_copy_on_write_follows_the_axes_of_the_callers_tensors() -> None:
+    layout = kvtier.KVLayout(1, 1, 2, "int32", 4)
+    config = kvtier.Config(groups=[layout], block_tokens=4, model="m@1", host="1MiB")
+    keys_values = np.zeros((2, 4, 4, 1, 2), np.int32)  # K P T H D
+    with kvtier.open(config) as engine, PagedKVCache(engine, pages=[keys_values], axes="KPTHD") as cache:
+        seq = cache.open([1, 2])
+        assert isinstance(seq, PagedSequence)
+        keys_values[:, seq.page_ids[0]] = np.arange(16).reshape(2, 4, 1, 2)
+        seq.commit()
+        twin = seq.fork()
+        twin.append([3])
+        assert twin.page_ids[0] != seq.page_ids[0]
+        np.testing.assert_array_equal(keys_values[:, twin.page_ids[0]], keys_values[:, seq.page_ids[0]])
+
+
+def test_only_committed_sequences_fork(serve: Callable[..., Server]) -> None:
+    seq = serve().open(prompt(5))
+    with pytest.raises(kvtier.ConfigError, match="5 tokens are not committed"):
+        seq.fork()
+
+
+# --- use and misuse -----------------------------------------------------------------------------------
+
+
+def test_commit_moves_forward_only(serve: Callable[..., Server]) -> None:
+    seq = serve().open(prompt(8))
+    seq.commit(5)
+    for wrong in (4, 9):
+        with pytest.raises(kvtier.ConfigError, match="allowed: 5 to 8"):
+            seq.commit(wrong)
+    assert seq.committed_tokens == 5
+
+
+@pytest.mark.parametrize("tokens", [[], [[1, 2]], [1.5], [-1], [2**31]])
+def test_bad_tokens_are_refused(serve: Callable[..., Server], tokens: Any) -> None:
+    server = serve()
+    with pytest.raises(kvtier.ConfigError, match="token_ids"):
+        server.cache.open(tokens)
+    seq = server.open(prompt(1))
+    if tokens:
+        with pytest.raises(kvtier.ConfigError, match="token_ids"):
+            seq.append(tokens)
+    assert seq.num_tokens == 1
+
+
+def test_bad_arguments_are_refused(serve: Callable[..., Server]) -> None:
+    engine = serve().engine
+    options: list[dict[str, Any]] = [
+        {},
+        {"num_pages": 2, "pages": []},
+        {"num_pages": 2, "write": "sometimes"},
+        {"num_pages": 2, "group": 1},
+        {"num_pages": 0},
+        {"num_pages": 2, "device": object()},
+    ]
+    for wrong in options:
+        with pytest.raises(kvtier.ConfigError):
+            PagedKVCache(engine, **wrong)
+
+
+def test_closed_things_say_so(serve: Callable[..., Server]) -> None:
+    server = serve()
+    seq = server.open(prompt(5))
+    seq.close()
+    seq.close()
+    other = server.open(prompt(5))
+    server.cache.close()
+    server.cache.close()
+    for call in (
+        seq.commit,
+        other.commit,
+        other.fork,
+        lambda: other.append([1]),
+        lambda: server.cache.open([1]),
+    ):
+        with pytest.raises(kvtier.ClosedError):
+            call()
+    other.close()
+
+
+def test_a_sequence_can_be_closed_after_its_engine(serve: Callable[..., Server]) -> None:
+    server = serve(page=16, block=4)
+    seq = server.open(prompt(10))
+    server.compute(seq, prompt(10))
+    server.engine.close()
+    seq.close()
+    assert server.cache.stats().used_pages == 0
+
+
+def test_closing_with_a_load_under_way(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(20)
+    server.run(tokens)
+    server.fill()
+    server.open(tokens).close()
+    assert server.run(tokens) == 16
+    pages_add_up(server.cache)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (kvtier.KVLayout(3, 2, 8, "bfloat16", 16), (5, 2, 16, 2, 8)),
+        (kvtier.KVLayout(3, 2, 8, "float16", 16, page_order="KHTD"), (5, 2, 2, 16, 8)),
+        (kvtier.KVLayout.mla(3, 24, "float8_e4m3fn", 16), (5, 16, 24)),
+    ],
+    ids=["NHD", "HND", "MLA"],
+)
+def test_allocates_one_torch_tensor_per_layer(layout: kvtier.KVLayout, shape: tuple[int, ...]) -> None:
+    config = kvtier.Config(groups=[layout], model="m@1", host="1MiB")
+    with kvtier.open(config) as engine, PagedKVCache(engine, num_pages=5) as cache:
+        for i in range(3):
+            assert tuple(cache.layer(i).shape) == shape
+            assert cache.layer(i).dtype == getattr(torch, layout.dtype)
+            assert not cache.layer(i).view(torch.uint8).any()
+        assert cache.stats().free_pages == 5
+
+
+def test_needs_no_torch_for_the_callers_pages() -> None:
+    program = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import kvtier
+from kvtier.paged import PagedKVCache
+layout = kvtier.KVLayout(1, 1, 4, "float32", 4)
+config = kvtier.Config(groups=[layout], block_tokens=4, model="m@1", host="1MiB")
+with kvtier.open(config) as engine:
+    with PagedKVCache(engine, pages=[np.zeros((8, 2, 4, 1, 4), np.float32)]) as cache:
+        seq = cache.open(range(6))
+        seq.commit()
+        seq.fork().append([1])
+        print(cache.stats().copied_pages)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("1", 0), done.stderr
+
+
+def test_threads_share_one_cache(serve: Callable[..., Server]) -> None:
+    server = serve(pages=24)
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        try:
+            for _ in range(40):
+                tokens = np.append(prompt(16, int(random.integers(3))), prompt(5, int(random.integers(9))))
+                server.run(tokens.astype(np.int32))
+        except BaseException as error:  # noqa: BLE001 - shown by the main thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    stats = server.cache.stats()
+    assert stats.used_pages == stats.sequences == 0
+    assert stats.evicted_pages > 0
+    assert stats.host_tokens > 0
+    assert stats.device_tokens > 0
+    pages_add_up(server.cache)
+
+
+# --- what kernels are given ---------------------------------------------------------------------------
+
+
+def test_batch_arrays_equal_a_plain_loop(serve: Callable[..., Server]) -> None:
+    server = serve(pages=64)
+    lens = [1, 4, 5, 17, 8]
+    seqs = [server.open(prompt(n, n)) for n in lens]
+    seqs[3].commit(6)
+    cache = server.cache
+
+    table = cache.block_table(seqs, pad=99, width=7)
+    assert (table.dtype, table.shape) == (np.int32, (5, 7))
+    for row, seq in zip(table.tolist(), seqs, strict=True):
+        ids = seq.page_ids.tolist()
+        assert row == ids + [99] * (7 - len(ids))
+    assert cache.block_table(seqs).shape == (5, 5)
+    with pytest.raises(kvtier.ConfigError, match="width"):
+        cache.block_table(seqs, width=4)
+
+    indptr, indices, last = cache.csr(seqs)
+    assert {a.dtype for a in (indptr, indices, last)} == {np.dtype(np.int32)}
+    assert indptr.tolist() == [0, 1, 2, 4, 9, 11]
+    assert indices.tolist() == [page for seq in seqs for page in seq.page_ids]
+    assert last.tolist() == [1, 4, 1, 1, 4]
+    assert (cache.seq_lens(seqs).tolist(), cache.seq_lens(seqs).dtype) == (lens, np.int32)
+
+    def loop(begins: list[int]) -> list[int]:
+        return [
+            int(seq.page_ids[at // 4]) * 4 + at % 4
+            for seq, begin, end in zip(seqs, begins, lens, strict=True)
+            for at in range(begin, end)
+        ]
+
+    assert cache.slot_mapping(seqs).tolist() == loop([0, 0, 0, 6, 0])
+    assert cache.slot_mapping(seqs).dtype == np.int64
+    assert cache.slot_mapping(seqs, begin=[1, 3, 4, 11, 0]).tolist() == loop([1, 3, 4, 11, 0])
+    for wrong in ([0, 0, 0, 18, 0], [0, 0, 0, -1, 0], [0], 0):
+        with pytest.raises(kvtier.ConfigError, match="begin"):
+            cache.slot_mapping(seqs, begin=wrong)
+
+
+def test_batch_arrays_of_nothing(serve: Callable[..., Server]) -> None:
+    cache = serve().cache
+    assert cache.block_table([]).shape == (0, 0)
+    assert [a.tolist() for a in cache.csr([])] == [[0], [], []]
+    assert cache.slot_mapping([]).tolist() == []
+
+
+def test_a_large_batch_needs_no_loop_over_pages() -> None:
+    pages = [np.arange(8192, dtype=np.int32) + i for i in range(256)]
+    lens = np.full(256, 8192 * 16 - 3, np.int32)
+    table = page_tables.block_table(pages)
+    np.testing.assert_array_equal(table[255], pages[255])
+    indptr, indices, last = page_tables.csr(pages, lens, 16)
+    assert (indptr[-1], len(indices), set(last.tolist())) == (256 * 8192, 256 * 8192, {13})
+    slots = page_tables.slot_mapping(pages, lens - 1, lens, 16)
+    np.testing.assert_array_equal(slots, (8191 + np.arange(256)) * 16 + 12)
+
+
+# --- the bookkeeping alone ----------------------------------------------------------------------------
+
+
+def test_pool_takes_all_or_nothing() -> None:
+    pool = PagePool(3)
+    pages = pool.take(2)
+    with pytest.raises(IndexError):
+        pool.take(2)
+    assert (pool.num_free, pool.num_used) == (1, 2)
+    pool.give(pages)
+    assert sorted(pool.take(3)) == [0, 1, 2]
+
+
+def test_a_private_extent_with_a_running_store_is_kept_until_it_is_over() -> None:
+    pool = PagePool(2)
+    running = SimpleNamespace(done=lambda: False, wait=lambda timeout=None: None)
+    shared, private = Extent(pool.take(1)), Extent(pool.take(1), stores=[running])
+    pool.publish(shared, b"k")
+    pool.release(shared)
+    pool.release(private)
+    assert (pool.num_free, pool.num_cached) == (0, 2)
+    assert list(pool.cached) == [private, shared]  # it is reused first
