@@ -97,13 +97,6 @@ class SimulatedDevice(Device):
     def launch(
         self, stream: typing.SupportsInt | typing.SupportsIndex, function: collections.abc.Callable
     ) -> None: ...
-    def launch_copy(
-        self,
-        stream: typing.SupportsInt | typing.SupportsIndex,
-        target: typing.SupportsInt | typing.SupportsIndex,
-        source: typing.SupportsInt | typing.SupportsIndex,
-        bytes: typing.SupportsInt | typing.SupportsIndex,
-    ) -> None: ...
     def pending(self) -> int: ...
     def release(self, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None: ...
     def run_until_idle(self) -> int: ...
@@ -212,7 +205,7 @@ class Engine:
     ) -> Engine: ...
     def attach(
         self,
-        device: Device,
+        device: Device | None,
         group: typing.SupportsInt | typing.SupportsIndex,
         tensors: collections.abc.Sequence[
             tuple[

@@ -33,12 +33,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtier import page_tables
 from kvtier.engine import BlockState, Engine, LoadTicket
 from kvtier.errors import ClosedError, ConfigError, DeviceError
 from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout, check_extent
 from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagedStats, PagePool
+from kvtier.page_tables import block_table, csr, slot_mapping
 
 
 class PagedSequence:
@@ -74,7 +74,8 @@ class PagedSequence:
     @property
     def page_ids(self) -> NDArray[np.int32]:
         """The page of every page_tokens tokens, int32 `[num_pages]`, a copy."""
-        return _pages_of([self])[0].copy()
+        ids: NDArray[np.int32] = self._pages.view().copy()
+        return ids
 
     @property
     def ticket(self) -> LoadTicket | None:
@@ -574,7 +575,7 @@ class PagedKVCache:
             ConfigError: width is smaller than a sequence needs.
         """
         with self._lock:
-            return page_tables.block_table(_pages_of(seqs), pad=pad, width=width)
+            return block_table(_pages_of(seqs), pad=pad, width=width)
 
     def csr(self, seqs: Seq[PagedSequence]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """FlashInfer's page table.
@@ -585,7 +586,7 @@ class PagedKVCache:
             1.
         """
         with self._lock:
-            return page_tables.csr(_pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
+            return csr(_pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
 
     def slot_mapping(self, seqs: Seq[PagedSequence], *, begin: ArrayLike | None = None) -> NDArray[np.int64]:
         """Where the KV of new tokens goes, sequence after sequence: `page * page_tokens + offset`, in tokens.
@@ -605,7 +606,7 @@ class PagedKVCache:
         """
         with self._lock:
             begins = [seq.committed_tokens for seq in seqs] if begin is None else begin
-            return page_tables.slot_mapping(_pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
+            return slot_mapping(_pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
 
     # --- the whole ------------------------------------------------------------------------------------
 

@@ -191,7 +191,7 @@ class Memory {
     return 0;
   }
   void fill(std::byte* row, std::uint32_t number, std::uint64_t place) const {
-    Random random((std::uint64_t{number} << 40) ^ place ^ (std::uint64_t{spec_.name[0]} << 32));
+    Random random((std::uint64_t{number} << 40) ^ place ^ (static_cast<std::uint64_t>(spec_.name[0]) << 32));
     for (std::size_t at = 0; at < row_bytes(); at += 8) {
       const std::uint64_t word = random.next();
       std::memcpy(row + at, &word, std::min<std::size_t>(8, row_bytes() - at));
@@ -276,7 +276,7 @@ struct Machine {
 struct WorldOptions {
   std::vector<GroupSpec> groups{full_group()};
   std::uint32_t blocks = 8;  // of each group
-  std::optional<std::uint64_t> seed;
+  std::optional<std::uint64_t> seed = std::nullopt;
   std::uint32_t pages = 32;
   Layout layout = Layout::one_tensor;
   std::uint32_t chunk_slots = 0;  // 0: the default chunk
