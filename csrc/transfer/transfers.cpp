@@ -119,7 +119,7 @@ class Lane {
   struct State {
     State(Device& on, OwnedStream owned) : device(on), stream(std::move(owned)) {}
     ~State() {
-      if (!unproved) stream.~OwnedStream();
+      if (!left_alone) stream.~OwnedStream();
     }
     State(const State&) = delete;
     State& operator=(const State&) = delete;
@@ -129,9 +129,9 @@ class Lane {
 
     Device& device;
     union {
-      OwnedStream stream;  // never destroyed when a copy may still run in it
+      OwnedStream stream;  // destroyed only when all its work has completed (device.h)
     };
-    bool unproved = false;  // the waiter's own until it was joined
+    bool left_alone = false;  // the waiter's own until it was joined
     Mutex mutex;
     CondVar changed;
     std::list<Waiting> queue KVTIER_GUARDED_BY(mutex);
@@ -153,7 +153,6 @@ void Lane::State::run() {
       first.splice(first.end(), queue, queue.begin());
     }
     const TransferOutcome outcome = outcome_of(*first.front().transfer);
-    unproved = unproved || !outcome.drained;
     call(first.front().on_end, outcome);
   }
 }
@@ -185,10 +184,13 @@ TransferOutcome Lane::State::outcome_of(const SubmittedTransfer& transfer) {
     if (status) return {transfer.failure, true};
 
     const Status& why = transfer.failure ? status : transfer.failure;
-    if (!transfer.reached_copies || !device.health()) return {why, true};
+    const bool drained = !transfer.reached_copies || !device.health();
     const bool give_up = is_capture_conflict(status) ? steady_clock::now() >= give_up_on_capture
                                                      : ++failures == kProofAttempts;
-    if (give_up) return {why, false};
+    if (drained || give_up) {
+      left_alone = true;  // even if only the wait before the copies is left in it
+      return {why, drained};
+    }
     std::this_thread::sleep_for(pause);
     pause = std::min(pause * 2, kLongestPause);
   }

@@ -11,7 +11,7 @@ The rules, each stated once:
   are declined. Blocks become ready tail first, so that the tail of a prompt is older than its head.
 * load, pin, touch and (for what was there already) store make blocks young, tail first too; lookup does not.
 * A slot is made free by evicting the oldest block that is not pinned, has no resident child and is not the
-  parent of the block that the slot is for. A candidate that may not go is moved to the young end.
+  parent of the block that the slot is for. Being passed over is no use: what may not go keeps its age.
 * A dropped block is gone for lookups at once. Its slot is free once nobody fills or reads it.
 
 A copy takes time: begin_store() and begin_load() return an operation that holds its slots or pins until
@@ -26,7 +26,6 @@ from kvtier.errors import ClosedError, ConfigError
 
 _SLOT_ALIGNMENT = 4096
 _SLOT_HEADER_BYTES = 4096
-_MAX_SEARCH = 8192  # candidates that one eviction looks at
 
 
 @dataclass(eq=False)
@@ -430,14 +429,11 @@ class ReferenceCache:
         """Makes room in a size class if it can. `spared` is the parent of what the slot is for."""
         if len(self._held[class_index]) < self._capacity[class_index]:
             return True
-        by_age = self._by_age[class_index]
-        for _ in range(min(len(by_age), _MAX_SEARCH)):
-            oldest = by_age[0]
-            if oldest.pins == 0 and oldest.children == 0 and oldest is not spared:
-                self._unlink(oldest)
+        for block in self._by_age[class_index]:  # oldest first
+            if block.pins == 0 and block.children == 0 and block is not spared:
+                self._unlink(block)
                 self.counters["evictions"] += 1
                 return True
-            self._make_young(oldest)
         return False
 
     def _make_young(self, block: _Block) -> None:

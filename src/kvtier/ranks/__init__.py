@@ -1,7 +1,7 @@
 """Tensor parallelism on one host: one keeper process owns index, policy and arena; the ranks' workers copy.
 
-    keeper = kvtier.ranks.Keeper(engine, "/run/user/1000/kvtier")          # the scheduler's process
-    worker = kvtier.ranks.Worker("/run/user/1000/kvtier", rank, config)    # each rank's, also before the keeper
+    keeper = kvtier.ranks.Keeper(engine, "/run/user/1000/kvtier")         # the scheduler's process
+    worker = kvtier.ranks.Worker("/run/user/1000/kvtier", rank, config)   # each rank's, before or after
     pages = worker.attach(kv_tensors)
 
     instruction, ticket = keeper.store(keys)       # small and picklable: carry it to every rank

@@ -43,9 +43,9 @@ class LoadOrder(NamedTuple):
 
 
 class Keeper:
-    """Serves the ranks of one host. Threads: any; it has one of its own, which sleeps until something happens.
+    """Serves the ranks of one host. Threads: any; it has one of its own, which sleeps till something happens.
 
-    A grant - the slots of one store or load - is over when every rank has reported its part. A rank's pins and
+    A grant (the slots of one store or load) is over when every rank has reported its part. A rank's pins and
     slots end when it reports, when it leaves, or when its process has ended: never by a timeout or because a
     socket was closed, since its copies might still run. In a forked child every call raises ClosedError.
     """
@@ -182,7 +182,7 @@ class Keeper:
                 self._server.ask_to_cancel([instruction.grant])
 
     def close(self, timeout: float | None = None) -> None:
-        """Refuses new work, cancels what no rank has begun, waits for the rest, and stops to serve. Idempotent.
+        """Refuses new work, cancels what was not begun, waits for the rest, and stops to serve. Idempotent.
 
         Args:
             timeout: Seconds, None for as long as it takes.
@@ -245,7 +245,7 @@ class Keeper:
             self.epoch, grant, floor, is_store, group, parts, first_block, numbers, outcomes, slots
         )
 
-    def _on_parts(self, member: Member, grants: list[int], status: Status, drained: bool) -> None:  # noqa: FBT001
+    def _on_parts(self, member: Member, grants: list[int], status: Status, drained: bool) -> None:
         for grant in grants:
             with contextlib.suppress(KVTierError):  # the engine was closed before its keeper
                 finish_part(self._engine._native, grant, status, drained)
@@ -262,7 +262,7 @@ class _SettledTicket:
     def __init__(self, outcomes: Outcomes) -> None:
         self._outcomes = outcomes
 
-    def settled(self, moment: Any) -> bool:
+    def settled(self, moment: Any) -> bool:  # noqa: ARG002
         """See NativeTicket."""
         return True
 

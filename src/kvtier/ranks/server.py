@@ -109,7 +109,7 @@ class RankServer:
         os.eventfd_write(self._wake_fd, 1)
 
     def stop(self) -> None:
-        """Stops to serve; waits for the thread, and leaves no name behind. The caller does not hold `changed`."""
+        """Stops to serve; waits for the thread and leaves no name behind. Not while holding `changed`."""
         with self.changed:
             if self._stopped:
                 return
@@ -206,11 +206,11 @@ class RankServer:
             raise ConfigError(f"the keeper speaks version {wire.VERSION} of the protocol; this is {message}")
         if message.get("world_size") != self._config.world_size:
             raise ConfigError(
-                f"world_size is {message.get('world_size')} at the worker and {self._config.world_size} at the keeper"
+                f"world_size is {message.get('world_size')} at the worker, {self._config.world_size} at the keeper"
             )
         if message.get("fingerprint") != self._fingerprint:
             raise ConfigError(
-                "model, groups, block_tokens or world_size differ between the worker's config and the keeper's"
+                "the worker's config is not the keeper's: model, groups, block_tokens or world_size differ"
             )
         rank = check_extent("rank", message.get("rank"), 0, self._config.world_size - 1)
         if self.closing:

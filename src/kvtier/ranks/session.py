@@ -16,7 +16,7 @@ from kvtier.ranks.instruction import Instruction
 
 @dataclass(frozen=True)
 class Arena:
-    """What the keeper said about its arena, and the descriptor, which is good for as long as connect() lasts."""
+    """What the keeper said about its arena, and its descriptor, which is good while connect() lasts."""
 
     chunk_bytes: int
     classes: list[tuple[int, int]]

@@ -1,7 +1,7 @@
 """How keeper and workers meet and talk: a private directory, a SOCK_SEQPACKET socket, JSON, pidfds.
 
     worker -> keeper   join {version, rank, world_size, fingerprint, start}
-    keeper -> worker   welcome {epoch, member, start, arena} and the arena's descriptor, or refused {kind, message}
+    keeper -> worker   welcome {epoch, member, start, arena} and the descriptor, or refused {kind, message}
     worker -> keeper   ended {grant, status, drained}      a part of a grant is over
     keeper -> worker   cancel {grants}                     answered by `ended` for those never begun
     worker -> keeper   leave {}                            nothing of this worker runs or will run
@@ -61,15 +61,15 @@ def open_directory(path: str | os.PathLike[str], *, create: bool = False) -> int
         raise
     except OSError as error:
         raise ConfigError(
-            f"directory is {os.fspath(path)!r}: {error.strerror}; allowed: a directory of one's own with mode 0700"
+            f"directory is {os.fspath(path)!r}: {error.strerror}; allowed: one's own directory, mode 0700"
         ) from error
     found = os.fstat(fd)
     mode = stat.S_IMODE(found.st_mode)
     if found.st_uid != os.geteuid() or mode & 0o077:
         os.close(fd)
         raise ConfigError(
-            f"directory is {os.fspath(path)!r}, of user {found.st_uid} with mode {mode:04o}; allowed: one of user "
-            f"{os.geteuid()} with mode 0700, since whoever can reach it can read and write the cache"
+            f"directory is {os.fspath(path)!r}, of user {found.st_uid} with mode {mode:04o}; allowed: of "
+            f"user {os.geteuid()} with mode 0700, since whoever can reach it can read and write the cache"
         )
     return fd
 

@@ -67,10 +67,10 @@ class RankPages:
 class Worker:
     """One rank. Joins lazily: it may be made, and its pages attached, long before there is a keeper.
 
-    Threads: any; it has one of its own, which sleeps until copies end or the keeper has something to say. When
-    the keeper ends, copies that run end harmlessly (the arena lives as long as anybody maps it), and the next
-    instruction of another keeper at the same place makes the worker join that one. In a forked child every call
-    raises ClosedError.
+    Threads: any; it has one of its own, which sleeps until copies end or the keeper has something to say.
+    When the keeper ends, copies that run end harmlessly (the arena lives as long as anybody maps it), and the
+    next instruction of another keeper at the same place makes the worker join that one. In a forked child
+    every call raises ClosedError.
 
     Attributes:
         config: As the keeper's; the worker refuses to join another. Its `host` is not looked at.
@@ -194,7 +194,7 @@ class Worker:
         if not self.joined:
             self.join(self._join_timeout)
         mine = instruction.grant != 0 and self.rank < instruction.parts
-        # Under the lock: no other keeper's arena may take the place of this one's before the copies are submitted.
+        # Under the lock: no other arena may take this one's place before the copies are submitted.
         with self._lock:
             session = self._session
             if session is None:

@@ -13,6 +13,11 @@
 #include "kvtier/platform/faulty_device.h"
 
 namespace kvtier {
+
+namespace conformance {
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceConformance);  // only its helpers are used here
+}
+
 namespace {
 
 constexpr unsigned kSeeds = 200;

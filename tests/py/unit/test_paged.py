@@ -315,6 +315,24 @@ def test_write_through_stores_at_commit(serve: Callable[..., Server]) -> None:
     assert server.run(np.append(tokens, 1).astype(np.int32)) == 12
 
 
+@SIZES
+def test_write_through_of_a_growing_sequence_comes_back_whole(
+    serve: Callable[..., Server], page: int, block: int
+) -> None:
+    server = serve(page=page, block=block, pages=80 // page, write="through")
+    tokens = prompt(62)
+    with server.open(tokens[:3]) as seq:
+        server.compute(seq, tokens[:3])
+        for at in range(3, 62, 6):
+            seq.append(tokens[at : at + 6])
+            server.compute(seq, tokens[: at + 6])
+    server.fill()
+    with server.open(tokens) as seq:
+        found = 61 // block * block
+        assert (seq.cached_tokens, seq.wait()) == (0, found)
+        server.check(seq, tokens, found)
+
+
 def test_write_on_eviction_stores_nothing_before(serve: Callable[..., Server]) -> None:
     server = serve(pages=8)
     server.run(prompt(16))

@@ -20,6 +20,15 @@ LAYERS, KV_HEADS, QUERY_HEADS, DIM, LATENT = 2, 2, 6, 8, 12
 NUM_PAGES = 24
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny; torch's threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Model:
     """KV and queries of a token made from the tokens up to it, and attention over pages."""
 
