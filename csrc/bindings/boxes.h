@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "common.h"
+
 #include "kvtier/engine/engine.h"
 
 namespace kvtier::bindings {
@@ -37,7 +38,8 @@ struct EngineBox {
 template <typename T>
 class Held {
  public:
-  Held(std::shared_ptr<EngineBox> box, std::shared_ptr<T> object) : box_(std::move(box)), object_(std::move(object)) {}
+  Held(std::shared_ptr<EngineBox> box, std::shared_ptr<T> object)
+      : box_(std::move(box)), object_(std::move(object)) {}
   Held(Held&&) = delete;
   ~Held() {
     if (box_->origin.inherited()) {

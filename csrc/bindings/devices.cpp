@@ -1,5 +1,6 @@
 // Device and HostMemory as opaque handles, their faulty decorators, the manual clock, ordering points.
 #include "common.h"
+
 #include "kvtier/core/clock.h"
 #include "kvtier/core/ordering.h"
 #include "kvtier/platform/cpu_device.h"
@@ -31,8 +32,8 @@ StatusCode status_code(const std::string& name) {
   throw StatusError{Status::invalid_argument("'" + name + "' is not the name of a StatusCode")};
 }
 
-void plan_fault(FaultPlan& plan, const std::optional<std::string>& call, std::uint64_t n, const std::string& code,
-                int native_code, bool from_then_on) {
+void plan_fault(FaultPlan& plan, const std::optional<std::string>& call, std::uint64_t n,
+                const std::string& code, int native_code, bool from_then_on) {
   if (n == 0) throw StatusError{Status::invalid_argument("n is 0; the first call is number 1")};
   Status status(status_code(code), "a planned fault", native_code);
   const FaultSpan span = from_then_on ? FaultSpan::from_then_on : FaultSpan::once;
@@ -78,7 +79,8 @@ void bind_ordering(py::module_& m) {
            py::arg("name"))
       .def("__enter__",
            [](Disabled& self) {
-             if (self.active) throw StatusError{Status::invalid_argument("this ordering point is disabled already")};
+             if (self.active)
+               throw StatusError{Status::invalid_argument("this ordering point is disabled already")};
              self.active.emplace(self.point);
            })
       .def("__exit__", [](Disabled& self, const py::args&) { self.active.reset(); });
@@ -89,7 +91,8 @@ void bind_ordering(py::module_& m) {
 void bind_devices(py::module_& m) {
   py::class_<Device, std::shared_ptr<Device>>(m, "Device")
       .def_property_readonly("name", &Device::name)
-      .def("health", [](const Device& device) { return error_object(without_gil([&] { return device.health(); })); });
+      .def("health",
+           [](const Device& device) { return error_object(without_gil([&] { return device.health(); })); });
   py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostMemory");
 
   m.def(

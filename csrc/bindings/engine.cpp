@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "boxes.h"
+
 #include "kvtier/platform/cpu_device.h"
 
 namespace kvtier::bindings {
@@ -48,8 +49,9 @@ std::shared_ptr<Device> cpu_device(EngineBox& box) {
   return box.cpu;
 }
 
-std::shared_ptr<PagesBox> attach(const Box& box, std::optional<std::shared_ptr<Device>> given, std::uint16_t group,
-                                 const std::vector<TensorTuple>& tensors, py::object owner) {
+std::shared_ptr<PagesBox> attach(const Box& box, std::optional<std::shared_ptr<Device>> given,
+                                 std::uint16_t group, const std::vector<TensorTuple>& tensors,
+                                 py::object owner) {
   Engine& engine = box->get();
   std::shared_ptr<Device> device = given ? std::move(*given) : cpu_device(*box);
   std::vector<TensorView> views;
@@ -70,7 +72,8 @@ std::shared_ptr<PagesBox> attach(const Box& box, std::optional<std::shared_ptr<D
 void detach(const Box& box, const PagesBox& pages, std::optional<double> timeout) {
   Engine& engine = box->get();
   Pages& native = pages.get();
-  check(wait_interruptibly(deadline_in(timeout), [&](Deadline slice) { return engine.detach(native, slice); }));
+  check(
+      wait_interruptibly(deadline_in(timeout), [&](Deadline slice) { return engine.detach(native, slice); }));
   box->owners.erase(&native);
 }
 
@@ -98,11 +101,12 @@ std::shared_ptr<LeaseBox> pin(const Box& box, const KeyArray& keys, std::size_t 
                               std::optional<std::int64_t> ttl_us) {
   Engine& engine = box->get();
   const std::span<const BlockKey> view = keys_of(keys);
-  return std::make_shared<LeaseBox>(box, take(without_gil([&] { return engine.pin(view, max_blocks, ttl_us); })));
+  return std::make_shared<LeaseBox>(box,
+                                    take(without_gil([&] { return engine.pin(view, max_blocks, ttl_us); })));
 }
 
-std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const KeyArray& keys, const PageArray& page_ids,
-                                 std::uintptr_t stream, std::uint32_t first_block,
+std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const KeyArray& keys,
+                                 const PageArray& page_ids, std::uintptr_t stream, std::uint32_t first_block,
                                  const std::optional<py::bytes>& parent, const std::string& name_space) {
   Engine& engine = box->get();
   StoreRequest request;
@@ -116,8 +120,9 @@ std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const Ke
   return std::make_shared<TicketBox>(box, take(without_gil([&] { return engine.store(native, request); })));
 }
 
-std::shared_ptr<TicketBox> load(const Box& box, const PagesBox& pages, const KeyArray& keys, const PageArray& page_ids,
-                                std::uintptr_t stream, std::uint32_t first_block, std::uint32_t layers_per_batch) {
+std::shared_ptr<TicketBox> load(const Box& box, const PagesBox& pages, const KeyArray& keys,
+                                const PageArray& page_ids, std::uintptr_t stream, std::uint32_t first_block,
+                                std::uint32_t layers_per_batch) {
   Engine& engine = box->get();
   LoadRequest request;
   request.keys = keys_of(keys);
@@ -146,10 +151,10 @@ std::pair<std::uint64_t, std::uint64_t> flush(const Box& box, std::optional<doub
 
 void bind_group_spec(py::module_& m) {
   py::class_<GroupSpec>(m, "GroupSpec")
-      .def(py::init([](std::string name, std::uint32_t num_layers, std::uint32_t num_parts, std::uint32_t num_heads,
-                       std::uint32_t head_dim, std::uint32_t item_bytes, std::uint32_t page_tokens,
-                       std::uint32_t block_tokens, std::string page_order, std::optional<std::uint32_t> window_tokens,
-                       std::uint32_t num_stripes) {
+      .def(py::init([](std::string name, std::uint32_t num_layers, std::uint32_t num_parts,
+                       std::uint32_t num_heads, std::uint32_t head_dim, std::uint32_t item_bytes,
+                       std::uint32_t page_tokens, std::uint32_t block_tokens, std::string page_order,
+                       std::optional<std::uint32_t> window_tokens, std::uint32_t num_stripes) {
              GroupSpec spec;
              spec.name = std::move(name);
              spec.num_layers = num_layers;
@@ -198,7 +203,8 @@ void bind_engine(py::module_& m) {
 
   py::class_<PagesBox, std::shared_ptr<PagesBox>>(m, "Pages")
       .def_property_readonly("num_pages", [](const PagesBox& pages) { return pages.get().map().num_pages(); })
-      .def_property_readonly("num_pieces", [](const PagesBox& pages) { return pages.get().map().pieces().size(); })
+      .def_property_readonly("num_pieces",
+                             [](const PagesBox& pages) { return pages.get().map().pieces().size(); })
       .def_property_readonly("attached", [](const PagesBox& pages) { return pages.get().attached(); });
 
   py::class_<LeaseBox, std::shared_ptr<LeaseBox>>(m, "Lease")
@@ -214,8 +220,9 @@ void bind_engine(py::module_& m) {
       });
 
   py::class_<EngineBox, Box>(m, "Engine")
-      .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"), py::arg("chunk_bytes"),
-                  py::arg("copy_threads"), py::arg("memory"), py::arg("clock"), py::arg("hash_seed"))
+      .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
+                  py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
+                  py::arg("hash_seed"))
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())
@@ -250,7 +257,8 @@ void bind_engine(py::module_& m) {
              return stats_dict(take(without_gil([&] { return engine.stats(); })));
            })
       .def("close", &close, py::arg("timeout"))
-      .def_property_readonly("closed", [](const Box& box) { return box->origin.inherited() || box->engine->closed(); });
+      .def_property_readonly("closed",
+                             [](const Box& box) { return box->origin.inherited() || box->engine->closed(); });
 }
 
 }  // namespace kvtier::bindings

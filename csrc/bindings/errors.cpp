@@ -38,13 +38,14 @@ void translate(std::exception_ptr thrown) {
 py::object error_object(const Status& status) {
   if (status) return py::none();
   return py::module_::import("kvtier.errors")
-      .attr("error_from_status")(std::string(to_string(status.code())), status.native_code(), status.message());
+      .attr("error_from_status")(std::string(to_string(status.code())), status.native_code(),
+                                 status.message());
 }
 
 Deadline deadline_in(std::optional<double> seconds) {
   if (!seconds || !(*seconds < kForeverSeconds)) return std::nullopt;
-  return std::chrono::steady_clock::now() +
-         std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(*seconds));
+  return std::chrono::steady_clock::now() + std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+                                                std::chrono::duration<double>(*seconds));
 }
 
 std::span<const BlockKey> keys_of(const KeyArray& array) {

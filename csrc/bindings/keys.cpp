@@ -1,7 +1,7 @@
 // root_key() and chain_keys(): buffers in, one array out, no copy of either.
-#include "kvtier/core/key_chain.h"
-
 #include "common.h"
+
+#include "kvtier/core/key_chain.h"
 
 namespace kvtier::bindings {
 namespace {

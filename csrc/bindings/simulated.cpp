@@ -1,7 +1,7 @@
 // SimulatedDevice for Python tests. Its kernels are Python callables.
-#include "kvtier/platform/simulated_device.h"
-
 #include "common.h"
+
+#include "kvtier/platform/simulated_device.h"
 
 namespace kvtier::bindings {
 namespace {
@@ -79,8 +79,8 @@ Simulated make(std::uint64_t seed, int ordinal, std::uint32_t max_delay_us, std:
 void bind_simulated(py::module_& m) {
   const auto stream = py::arg("stream");
   py::class_<SimulatedDevice, Device, Simulated>(m, "SimulatedDevice")
-      .def(py::init(&make), py::arg("seed"), py::arg("ordinal"), py::arg("max_delay_us"), py::arg("patience_us"),
-           py::arg("relaxed_capture"))
+      .def(py::init(&make), py::arg("seed"), py::arg("ordinal"), py::arg("max_delay_us"),
+           py::arg("patience_us"), py::arg("relaxed_capture"))
       .def(
           "allocate",
           [](const Simulated& device, std::size_t bytes) {
@@ -95,7 +95,8 @@ void bind_simulated(py::module_& m) {
           py::arg("begin"))
       .def("create_framework_stream",
            [](const Simulated& device) {
-             return static_cast<std::uintptr_t>(without_gil([&] { return device->create_framework_stream(); }));
+             return static_cast<std::uintptr_t>(
+                 without_gil([&] { return device->create_framework_stream(); }));
            })
       .def("launch", &launch, stream, py::arg("function"))
       .def(
@@ -110,7 +111,8 @@ void bind_simulated(py::module_& m) {
             check(without_gil([&] { return device->begin_capture(StreamHandle{s}); }));
           },
           stream)
-      .def("end_capture", [](const Simulated& device) { check(without_gil([&] { return device->end_capture(); })); })
+      .def("end_capture",
+           [](const Simulated& device) { check(without_gil([&] { return device->end_capture(); })); })
       .def(
           "hold",
           [](const Simulated& device, std::optional<std::uintptr_t> s) {
@@ -142,7 +144,8 @@ void bind_simulated(py::module_& m) {
             without_gil([&] { device->fail_sticky_at_copy(n, code); });
           },
           py::arg("n"), py::arg("code"))
-      .def("violations", [](const Simulated& device) { return without_gil([&] { return device->violations(); }); });
+      .def("violations",
+           [](const Simulated& device) { return without_gil([&] { return device->violations(); }); });
 }
 
 }  // namespace kvtier::bindings

@@ -12,7 +12,8 @@ py::dict stats_dict(const EngineStats& s) {
   py::list host;
   for (const HostClassStats& c : s.host) {
     host.append(py::dict("slot_bytes"_a = c.slot_bytes, "capacity"_a = c.capacity, "usable"_a = c.usable,
-                         "free"_a = c.free, "filling"_a = c.filling, "ready"_a = c.ready, "leaving"_a = c.leaving));
+                         "free"_a = c.free, "filling"_a = c.filling, "ready"_a = c.ready,
+                         "leaving"_a = c.leaving));
   }
   py::dict d;
   d["host"] = std::move(host);

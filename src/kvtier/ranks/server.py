@@ -206,7 +206,8 @@ class RankServer:
             raise ConfigError(f"the keeper speaks version {wire.VERSION} of the protocol; this is {message}")
         if message.get("world_size") != self._config.world_size:
             raise ConfigError(
-                f"world_size is {message.get('world_size')} at the worker, {self._config.world_size} at the keeper"
+                f"world_size is {message.get('world_size')} at the worker, "
+                f"{self._config.world_size} at the keeper"
             )
         if message.get("fingerprint") != self._fingerprint:
             raise ConfigError(

@@ -43,15 +43,15 @@ struct Scene {
   std::shared_ptr<FaultyDevice> device;
 };
 
-struct Result_ {
+struct Ending {
   bool quarantined = false;
   bool failed_somewhere = false;
   std::size_t loaded = 0;
 };
 
 // open, attach, store, load, evict, detach, close; with checks after each.
-Result_ scenario(Scene& scene) {
-  Result_ result;
+Ending scenario(Scene& scene) {
+  Ending result;
   const auto typed = [&result](const Status& status) {
     result.failed_somewhere |= !status;
     EXPECT_NE(status.code(), StatusCode::internal) << status.message();
@@ -110,8 +110,8 @@ Result_ scenario(Scene& scene) {
         }
       });
     };
-    store({0, 1}, {0, 0});
-    store({0, 1, 2, 3}, {1, 1, 2, 2});
+    store({0, 1}, {0, 1});
+    store({0, 1, 2, 3}, {0, 1, 2, 3});
     load({0, 1, 2}, {4, 5, 6}, 0);
     load({0, 1}, {4, 5}, layerwise);
     { const auto lease = engine->pin(keys({0, 1}), 2, std::nullopt).value(); }
@@ -153,7 +153,7 @@ void for_every_call(std::optional<FaultCall> call, FaultSpan span, std::uint64_t
     } else {
       scene->plan.fail(n, injected(), span);
     }
-    const Result_ result = scenario(*scene);
+    const Ending result = scenario(*scene);
     const bool over = scene->plan.injected() == 0;
     EXPECT_TRUE(scene->machine.sim->violations().empty());
     if (result.quarantined) {

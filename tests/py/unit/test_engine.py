@@ -302,6 +302,7 @@ def test_a_close_that_times_out_keeps_tensors_until_a_later_one_succeeds() -> No
     arrays = [device.empty(SHAPE, np.float16) for _ in range(2)]
     alive = weakref.ref(arrays[0])
     pages = engine.attach(arrays)
+    engine.wait_until_whole()
     del arrays
     device.hold()
     ticket = engine.store(keys_of(2), pages, range(4))
@@ -374,7 +375,7 @@ def test_no_memory_is_a_resource_error() -> None:
         Engine(CONFIG, memory=faulty_memory(plan))
     assert caught.value.code == 12
     with pytest.raises(kvtier.ResourceError):
-        kvtier.open(Config(groups=[LAYOUT], host="4096TiB", model="m@1"))
+        kvtier.open(Config(groups=[KVLayout(32, 8, 1024, "float16", 16)], host="16TiB", model="m@1"))
 
 
 def test_a_forked_child_gets_closed_errors_and_can_exit() -> None:
@@ -397,8 +398,8 @@ def test_a_forked_child_gets_closed_errors_and_can_exit() -> None:
             status = 0
             calls = [lambda: engine.lookup(keys), lambda: engine.store(keys, pages, [0, 1]), engine.stats,
                      lambda: engine.load(keys, pages, [0, 1]), lambda: engine.touch(keys), ticket.wait,
-                     lambda: engine.drop(keys), engine.flush, engine.poll, pages.detach, match.pin, ticket.done,
-                     lease.release, ticket.result, engine.close,
+                     lambda: engine.drop(keys), engine.flush, engine.poll, pages.detach, match.pin,
+                     ticket.done, lease.release, ticket.result, engine.close,
                      lambda: engine.attach(np.zeros((8, 2, 8, 1, 8), np.float16))]
             for i, call in enumerate(calls):
                 try:
@@ -430,6 +431,7 @@ def test_an_interpreter_that_ends_with_work_running_neither_crashes_nor_hangs(he
         device = SimulatedDevice(seed=1)
         array = device.empty((8, 2, 8, 1, 8), np.float16)
         pages = engine.attach(array)
+        engine.wait_until_whole()
         if {held}:
             device.hold()
         device.write(array, 3)

@@ -46,7 +46,11 @@ LAYOUTS: dict[str, tuple[str, str | None, Callable[[int], list[Array]]]] = {
         lambda t: [fresh((PAGES, 2, HEADS, t, DIM), i).transpose(0, 1, 3, 2, 4) for i in range(LAYERS)],
     ),
     "kpthd": ("KTHD", "KPTHD", lambda t: [fresh((2, PAGES, t, HEADS, DIM), i) for i in range(LAYERS)]),
-    "k and v apart": ("KTHD", "PTHD", lambda t: [fresh((PAGES, t, HEADS, DIM), i) for i in range(2 * LAYERS)]),
+    "k and v apart": (
+        "KTHD",
+        "PTHD",
+        lambda t: [fresh((PAGES, t, HEADS, DIM), i) for i in range(2 * LAYERS)],
+    ),
     "padded heads": ("KTHD", None, lambda t: [padded((PAGES, 2, t, HEADS, DIM)) for _ in range(LAYERS)]),
     "strided kpthd": ("KTHD", "PKTHD", lambda t: [kthd((PAGES, 2, t, HEADS, DIM)) for _ in range(LAYERS)]),
     "all layers": ("KTHD", "LPKTHD", lambda t: [fresh((LAYERS, PAGES, 2, t, HEADS, DIM))]),
@@ -210,6 +214,8 @@ def test_tensors_of_two_devices_are_refused() -> None:
 
 
 def test_importing_kvtier_imports_neither_torch_nor_cupy() -> None:
-    code = "import sys, kvtier, kvtier.testing; print(sorted({'torch', 'cupy', 'ml_dtypes'} & set(sys.modules)))"
+    code = (
+        "import sys, kvtier, kvtier.testing; print(sorted({'torch', 'cupy', 'ml_dtypes'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
