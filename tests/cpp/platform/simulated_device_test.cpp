@@ -21,6 +21,8 @@ using conformance::HostBuffer;
 using conformance::ok;
 
 constexpr std::uint64_t kSeeds = 200;
+// How often a mistake shows depends on how soon the device's own thread steps in, so on the machine's load (seen:
+// 139 to 195 of 200). A third is far from chance and far from that.
 constexpr std::size_t kBytes = 8192;
 constexpr std::byte kOld{1};
 constexpr std::byte kNew{2};
@@ -89,7 +91,7 @@ bool store_is_stale(Rig& rig, bool ordered) {
 
 TEST(SimulatedAdversary, notices_a_store_that_does_not_wait_for_the_framework) {
   EXPECT_EQ(seeds_where([](Rig& rig) { return store_is_stale(rig, true); }), 0U);
-  EXPECT_GE(seeds_where([](Rig& rig) { return store_is_stale(rig, false); }), kSeeds * 3 / 4);
+  EXPECT_GE(seeds_where([](Rig& rig) { return store_is_stale(rig, false); }), kSeeds / 3);
 }
 
 bool attention_is_stale(Rig& rig, bool ordered) {
@@ -106,7 +108,7 @@ bool attention_is_stale(Rig& rig, bool ordered) {
 
 TEST(SimulatedAdversary, notices_a_kernel_that_does_not_wait_for_a_load) {
   EXPECT_EQ(seeds_where([](Rig& rig) { return attention_is_stale(rig, true); }), 0U);
-  EXPECT_GE(seeds_where([](Rig& rig) { return attention_is_stale(rig, false); }), kSeeds * 3 / 4);
+  EXPECT_GE(seeds_where([](Rig& rig) { return attention_is_stale(rig, false); }), kSeeds / 3);
 }
 
 // The layer-wise load that waits before it records: silent wrong KV on CUDA.
@@ -120,7 +122,7 @@ TEST(SimulatedAdversary, notices_a_wait_on_an_event_that_is_recorded_too_late) {
               rig.finish(rig.ours);
               return !Rig::whole(rig.slot.data(), kNew);
             }),
-            kSeeds * 3 / 4);
+            kSeeds / 3);
 }
 
 TEST(SimulatedAdversary, notices_a_host_that_does_not_wait_at_all) {
@@ -132,7 +134,7 @@ TEST(SimulatedAdversary, notices_a_host_that_does_not_wait_at_all) {
               rig.finish(rig.ours);
               return stale;
             }),
-            kSeeds * 3 / 4);
+            kSeeds / 3);
 }
 
 // Pages given back when the store was submitted and not when it had run.
@@ -144,7 +146,7 @@ TEST(SimulatedAdversary, notices_pages_that_are_released_before_the_store_has_ru
               rig.finish(rig.ours);
               return !Rig::whole(rig.slot.data(), kOld);
             }),
-            kSeeds * 3 / 4);
+            kSeeds / 3);
 }
 
 // Some seeds must be eager too: bytes that are written after the submission and before the wait.
