@@ -85,6 +85,7 @@ class RankWorkerImpl final : public RankWorker {
   Status detach(Pages& pages, Deadline deadline) override;
   Status join(const ArenaGeometry& geometry, std::span<const std::size_t> class_of_group, int fd) override;
   Status leave(Deadline deadline) override;
+  Status wait_until_whole() override;
   Result<std::shared_ptr<Ticket>> run(Pages& pages, const RankOrder& order) override;
   int ended_fd() const override { return ended_fd_; }
   std::vector<EndedOrder> take_ended() override;
@@ -261,6 +262,23 @@ Status RankWorkerImpl::leave(Deadline deadline) {
   for (const auto& use : uses_) abandoned.devices.push_back(use->device);
   abandon(std::move(abandoned));
   return stuck_error();
+}
+
+Status RankWorkerImpl::wait_until_whole() {
+  KVTIER_RETURN_IF_ERROR(in_this_process());
+  std::shared_ptr<Joined> joined;
+  {
+    MutexLock lock(mutex_);
+    if (!joined_ || leaving_) return Status::closed("this rank has not joined a keeper");
+    joined = joined_;
+    ++running_;  // leave() waits for us
+  }
+  Status status = joined->arena->wait_until_whole();
+  joined.reset();
+  MutexLock lock(mutex_);
+  --running_;
+  changed_.notify_all();
+  return status;
 }
 
 Status RankWorkerImpl::close(Deadline deadline) {

@@ -316,6 +316,7 @@ TEST(RankWorker, leave_and_detach_wait_for_copies) {
       worker->join(keeper->arena().geometry(), keeper->config().class_of_group(), keeper->arena().fd())
           .is_ok());
   const Grant store = grant(*keeper, Direction::store, {key(1)}, 1);
+  ASSERT_TRUE(worker->wait_until_whole().is_ok());
   device->hold();
   RankOrder order;
   const std::vector<BlockOutcome> running{BlockOutcome::running};

@@ -76,6 +76,9 @@ class RankWorker {
   // none. Errors: timeout: call again; device: a device cannot prove that its copies are over, so the
   // arena stays mapped until the process ends.
   virtual Status leave(Deadline deadline) = 0;
+  // Blocks until the arena is registered with every attached device. Before that, copies are as slow as
+  // pageable memory is, and run() may wait for them (tests and benchmarks). Errors: closed.
+  virtual Status wait_until_whole() = 0;
 
   // Submits the copies of an order. Never waits for them. The ticket's outcomes are this rank's: `stored`
   // says that its part is in the slot, not that the block is visible. Once this has returned ok, the order
