@@ -27,22 +27,22 @@ std::uint64_t bytes_of_one_block_each(const std::vector<GroupSpec>& groups) {
 
 Status EngineConfig::validate() const {
   if (groups.empty() || groups.size() > kMaxGroups) {
-    return Status::invalid_argument("groups has " + std::to_string(groups.size()) + " entries; allowed: 1 to " +
-                                    std::to_string(kMaxGroups));
+    return Status::invalid_argument("groups has " + std::to_string(groups.size()) +
+                                    " entries; allowed: 1 to " + std::to_string(kMaxGroups));
   }
   for (const GroupSpec& group : groups) {
     KVTIER_RETURN_IF_ERROR(group.validate());
     if (group.block_tokens != groups[0].block_tokens) {
-      return Status::invalid_argument("group '" + group.name + "': block_tokens is " +
-                                      std::to_string(group.block_tokens) + "; every group has that of the first, " +
-                                      std::to_string(groups[0].block_tokens));
+      return Status::invalid_argument(
+          "group '" + group.name + "': block_tokens is " + std::to_string(group.block_tokens) +
+          "; every group has that of the first, " + std::to_string(groups[0].block_tokens));
     }
   }
   const std::uint64_t least = bytes_of_one_block_each(groups);
   if (host_bytes < least || host_bytes > kMaxHostBytes) {
-    return Status::invalid_argument("host is " + std::to_string(host_bytes) + " bytes; allowed: " +
-                                    std::to_string(least) + " (one block of every group) to " +
-                                    std::to_string(kMaxHostBytes));
+    return Status::invalid_argument("host is " + std::to_string(host_bytes) +
+                                    " bytes; allowed: " + std::to_string(least) +
+                                    " (one block of every group) to " + std::to_string(kMaxHostBytes));
   }
   return Status::ok();
 }

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "engine_impl.h"
+
 #include "kvtier/core/ordering.h"
 
 namespace kvtier {
@@ -65,7 +66,8 @@ Result<std::shared_ptr<Pages>> EngineImpl::attach(std::shared_ptr<Device> device
   if (device == nullptr) return Status::invalid_argument("device is null");
   const GroupSpec& spec = config_.groups[raw(group)];
   if (spec.num_stripes > 1) {
-    return Status::unsupported("group '" + spec.name + "' has one stripe per rank: its pages are attached by workers");
+    return Status::unsupported("group '" + spec.name +
+                               "' has one stripe per rank: its pages are attached by workers");
   }
   Result<PageMap> map = PageMap::make(spec, tensors);
   if (!map) return map.status();
@@ -95,7 +97,8 @@ Result<std::shared_ptr<Pages>> EngineImpl::attach(std::shared_ptr<Device> device
 
 Status EngineImpl::detach(Pages& pages, Deadline deadline) {
   auto* mine = dynamic_cast<PagesImpl*>(&pages);
-  if (mine == nullptr || mine->engine_ != this) return Status::invalid_argument("these pages are of another engine");
+  if (mine == nullptr || mine->engine_ != this)
+    return Status::invalid_argument("these pages are of another engine");
   MutexLock lock(mutex_);
   mine->attached_ = false;
   while (mine->running_ > 0 && ordering_enabled(OrderingPoint::detach_after_copies)) {
@@ -141,8 +144,8 @@ Result<EngineStats> EngineImpl::stats() {
   for (std::size_t i = 0; i < tier_.num_classes(); ++i) {
     const SlotPool& slots = tier_.slots(i);
     const SlotPool::Counts counts = slots.counts();
-    stats.host.push_back({geometry.classes[i].slot_stride_bytes, slots.capacity(), slots.usable(), counts.free,
-                          counts.filling, counts.ready, counts.leaving});
+    stats.host.push_back({geometry.classes[i].slot_stride_bytes, slots.capacity(), slots.usable(),
+                          counts.free, counts.filling, counts.ready, counts.leaving});
   }
   stats.host_bytes = arena.total_bytes;
   stats.host_prefaulted_bytes = arena.prefaulted_bytes;
@@ -175,14 +178,18 @@ Status EngineImpl::close(Deadline deadline) {
     closing_ = true;
   }
   if (!wait_idle(deadline)) {
-    return Status::timeout("close: transfers are still running; the engine takes no new work, and close() may be "
-                           "called again");
+    return Status::timeout(
+        "close: transfers are still running; the engine takes no new work, and close() may be "
+        "called again");
   }
+  const Status unproved = Status::device(
+      "close: a device cannot prove that its copies are over; the engine is closed, but its memory and attached "
+      "pages must never be freed");
   MutexLock attach_lock(attach_mutex_);
   bool leak = false;
   {
     MutexLock lock(mutex_);
-    if (closed_) return Status::ok();
+    if (closed_) return undrained_ > 0 ? unproved : Status::ok();
     closed_ = true;
     while (!leases_.empty()) end_lease(*leases_.back());
     for (const std::shared_ptr<Pages>& pages : all_pages_) static_cast<PagesImpl&>(*pages).attached_ = false;
@@ -195,7 +202,7 @@ Status EngineImpl::close(Deadline deadline) {
     // A device could not prove that its copies are over. The memory they may touch is never given back, and
     // nor is this object: the threads of the arena and of the transfers run on, and call back into it.
     keep_for_ever(shared_from_this());
-    return Status::ok();
+    return unproved;
   }
   for (AttachedDevice& attached : devices_) attached.transfers.reset();
   for (AttachedDevice& attached : devices_) arena_->unregister_from(*attached.device);
@@ -330,7 +337,8 @@ Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
   const ArenaGeometry geometry = config.geometry();
   KVTIER_RETURN_IF_ERROR(geometry.validate());
   HostTier::Options options;
-  for (const ArenaClass& size_class : geometry.classes) options.slots_per_class.push_back(size_class.num_slots);
+  for (const ArenaClass& size_class : geometry.classes)
+    options.slots_per_class.push_back(size_class.num_slots);
   options.class_of_group = config.class_of_group();
   try {
     if (config.hash_seed) {
@@ -343,7 +351,8 @@ Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
     KVTIER_RETURN_IF_ERROR(impl->start());
     return std::shared_ptr<Engine>(std::make_shared<EngineHandle>(std::move(impl)));
   } catch (const std::bad_alloc&) {
-    return Status::resource("no memory for the index of " + std::to_string(geometry.total_bytes()) + " host bytes");
+    return Status::resource("no memory for the index of " + std::to_string(geometry.total_bytes()) +
+                            " host bytes");
   } catch (const std::exception& error) {
     return Status::internal(std::string("open: ") + error.what());
   }

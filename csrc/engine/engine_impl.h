@@ -27,7 +27,8 @@ class EngineImpl;
 
 class PagesImpl final : public Pages {
  public:
-  PagesImpl(EngineImpl& engine, GroupId group, std::shared_ptr<Device> device, Transfers& transfers, PageMap map)
+  PagesImpl(EngineImpl& engine, GroupId group, std::shared_ptr<Device> device, Transfers& transfers,
+            PageMap map)
       : engine_(&engine),
         group_(group),
         device_(std::move(device)),
@@ -69,12 +70,12 @@ struct Operation {
   std::shared_ptr<Ticket> ticket;
   PagesImpl* pages = nullptr;  // null for a grant; outlives the operation: detach() and close() wait for it
   std::vector<BlockOutcome> outcomes;
-  std::vector<EntryId> entries;        // reserved or pinned, in prompt order
-  std::vector<std::uint32_t> blocks;   // the key that each entry stands for
-  std::vector<SlotId> slots;           // and the slot it has
-  std::vector<EntryId> present;        // pinned by a store only while it reserves
+  std::vector<EntryId> entries;       // reserved or pinned, in prompt order
+  std::vector<std::uint32_t> blocks;  // the key that each entry stands for
+  std::vector<SlotId> slots;          // and the slot it has
+  std::vector<EntryId> present;       // pinned by a store only while it reserves
   std::uint32_t parts_left = 1;
-  bool admitted = false;               // close(), detach() and flush() wait for it
+  bool admitted = false;  // close(), detach() and flush() wait for it
   TransferOutcome outcome;
   bool entries_settled = false;  // by an ordering point that a test disabled
 };

@@ -14,7 +14,8 @@ constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's no
 
 // The longest prefix that all groups can restore. Full attention needs every block of it. A sliding window
 // needs only the blocks that the window reaches back to, so there the answer can lie behind a gap.
-std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>& states, std::size_t num_keys) const {
+std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>& states,
+                                     std::size_t num_keys) const {
   const auto ready = [](BlockState state) { return state == BlockState::ready; };
   std::size_t limit = num_keys;
   bool windows = false;
@@ -23,7 +24,8 @@ std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>&
       windows = true;
       continue;
     }
-    const auto miss = std::find_if_not(states[g].begin(), states[g].begin() + static_cast<std::ptrdiff_t>(limit), ready);
+    const auto miss =
+        std::find_if_not(states[g].begin(), states[g].begin() + static_cast<std::ptrdiff_t>(limit), ready);
     limit = static_cast<std::size_t>(miss - states[g].begin());
   }
   if (!windows) return limit;
@@ -60,13 +62,14 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
     std::uint64_t pending = 0;
     for (std::size_t g = 0; g < config_.groups.size(); ++g) {
       BlockState* states = match.states[g].data() + begin;
-      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)}, [&](std::size_t i, const Entry* entry) {
-        if (entry == nullptr) return;
-        const bool is_ready = entry->state == SlotState::ready;
-        states[i] = is_ready ? BlockState::ready : BlockState::pending;
-        hits += is_ready ? 1 : 0;
-        pending += is_ready ? 0 : 1;
-      });
+      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)},
+                              [&](std::size_t i, const Entry* entry) {
+                                if (entry == nullptr) return;
+                                const bool is_ready = entry->state == SlotState::ready;
+                                states[i] = is_ready ? BlockState::ready : BlockState::pending;
+                                hits += is_ready ? 1 : 0;
+                                pending += is_ready ? 0 : 1;
+                              });
     }
     counters_.lookup_hits_host += hits;
     counters_.lookup_misses_pending += pending;
@@ -84,7 +87,8 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
                                                     std::optional<std::int64_t> ttl_us) {
   keys = keys.first(std::min(keys.size(), max_blocks));
   const std::size_t num_groups = config_.groups.size();
-  std::vector<std::vector<BlockState>> states(num_groups, std::vector<BlockState>(keys.size(), BlockState::miss));
+  std::vector<std::vector<BlockState>> states(num_groups,
+                                              std::vector<BlockState>(keys.size(), BlockState::miss));
   std::vector<std::vector<EntryId>> found(num_groups, std::vector<EntryId>(keys.size()));
   auto lease = std::make_shared<LeaseState>();
   lease->pinned.reserve(num_groups * keys.size());  // nothing throws between the first pin and the last unpin
@@ -108,7 +112,8 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
 
   MutexLock lock(mutex_);
   for (std::size_t g = 0; g < num_groups; ++g) {
-    const std::size_t window = config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
+    const std::size_t window =
+        config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
     const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
     for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
       if (states[g][i] != BlockState::ready) continue;
@@ -137,7 +142,8 @@ void EngineImpl::end_lease(LeaseState& lease) {
   lease.active = false;
   for (const EntryId id : lease.pinned) tier_.unpin(tier_.index().at(id));
   lease.pinned.clear();
-  std::erase_if(leases_, [&lease](const std::shared_ptr<LeaseState>& other) { return other.get() == &lease; });
+  std::erase_if(leases_,
+                [&lease](const std::shared_ptr<LeaseState>& other) { return other.get() == &lease; });
 }
 
 void EngineImpl::release(LeaseState& lease) {

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "engine_impl.h"
+
 #include "kvtier/core/ordering.h"
 
 namespace kvtier {
@@ -26,7 +27,8 @@ EngineImpl::Call::~Call() {
 
 Result<PagesImpl*> EngineImpl::checked(Pages& pages) {
   auto* mine = dynamic_cast<PagesImpl*>(&pages);
-  if (mine == nullptr || mine->engine_ != this) return Status::invalid_argument("these pages are of another engine");
+  if (mine == nullptr || mine->engine_ != this)
+    return Status::invalid_argument("these pages are of another engine");
   return mine;
 }
 
@@ -34,18 +36,20 @@ Status EngineImpl::check_request(const GroupSpec& spec, std::size_t num_keys, st
                                  std::uint32_t first_block) {
   if (num_pages != num_keys * spec.pages_per_block()) {
     return Status::invalid_argument("page_ids has " + std::to_string(num_pages) + " entries for " +
-                                    std::to_string(num_keys) + " keys; allowed: " +
-                                    std::to_string(num_keys * spec.pages_per_block()) + " (" +
-                                    std::to_string(spec.pages_per_block()) + " for each key)");
+                                    std::to_string(num_keys) +
+                                    " keys; allowed: " + std::to_string(num_keys * spec.pages_per_block()) +
+                                    " (" + std::to_string(spec.pages_per_block()) + " for each key)");
   }
   if (num_keys > std::numeric_limits<std::uint32_t>::max() - first_block) {
     return Status::invalid_argument("first_block is " + std::to_string(first_block) + " with " +
-                                    std::to_string(num_keys) + " keys; allowed: less than 2^32 blocks in all");
+                                    std::to_string(num_keys) +
+                                    " keys; allowed: less than 2^32 blocks in all");
   }
   return Status::ok();
 }
 
-std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, GroupId group, std::size_t num_blocks) {
+std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, GroupId group,
+                                                      std::size_t num_blocks) {
   auto operation = std::make_shared<Operation>();
   operation->direction = direction;
   operation->group = group;
@@ -60,7 +64,8 @@ std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, Group
 // From here on close(), detach() and flush() wait for the operation.
 Status EngineImpl::admit(Operation& operation) {
   KVTIER_RETURN_IF_ERROR(check_open());
-  if (operation.pages != nullptr && !operation.pages->attached_) return Status::closed("these pages are detached");
+  if (operation.pages != nullptr && !operation.pages->attached_)
+    return Status::closed("these pages are detached");
   if (operation.direction == Direction::store) {
     running_stores_.insert(stores_begun_);  // first: it may throw
     operation.store_number = stores_begun_++;
@@ -127,7 +132,8 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
           break;
       }
       // A pending block of another store may end at any moment, so it is nobody's parent here.
-      const bool holds = found.outcome == ReserveOutcome::reserved || found.outcome == ReserveOutcome::present;
+      const bool holds =
+          found.outcome == ReserveOutcome::reserved || found.outcome == ReserveOutcome::present;
       parent = holds ? std::optional(tier_.index().id(*found.entry)) : std::nullopt;
     }
     if (request.keys.empty()) break;
@@ -157,19 +163,20 @@ Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) 
     }
     const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
     const bool failed = counters_.health != "ok";
-    tier_.index().find_each(request.keys.subspan(begin, count), operation.group, [&](std::size_t at, Entry* entry) {
-      const std::size_t i = begin + at;
-      if (failed || entry == nullptr) {
-        operation.outcomes[i] = BlockOutcome::missed;
-      } else if (entry->state != SlotState::ready) {
-        operation.outcomes[i] = BlockOutcome::pending;
-      } else {
-        tier_.pin(*entry);
-        operation.entries.push_back(tier_.index().id(*entry));
-        operation.blocks.push_back(static_cast<std::uint32_t>(i));
-        operation.slots.push_back(entry->slot);
-      }
-    });
+    tier_.index().find_each(request.keys.subspan(begin, count), operation.group,
+                            [&](std::size_t at, Entry* entry) {
+                              const std::size_t i = begin + at;
+                              if (failed || entry == nullptr) {
+                                operation.outcomes[i] = BlockOutcome::missed;
+                              } else if (entry->state != SlotState::ready) {
+                                operation.outcomes[i] = BlockOutcome::pending;
+                              } else {
+                                tier_.pin(*entry);
+                                operation.entries.push_back(tier_.index().id(*entry));
+                                operation.blocks.push_back(static_cast<std::uint32_t>(i));
+                                operation.slots.push_back(entry->slot);
+                              }
+                            });
     if (request.keys.empty()) break;
   }
   for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first: the tail becomes the oldest
@@ -368,7 +375,8 @@ Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreReque
   const GroupSpec& spec = (*target)->map_->spec();
   KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
   KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, {}, request.pages, Direction::store));
-  const std::shared_ptr<Operation> operation = make_operation(Direction::store, pages.group(), request.keys.size());
+  const std::shared_ptr<Operation> operation =
+      make_operation(Direction::store, pages.group(), request.keys.size());
   operation->pages = *target;
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
@@ -386,10 +394,12 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
   std::vector<BlockMove> places;
   places.reserve(request.keys.size());
   for (std::uint32_t i = 0; i < request.keys.size(); ++i) {
-    places.push_back({nullptr, i * spec.pages_per_block(), (request.first_block + i) % spec.blocks_per_page()});
+    places.push_back(
+        {nullptr, i * spec.pages_per_block(), (request.first_block + i) % spec.blocks_per_page()});
   }
   KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, places, request.pages, Direction::load));
-  const std::shared_ptr<Operation> operation = make_operation(Direction::load, pages.group(), request.keys.size());
+  const std::shared_ptr<Operation> operation =
+      make_operation(Direction::load, pages.group(), request.keys.size());
   operation->pages = *target;
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {

@@ -81,7 +81,8 @@ std::vector<BlockOutcome> Ticket::outcomes() const {
 std::size_t Ticket::valid_blocks() const {
   const auto valid = [this](BlockOutcome outcome) {
     if (direction_ == Direction::load) return outcome == BlockOutcome::loaded;
-    return outcome == BlockOutcome::stored || outcome == BlockOutcome::present || outcome == BlockOutcome::pending;
+    return outcome == BlockOutcome::stored || outcome == BlockOutcome::present ||
+           outcome == BlockOutcome::pending;
   };
   if (inherited()) return 0;
   MutexLock lock(state_->mutex);

@@ -175,6 +175,12 @@ void Arena::Impl::register_with(Device& device) {
   }
   attachments_.push_back(std::make_unique<Attachment>(device));
   changed_.notify_all();
+  const std::size_t prefaulted = prefaulted_;
+  for (const Attachment* mine = find(device); mine != nullptr && !stopping_; mine = find(device)) {
+    const bool in_capture = mine->retry_at != SteadyTime{};
+    if (mine->next >= prefaulted || mine->leaving || in_capture) return;
+    changed_.wait(lock);
+  }
 }
 
 void Arena::Impl::unregister_from(Device& device) {

@@ -274,7 +274,7 @@ class _SettledTicket:
 
     def outcomes(self) -> Outcomes:
         """See NativeTicket."""
-        return self._outcomes.copy()
+        return np.array(self._outcomes)
 
     def valid_blocks(self) -> int:
         """See NativeTicket."""

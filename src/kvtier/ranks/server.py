@@ -254,7 +254,7 @@ class RankServer:
             message, fd = received
             if fd is not None:
                 os.close(fd)
-            if message["type"] == "ended" and message["grant"] in member.grants:
+            if message["type"] == "ended" and message.get("grant") in member.grants:
                 code, native, text = message["status"]
                 self._over(member, [message["grant"]], (code, native, text), drained=message["drained"])
             elif message["type"] == "leave":

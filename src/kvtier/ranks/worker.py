@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtier.arrays import page_array, stream_handle
+from kvtier.arrays import page_array, stream_handle, tensor_views
 from kvtier.config import Config
 from kvtier.engine import (
     BlockOutcome,
@@ -22,7 +22,6 @@ from kvtier.engine import (
     cpu_device,
     group_spec,
     native_device,
-    tensor_views,
 )
 from kvtier.errors import ClosedError, ConfigError, KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError
 from kvtier.keys import root_key
@@ -124,8 +123,8 @@ class Worker:
         """Makes this rank's tensors the pages of a group, as Engine.attach(). Needs no keeper."""
         self._check_open()
         check_extent("group", group, 0, len(self.config.groups) - 1)
-        views, owners, found = tensor_views(tensors, self.config.groups[group], axes)
-        native = native_device(device) or found
+        views, owners, where = tensor_views(tensors, self.config.groups[group], axes)
+        native = native_device(where if device is None else device)
         if native is None:
             with self._lock:
                 if self._cpu is None:

@@ -114,7 +114,8 @@ TEST(Detach, waits_for_running_copies_and_refuses_further_ones) {
   done(world.store(0, {0}, {0}));
   world.machine.sim->hold();
   const auto load = world.load(0, {0}, {1});
-  EXPECT_EQ(world.engine->detach(*world.pages[0], std::chrono::steady_clock::now()).code(), StatusCode::timeout);
+  EXPECT_EQ(world.engine->detach(*world.pages[0], std::chrono::steady_clock::now()).code(),
+            StatusCode::timeout);
   EXPECT_FALSE(world.pages[0]->attached());
   EXPECT_EQ(world.try_store(0, {1}, {1}).status().code(), StatusCode::closed);
   EXPECT_EQ(world.try_load(0, {0}, {1}).status().code(), StatusCode::closed);
@@ -129,7 +130,8 @@ TEST(Detach, waits_for_running_copies_and_refuses_further_ones) {
   EXPECT_TRUE(world.machine.sim->violations().empty());
   // What was stored through them is still there, for other pages.
   EXPECT_TRUE(world.ready(0));
-  Memory memory(full_group(), 4, Layout::tensor_per_layer, [&](std::size_t n) { return world.machine.allocate(n); });
+  Memory memory(full_group(), 4, Layout::tensor_per_layer,
+                [&](std::size_t n) { return world.machine.allocate(n); });
   world.pages[0] = world.engine->attach(world.machine.device, GroupId{0}, memory.tensors()).value();
   const auto again = done(world.load(0, {0}, {3}));
   bool right = false;
@@ -177,7 +179,8 @@ int closed_everywhere(World& world, const std::shared_ptr<Ticket>& ticket, Lease
 TEST(Fork, a_child_is_told_closed_by_every_method_and_ends_without_hanging) {
   if (kThreadSanitizer) GTEST_SKIP() << "TSan does not follow fork() in a process with threads";
   for (const bool simulated : {true, false}) {
-    auto world = std::make_unique<World>(WorldOptions{.seed = simulated ? std::optional<std::uint64_t>(3) : std::nullopt});
+    auto world = std::make_unique<World>(
+        WorldOptions{.seed = simulated ? std::optional<std::uint64_t>(3) : std::nullopt});
     done(world->store(0, {0}, {0}));
     std::shared_ptr<Lease> lease = world->pin({0});
     if (simulated) world->machine.sim->hold();

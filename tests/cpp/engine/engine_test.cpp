@@ -69,7 +69,8 @@ TEST(Engine, a_block_that_another_store_fills_is_pending_to_stores_loads_and_loo
   World world({.seed = 1});
   world.machine.sim->hold();
   const auto first = world.store(0, range(0, 2), range(0, 2));
-  EXPECT_EQ(world.states(range(0, 3)), (std::vector{BlockState::pending, BlockState::pending, BlockState::miss}));
+  EXPECT_EQ(world.states(range(0, 3)),
+            (std::vector{BlockState::pending, BlockState::pending, BlockState::miss}));
   const auto second = world.try_store(0, range(0, 2), range(4, 6)).value();
   EXPECT_TRUE(second->done());
   EXPECT_EQ(second->outcomes(), all(2, pending));

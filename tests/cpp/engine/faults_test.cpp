@@ -1,11 +1,11 @@
 // "Fail the n-th call, for every n": each run ends in a miss or a typed failure, and leaves nothing behind.
-#include "kvtier/platform/faulty_device.h"
-
 #include <dirent.h>
 
 #include <list>
 
 #include "support/engine_world.h"
+
+#include "kvtier/platform/faulty_device.h"
 
 namespace kvtier {
 namespace {
@@ -31,7 +31,8 @@ bool back_to(std::size_t (*count)(), std::size_t wanted) {
 
 // What a run needs for as long as the process lives if its device could not prove that copies ended.
 struct Scene {
-  explicit Scene(std::uint64_t seed) : machine(options(seed)), device(std::make_shared<FaultyDevice>(*machine.sim, plan)) {}
+  explicit Scene(std::uint64_t seed)
+      : machine(options(seed)), device(std::make_shared<FaultyDevice>(*machine.sim, plan)) {}
   static SimulatedOptions options(std::uint64_t seed) {
     SimulatedOptions o = Machine::seeded(seed);
     o.max_delay_us = 0;  // no thread of its own
@@ -88,7 +89,8 @@ Ending scenario(Scene& scene) {
       });
       const auto k = keys(numbers);
       const auto p = page_ids(at);
-      const auto ticket = engine->store(*pages, StoreRequest{k, p, scene.machine.stream, 0, std::nullopt, {}}).value();
+      const auto ticket =
+          engine->store(*pages, StoreRequest{k, p, scene.machine.stream, 0, std::nullopt, {}}).value();
       typed(done(ticket)->failure());
       static_cast<void>(ticket->wait(Moment::released, in_seconds(30)));
       for (const BlockOutcome outcome : ticket->outcomes()) EXPECT_NE(outcome, BlockOutcome::running);
@@ -114,7 +116,9 @@ Ending scenario(Scene& scene) {
     store({0, 1, 2, 3}, {0, 1, 2, 3});
     load({0, 1, 2}, {4, 5, 6}, 0);
     load({0, 1}, {4, 5}, layerwise);
-    { const auto lease = engine->pin(keys({0, 1}), 2, std::nullopt).value(); }
+    {
+      const auto lease = engine->pin(keys({0, 1}), 2, std::nullopt).value();
+    }
     store({10, 11}, {7, 8});  // evicts
     load({10, 11, 0}, {9, 10, 11}, 0);
     expect_consistent(engine->stats().value());
@@ -176,18 +180,18 @@ void for_every_call(std::optional<FaultCall> call, FaultSpan span, std::uint64_t
 TEST(Faults, the_nth_call_of_all_may_fail) { for_every_call(std::nullopt, FaultSpan::once, 1); }
 
 TEST(Faults, the_nth_call_of_each_kind_may_fail) {
-  for (const FaultCall call : {FaultCall::create_stream, FaultCall::create_event, FaultCall::record, FaultCall::wait,
-                               FaultCall::synchronize, FaultCall::copy, FaultCall::register_host,
-                               FaultCall::available_bytes, FaultCall::create_shared, FaultCall::map_shared,
-                               FaultCall::populate}) {
+  for (const FaultCall call :
+       {FaultCall::create_stream, FaultCall::create_event, FaultCall::record, FaultCall::wait,
+        FaultCall::synchronize, FaultCall::copy, FaultCall::register_host, FaultCall::available_bytes,
+        FaultCall::create_shared, FaultCall::map_shared, FaultCall::populate}) {
     for_every_call(call, FaultSpan::once, 1);
     if (HasFailure()) return;
   }
 }
 
 TEST(Faults, memory_calls_and_submissions_may_fail_for_good) {
-  for (const FaultCall call : {FaultCall::create_event, FaultCall::copy, FaultCall::register_host, FaultCall::populate,
-                               FaultCall::available_bytes}) {
+  for (const FaultCall call : {FaultCall::create_event, FaultCall::copy, FaultCall::register_host,
+                               FaultCall::populate, FaultCall::available_bytes}) {
     for_every_call(call, FaultSpan::from_then_on, call == FaultCall::create_event ? 5 : 1);
     if (HasFailure()) return;
   }
@@ -202,13 +206,15 @@ TEST(Faults, copies_that_cannot_be_proved_over_quarantine_their_slots_I5) {
   config.groups = {full_group()};
   config.host_bytes = 4 * full_group().slot_stride_bytes();
   auto engine = Engine::open(config).value();
-  Memory memory(full_group(), 8, Layout::one_tensor, [&](std::size_t bytes) { return scene.machine.allocate(bytes); });
+  Memory memory(full_group(), 8, Layout::one_tensor,
+                [&](std::size_t bytes) { return scene.machine.allocate(bytes); });
   const auto pages = engine->attach(scene.device, GroupId{0}, memory.tensors()).value();
   ASSERT_TRUE(engine->wait_until_whole());
   const auto k = keys({0, 1});
   const auto p = page_ids({0, 1});
   scene.plan.fail(FaultCall::synchronize, 1, injected(), FaultSpan::from_then_on);
-  const auto stored = done(engine->store(*pages, StoreRequest{k, p, scene.machine.stream, 0, std::nullopt, {}}).value());
+  const auto stored =
+      done(engine->store(*pages, StoreRequest{k, p, scene.machine.stream, 0, std::nullopt, {}}).value());
   EXPECT_EQ(stored->outcomes(), all(2, BlockOutcome::failed));
   EXPECT_EQ(stored->wait(Moment::released, std::nullopt).code(), StatusCode::device);
   EXPECT_EQ(stored->failure().code(), StatusCode::device);

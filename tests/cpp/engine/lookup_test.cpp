@@ -53,7 +53,8 @@ TEST(Lookup, the_ready_prefix_with_windows_is_that_of_the_definition) {
     const Match match = world.lookup(range(0, 12));
     EXPECT_EQ(match.ready_blocks, longest_prefix(groups, match)) << "seed " << seed;
     const auto first_gap = std::find(match.states[0].begin(), match.states[0].end(), BlockState::miss);
-    longer_than_the_gap += match.ready_blocks > static_cast<std::size_t>(first_gap - match.states[0].begin()) ? 1 : 0;
+    longer_than_the_gap +=
+        match.ready_blocks > static_cast<std::size_t>(first_gap - match.states[0].begin()) ? 1 : 0;
 
     // pin() holds exactly what that prefix needs.
     const auto lease = world.pin(range(0, 12));

@@ -149,16 +149,16 @@ class Walk {
       }
       case 9: EXPECT_TRUE(world_.engine->touch(keys(numbers))); break;
       case 10: {
-        auto lease = world_.engine->pin(keys(numbers), numbers.size(), random_.percent(50) ? std::optional(50) : std::nullopt)
-                         .value();
+        auto lease =
+            world_.engine
+                ->pin(keys(numbers), numbers.size(), random_.percent(50) ? std::optional(50) : std::nullopt)
+                .value();
         numbers.resize(lease->num_blocks());
         leases_.push_back({std::move(lease), numbers});
         if (leases_.size() > 1) leases_.erase(leases_.begin());
         break;
       }
-      default:
-        world_.clock->advance_us(random_.below(40));
-        EXPECT_TRUE(world_.engine->poll());
+      default: world_.clock->advance_us(random_.below(40)); EXPECT_TRUE(world_.engine->poll());
     }
   }
 
@@ -234,7 +234,8 @@ TEST(Moves, a_layerwise_load_of_a_block_that_is_not_there_is_refused_and_leaves_
 TEST(Moves, blocks_go_from_one_device_to_another) {
   World world({.seed = 1});
   Machine other(Machine::seeded(99));
-  Memory memory(full_group(), 8, Layout::parts_apart, [&](std::size_t bytes) { return other.allocate(bytes); });
+  Memory memory(full_group(), 8, Layout::parts_apart,
+                [&](std::size_t bytes) { return other.allocate(bytes); });
   const auto pages = world.engine->attach(other.device, GroupId{0}, memory.tensors()).value();
   ASSERT_TRUE(world.engine->wait_until_whole());
   done(world.store(0, {0, 1}, {0, 1}));

@@ -125,7 +125,9 @@ bool attention_behind(std::uint64_t seed, std::uint32_t layers_per_batch) {
   return right[0] && right[1] && right[2];
 }
 bool wait_stream_event(std::uint64_t seed, Disabled&) { return attention_behind(seed, 0); }
-bool wait_layer_event(std::uint64_t seed, Disabled&) { return attention_behind(seed, 1 + static_cast<std::uint32_t>(seed % 3)); }
+bool wait_layer_event(std::uint64_t seed, Disabled&) {
+  return attention_behind(seed, 1 + static_cast<std::uint32_t>(seed % 3));
+}
 
 // While a load runs, a tier of one block is asked for room.
 bool pins_until_load_copy(std::uint64_t seed, Disabled&) {
@@ -148,7 +150,8 @@ bool reservation_until_store_copy(std::uint64_t seed, Disabled& disabled) {
   World world({.blocks = 1, .seed = seed});
   SimulatedDevice& sim = *world.machine.sim;
   Machine other(Machine::seeded(seed + 1000));
-  Memory memory(full_group(), 4, Layout::one_tensor, [&](std::size_t bytes) { return other.allocate(bytes); });
+  Memory memory(full_group(), 4, Layout::one_tensor,
+                [&](std::size_t bytes) { return other.allocate(bytes); });
   const auto pages = world.engine->attach(other.device, GroupId{0}, memory.tensors()).value();
   EXPECT_TRUE(world.engine->wait_until_whole());
 
@@ -159,7 +162,8 @@ bool reservation_until_store_copy(std::uint64_t seed, Disabled& disabled) {
   other.kernel([&] { memory.write(1, {2}, 0, 0); });
   const auto k = keys({1});
   const auto p = page_ids({2});
-  const auto quick = world.engine->store(*pages, StoreRequest{k, p, other.stream, 0, std::nullopt, {}}).value();
+  const auto quick =
+      world.engine->store(*pages, StoreRequest{k, p, other.stream, 0, std::nullopt, {}}).value();
   done(quick);
   sim.release(kStoreStream);
   done(slow);

@@ -261,7 +261,7 @@ TEST(RankWorker, only_granted_blocks_are_copied) {
   const auto untouched = a.memory.page(10);
   const auto ticket = a.run(Direction::load, load, ids({10, 11}));
   ASSERT_TRUE(ticket.is_ok());
-  a.ended();
+  ASSERT_TRUE(keeper->finish_part(load.id, a.ended().outcome).is_ok());
   EXPECT_EQ(ticket.value()->outcomes(), (std::vector{BlockOutcome::missed, BlockOutcome::loaded}));
   EXPECT_EQ(a.memory.page(10), untouched);
   EXPECT_EQ(a.memory.page(11), a.memory.page(2));

@@ -9,15 +9,16 @@ namespace {
 using namespace support;
 
 #if defined(__SANITIZE_THREAD__)
-constexpr int kSteps = 60;
+constexpr int kSteps = 200;
 #else
-constexpr int kSteps = 150;
+constexpr int kSteps = 400;
 #endif
 constexpr std::uint32_t kThreads = 8;
 constexpr std::uint32_t kPagesEach = 16;
 
 // One caller with pages of its own: stores, loads, checks, drops, pins, until it is told `closed`.
-void call(World& world, std::uint32_t self, std::uint64_t seed, std::atomic<int>& wrong, std::atomic<std::uint64_t>& hits) {
+void call(World& world, std::uint32_t self, std::uint64_t seed, std::atomic<int>& wrong,
+          std::atomic<std::uint64_t>& hits) {
   Random random(seed * 100 + self);
   const std::uint32_t first = self * kPagesEach;
   for (int step = 0; step < kSteps; ++step) {
@@ -112,7 +113,8 @@ TEST(Threads, detach_and_attach_while_others_transfer) {
     }
   });
   for (int i = 0; i < 30; ++i) {
-    Memory memory(full_group(), 8, Layout::parts_apart, [&](std::size_t n) { return world.machine.allocate(n); });
+    Memory memory(full_group(), 8, Layout::parts_apart,
+                  [&](std::size_t n) { return world.machine.allocate(n); });
     const auto pages = world.engine->attach(world.machine.device, GroupId{0}, memory.tensors()).value();
     const auto k = keys(range(0, 4));
     const auto p = page_ids(range(0, 4));

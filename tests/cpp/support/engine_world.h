@@ -68,7 +68,9 @@ inline std::vector<PageId> page_ids(const Numbers& numbers) {
   return out;
 }
 
-inline Deadline in_seconds(int seconds) { return std::chrono::steady_clock::now() + std::chrono::seconds(seconds); }
+inline Deadline in_seconds(int seconds) {
+  return std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+}
 
 // --- groups: different strides (two size classes), page sizes and orders ---
 
@@ -199,8 +201,10 @@ class Memory {
   }
   template <typename F>
   void each_row(const Numbers& pages, std::size_t i, std::uint32_t depth, F&& f) const {
-    const std::uint32_t per_block = spec_.block_tokens > spec_.page_tokens ? spec_.block_tokens / spec_.page_tokens : 1;
-    const std::uint32_t per_page = spec_.page_tokens > spec_.block_tokens ? spec_.page_tokens / spec_.block_tokens : 1;
+    const std::uint32_t per_block =
+        spec_.block_tokens > spec_.page_tokens ? spec_.block_tokens / spec_.page_tokens : 1;
+    const std::uint32_t per_page =
+        spec_.page_tokens > spec_.block_tokens ? spec_.page_tokens / spec_.block_tokens : 1;
     for (std::uint32_t layer = 0; layer < spec_.num_layers; ++layer) {
       for (std::uint32_t part = 0; part < spec_.num_parts; ++part) {
         const std::size_t tensor = one_tensor_ ? 0 : apart_ ? layer * 2 + part : layer;
@@ -210,8 +214,8 @@ class Memory {
               token % spec_.page_tokens +
               static_cast<std::uint32_t>((depth + i) % per_page) * spec_.block_tokens;
           for (std::uint32_t head = 0; head < spec_.num_heads; ++head) {
-            f(bases_[tensor] + page * stride('P') + (one_tensor_ ? layer * stride('L') : 0) + part * stride('K') +
-                  token_in_page * stride('T') + head * stride('H'),
+            f(bases_[tensor] + page * stride('P') + (one_tensor_ ? layer * stride('L') : 0) +
+                  part * stride('K') + token_in_page * stride('T') + head * stride('H'),
               std::uint64_t{layer} << 32 | part << 24 | token << 12 | head);
           }
         }
@@ -288,10 +292,12 @@ class World {
       : machine(options.seed ? std::optional(Machine::seeded(*options.seed)) : std::nullopt) {
     EngineConfig config;
     config.groups = options.groups;
-    for (const GroupSpec& spec : options.groups) config.host_bytes += options.blocks * spec.slot_stride_bytes();
+    for (const GroupSpec& spec : options.groups)
+      config.host_bytes += options.blocks * spec.slot_stride_bytes();
     config.clock = clock;
     config.hash_seed = options.seed.value_or(7);
-    if (options.chunk_slots > 0) config.chunk_bytes = options.chunk_slots * options.groups[0].slot_stride_bytes();
+    if (options.chunk_slots > 0)
+      config.chunk_bytes = options.chunk_slots * options.groups[0].slot_stride_bytes();
     engine = Engine::open(std::move(config)).value();
     for (std::size_t g = 0; g < options.groups.size(); ++g) {
       memory.emplace_back(options.groups[g], options.pages, options.layout,
@@ -311,7 +317,8 @@ class World {
     machine.run([this, g] { memory[g].scribble(); });
   }
   Result<std::shared_ptr<Ticket>> try_store(std::size_t g, const Numbers& numbers, const Numbers& at,
-                                            std::uint32_t first_block = 0, std::optional<std::uint32_t> parent = {},
+                                            std::uint32_t first_block = 0,
+                                            std::optional<std::uint32_t> parent = {},
                                             std::string_view name_space = {}) {
     const std::vector<BlockKey> k = keys(numbers);
     const std::vector<PageId> p = page_ids(at);
@@ -327,7 +334,8 @@ class World {
     return try_store(g, numbers, at, first_block, parent, name_space).value();
   }
   Result<std::shared_ptr<Ticket>> try_load(std::size_t g, const Numbers& numbers, const Numbers& at,
-                                           std::uint32_t first_block = 0, std::uint32_t layers_per_batch = 0) {
+                                           std::uint32_t first_block = 0,
+                                           std::uint32_t layers_per_batch = 0) {
     const std::vector<BlockKey> k = keys(numbers);
     const std::vector<PageId> p = page_ids(at);
     return engine->load(*pages[g], LoadRequest{k, p, machine.stream, first_block, layers_per_batch});
@@ -344,13 +352,16 @@ class World {
     bool right = true;
     machine.run([&] {
       for (std::size_t i = 0; i < numbers.size(); ++i) {
-        if (outcomes[i] == BlockOutcome::loaded) right = right && memory[g].holds(numbers[i], at, i, first_block);
+        if (outcomes[i] == BlockOutcome::loaded)
+          right = right && memory[g].holds(numbers[i], at, i, first_block);
       }
     });
     return right;
   }
   Match lookup(const Numbers& numbers) { return engine->lookup(keys(numbers)).value(); }
-  std::vector<BlockState> states(const Numbers& numbers, std::size_t g = 0) { return lookup(numbers).states[g]; }
+  std::vector<BlockState> states(const Numbers& numbers, std::size_t g = 0) {
+    return lookup(numbers).states[g];
+  }
   bool ready(std::uint32_t number, std::size_t g = 0) { return states({number}, g)[0] == BlockState::ready; }
   std::shared_ptr<Lease> pin(const Numbers& numbers, std::optional<std::int64_t> ttl_us = std::nullopt) {
     return engine->pin(keys(numbers), numbers.size(), ttl_us).value();
@@ -382,8 +393,8 @@ inline void expect_consistent(const EngineStats& stats) {
     EXPECT_EQ(c.free + c.filling + c.ready + c.leaving, c.capacity);
     EXPECT_LE(c.usable, c.capacity);
   }
-  EXPECT_EQ(stats.lookup_blocks, stats.lookup_hits_host + stats.lookup_misses_absent + stats.lookup_misses_pending +
-                                     stats.lookup_misses_failed);
+  EXPECT_EQ(stats.lookup_blocks, stats.lookup_hits_host + stats.lookup_misses_absent +
+                                     stats.lookup_misses_pending + stats.lookup_misses_failed);
   EXPECT_LE(stats.pinned_blocks, stats.pins);
 }
 

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from typing import Any
@@ -152,6 +153,12 @@ class WorkerDriver:
         self.tickets.append(ticket)
         ticket.wait(30)
         return ticket.result().outcomes.tolist()
+
+    def hang_up(self, **_: Any) -> Any:
+        """Closes the socket under a worker that lives."""
+        session = self.worker._session
+        assert session is not None
+        session._connection.shutdown(socket.SHUT_RDWR)
 
     def fork(self, **_: Any) -> Any:
         """Leaves a child behind that keeps every socket open."""

@@ -242,6 +242,22 @@ def test_open_socket_in_a_forked_child_does_not_keep_a_dead_workers_slots(
         os.kill(child, signal.SIGKILL)
 
 
+def test_closed_socket_gives_up_nothing_of_a_worker_that_lives(
+    trio: tuple[Process, Process, Process],
+) -> None:
+    keeper, first, second = trio
+    order = keeper("order", direction="store", prompt=1, blocks=2)
+    first("execute", instruction=order["instruction"], at=0)
+    second("hang_up")
+    eventually(lambda: keeper("workers")[1] is None)
+    assert not keeper("done", number=order["number"])
+    declined = keeper("order", direction="store", prompt=2, blocks=2)
+    assert keeper("result", number=declined["number"])["outcomes"] == [DECLINED] * 2
+    second.kill()
+    assert keeper("result", number=order["number"])["outcomes"] == [FAILED] * 2
+    check_conserved(keeper)
+
+
 def test_instruction_for_a_dead_process_is_refused_by_its_successor(
     trio: tuple[Process, Process, Process], start: Start, tmp_path: Path
 ) -> None:
@@ -388,3 +404,36 @@ def test_instruction_survives_bytes() -> None:
     for broken in (b"", made.to_bytes()[:40], b"x" + made.to_bytes()[1:], made.to_bytes() + b"z"):
         with pytest.raises(kvtier.ConfigError):
             Instruction.from_bytes(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_killed_at_any_moment_leave_right_bytes_or_misses(
+    trio: tuple[Process, Process, Process], start: Start, tmp_path: Path, seed: int
+) -> None:
+    """Kills that no gate places: some before a copy, some in it, some between the copy and its report."""
+    keeper, *workers = trio
+    random = np.random.default_rng(seed)
+    for round_ in range(5):
+        prompt, victim = 100 * seed + round_, int(random.integers(2))
+        for worker in workers:
+            worker("fill", prompt=prompt, blocks=12, at=0)
+        orders = [keeper("order", direction="store", prompt=prompt, blocks=12)]
+        if round_:
+            orders.append(keeper("order", direction="load", prompt=prompt - 1, blocks=12))
+        for worker in workers:
+            for order, at in zip(orders, (0, 32), strict=False):
+                worker.begin("execute", instruction=order["instruction"], at=at)
+        time.sleep(float(random.uniform(0, 0.004)))
+        workers[victim].kill()
+        for _ in orders:
+            workers[1 - victim].answer()
+        outcomes = [keeper("result", number=order["number"])["outcomes"] for order in orders]
+        assert set(outcomes[0]) in ({int(STORED)}, {int(FAILED)})
+        check_conserved(keeper)
+        workers[victim] = start("worker", tmp_path / "meet", victim)
+        workers[victim]("join")
+        keeper("wait_for_workers")
+        if outcomes[0][0] == STORED:
+            load_and_check(keeper, workers, prompt, 12)
+    check_conserved(keeper)

@@ -41,7 +41,7 @@ MODEL = "model@1"
 STICKY = 700  # cudaErrorIllegalAddress
 
 # Block numbers of each sequence. Equal beginnings are shared prefixes.
-SEQUENCES = ([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8], [0, 9, 10, 11], [12, 13, 14], [15])
+SEQUENCES = ([0, 1, 2, 3], [0, 1, 4, 5, 6], [0, 7, 8], [9, 10])
 NAMESPACES = ("", "tenant")
 
 
@@ -163,22 +163,32 @@ class PageSet:
 
 @dataclass(frozen=True)
 class Call:
-    """Blocks [begin, end) of a sequence, in one group."""
+    """Blocks [begin, end) of a sequence."""
 
     namespace: int
     sequence: int
     begin: int
     end: int
-    group: int
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> Call:
-    sequence = draw(st.integers(0, len(SEQUENCES) - 1))
-    length = len(SEQUENCES[sequence])
-    begin = draw(st.sampled_from([0, 0, 0, *range(1, length)]))
-    end = draw(st.integers(begin, length))
-    return Call(draw(st.integers(0, 1)), sequence, begin, end, draw(st.integers(0, 1)))
+LAST = None  # the call that was stored last: without it hits would be rare
+CALLS = [
+    Call(namespace, sequence, begin, end)
+    for namespace in (0, 0, 0, 1)
+    for sequence, blocks in enumerate(SEQUENCES)
+    for begin, end in (
+        (0, len(blocks)),
+        (0, len(blocks)),
+        (0, len(blocks) - 1),
+        (0, 2),
+        (0, 1),
+        (1, len(blocks)),
+        (len(blocks) - 1, len(blocks)),
+        (1, 1),
+    )
+]
+calls = st.sampled_from([*CALLS, *[LAST] * (len(CALLS) // 2)])
+groups = st.integers(0, 1)
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,7 @@ class EngineModel(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**32 - 1),
         shape=st.sampled_from(["shared", "apart"]),
-        blocks=st.integers(2, 6),
+        blocks=st.sampled_from([1, 2, 2, 3, 4, 5]),
         end=st.sampled_from(["close", "close", "sticky"]),
     )
     def open(self, seed: int, shape: str, blocks: int, end: str) -> None:
@@ -232,8 +242,12 @@ class EngineModel(RuleBasedStateMachine):
         self.running: list[Running] = []
         self.leases: list[Leased] = []
         self.contents_made = 0
+        self.last = CALLS[0]
 
     # --- what the rules share ---
+
+    def chosen(self, call: Call | None) -> Call:
+        return self.last if call is LAST else call
 
     def keys_of(self, call: Call) -> list[bytes]:
         return self.keys[call.namespace][call.sequence][call.begin : call.end]
@@ -294,17 +308,35 @@ class EngineModel(RuleBasedStateMachine):
     # --- rules ---
 
     faults = st.sampled_from([*[None] * 9, "copy", "record", "create_event"])
-    running_is_few = precondition(lambda self: len(self.running) < MAX_RUNNING)
+    running_is_few = precondition(lambda self: len(self.running) < MAX_RUNNING - 1)  # a store may need two
 
-    @running_is_few
-    @rule(call=calls(), linked=st.booleans(), stream=st.integers(0, 1), fault=faults)
-    def store(self, call: Call, linked: bool, stream: int, fault: str | None) -> None:
+    def _store(
+        self, call: Call | None, into: tuple[int, ...], linked: bool, stream: int, fault: str | None
+    ) -> None:
+        self.last = self.chosen(call)
+        for group in into:
+            self.store_one(self.last, group, linked, stream, fault)
+
+    store_arguments = {
+        "call": calls,
+        "into": st.sampled_from([(0, 1), (0, 1), (1, 0), (0,), (1,)]),
+        "linked": st.booleans(),
+        "stream": st.integers(0, 1),
+        "fault": faults,
+    }
+    # Three times, for rules are chosen alike often, and without pressure nothing is evicted.
+    store = running_is_few(rule(**store_arguments)(_store))
+    store_more = running_is_few(rule(**store_arguments)(_store))
+    store_yet_more = running_is_few(rule(**store_arguments)(_store))
+
+    def store_one(self, call: Call, group: int, linked: bool, stream: int, fault: str | None) -> None:
         keys = self.keys_of(call)
-        contents = self.new_contents(call.group, len(keys))
+        contents = self.new_contents(group, len(keys))
+        namespace = NAMESPACES[call.namespace]
         parent = (
             self.keys[call.namespace][call.sequence][call.begin - 1] if linked and call.begin > 0 else None
         )
-        page_set = self.page_sets[call.group]
+        page_set = self.page_sets[group]
         page_ids = page_set.page_ids(len(self.running), stream, call.begin, len(keys))
         page_set.write(page_ids, call.begin, contents, self.streams[stream])
         fault = self.plan_fault(fault)
@@ -315,33 +347,34 @@ class EngineModel(RuleBasedStateMachine):
             stream=self.streams[stream],
             first_block=call.begin,
             parent=parent,
-            namespace=NAMESPACES[call.namespace],
+            namespace=namespace,
         )
-        operation = self.model.begin_store(
-            keys, contents, group=call.group, parent=parent, namespace=NAMESPACES[call.namespace]
-        )
+        operation = self.model.begin_store(keys, contents, group=group, parent=parent, namespace=namespace)
         self.add(Running(ticket, operation, self.fault_strikes(fault, operation)))
 
     @running_is_few
     @rule(
-        call=calls(),
+        call=calls,
         what=st.sampled_from(["keys", "keys", "match", "lease"]),
         stream=st.integers(0, 1),
         behind_stream=st.booleans(),
         layers=st.sampled_from([None, None, 1, 2]),
         fault=faults,
+        group=groups,
         data=st.data(),
     )
     def load(
         self,
-        call: Call,
+        call: Call | None,
         what: str,
         stream: int,
         behind_stream: bool,
         layers: int | None,
         fault: str | None,
+        group: int,
         data: st.DataObject,
     ) -> None:
+        call = self.chosen(call)
         keys, begin = self.keys_of(call), call.begin
         target: Any = keys
         if what == "lease" and self.leases:
@@ -350,11 +383,11 @@ class EngineModel(RuleBasedStateMachine):
         elif what == "match":
             target = self.engine.lookup(keys)
             keys = keys[: self.model.lookup(keys).ready_blocks]
-        page_set, handle = self.page_sets[call.group], self.streams[stream]
+        page_set, handle = self.page_sets[group], self.streams[stream]
         page_ids = page_set.page_ids(len(self.running), stream, begin, len(keys))
         page_set.poison(page_ids, handle)
         fault = self.plan_fault(fault)
-        operation = self.model.begin_load(keys, group=call.group)
+        operation = self.model.begin_load(keys, group=group)
 
         def load() -> kvtier.LoadTicket:
             return self.engine.load(
@@ -379,11 +412,12 @@ class EngineModel(RuleBasedStateMachine):
             # Nobody on the host waits for the copies: the stream alone puts the reading kernel behind them.
             ticket.wait_stream(handle)
             resident = self.model.resident()
-            check_pages([resident.get((key, call.group)) for key in keys])
+            check_pages([resident.get((key, group)) for key in keys])
         self.add(Running(ticket, operation, failed, check_pages))
 
-    @rule(call=calls())
-    def lookup(self, call: Call) -> None:
+    @rule(call=calls)
+    def lookup(self, call: Call | None) -> None:
+        call = self.chosen(call)
         keys = self.keys_of(call)
         match, expected = self.engine.lookup(keys), self.model.lookup(keys)
         assert (match.ready_blocks, match.ready_tokens) == (
@@ -392,8 +426,9 @@ class EngineModel(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: len(self.leases) < 4)
-    @rule(call=calls(), ttl=st.sampled_from([None, 0.0, 1.0]), data=st.data())
-    def pin(self, call: Call, ttl: float | None, data: st.DataObject) -> None:
+    @rule(call=calls, ttl=st.sampled_from([None, 0.0, 1.0]), data=st.data())
+    def pin(self, call: Call | None, ttl: float | None, data: st.DataObject) -> None:
+        call = self.chosen(call)
         keys = self.keys_of(call)
         match, expected = self.engine.lookup(keys), self.model.lookup(keys)
         if data.draw(st.booleans(), label="drop in between"):
@@ -426,13 +461,15 @@ class EngineModel(RuleBasedStateMachine):
             self.engine.poll()
             self.model.poll()
 
-    @rule(call=calls())
-    def touch(self, call: Call) -> None:
+    @rule(call=calls)
+    def touch(self, call: Call | None) -> None:
+        call = self.chosen(call)
         keys = self.keys_of(call)
         assert self.engine.touch(keys) == self.model.touch(keys)
 
-    @rule(call=calls())
-    def drop(self, call: Call) -> None:
+    @rule(call=calls)
+    def drop(self, call: Call | None) -> None:
+        call = self.chosen(call)
         keys = self.keys_of(call)
         assert self.engine.drop(keys) == self.model.drop(keys)
 
@@ -549,15 +586,15 @@ class OnSimulatedDevice(EngineModel):
 
 
 QUICK = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=300,
+    stateful_step_count=50,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 DEEP = settings(
     QUICK,
-    max_examples=int(os.environ.get("KVTIER_DEEP_EXAMPLES", "300")),
+    max_examples=int(os.environ.get("KVTIER_DEEP_EXAMPLES", "1000")),
     stateful_step_count=80,
     derandomize=False,
 )

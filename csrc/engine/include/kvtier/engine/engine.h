@@ -39,9 +39,9 @@ struct EngineConfig {
   std::vector<GroupSpec> groups;
   std::uint64_t host_bytes = 0;
   std::uint64_t chunk_bytes = std::uint64_t{128} << 20;
-  std::shared_ptr<const Clock> clock;     // null: the steady clock
-  HostMemory* memory = nullptr;           // null: the real one; must outlive the engine
-  std::optional<std::uint64_t> hash_seed; // nullopt: random
+  std::shared_ptr<const Clock> clock;      // null: the steady clock
+  HostMemory* memory = nullptr;            // null: the real one; must outlive the engine
+  std::optional<std::uint64_t> hash_seed;  // nullopt: random
 
   Status validate() const;
   // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
@@ -85,8 +85,8 @@ struct StoreRequest {
   std::span<const BlockKey> keys;
   std::span<const PageId> pages;  // pages_per_block for each key
   StreamHandle stream{0};
-  std::uint32_t first_block = 0;  // depth of keys[0] in its sequence
-  std::optional<BlockKey> parent; // of keys[0]; nullopt at the beginning of a sequence, or when not known
+  std::uint32_t first_block = 0;   // depth of keys[0] in its sequence
+  std::optional<BlockKey> parent;  // of keys[0]; nullopt at the beginning of a sequence, or when not known
   std::string_view name_space;
 };
 
@@ -100,9 +100,9 @@ struct LoadRequest {
 
 // Slots handed to the ranks' workers: the keeper's half of a store or load.
 struct Grant {
-  std::uint64_t id = 0;                 // 0: nothing was granted, all outcomes are final
-  std::vector<std::uint32_t> blocks;    // indices into the keys of the request
-  std::vector<SlotId> slots;            // of those blocks, in the group's size class
+  std::uint64_t id = 0;               // 0: nothing was granted, all outcomes are final
+  std::vector<std::uint32_t> blocks;  // indices into the keys of the request
+  std::vector<SlotId> slots;          // of those blocks, in the group's size class
   std::shared_ptr<Ticket> ticket;
 };
 
@@ -160,7 +160,8 @@ class Engine {
   virtual Result<EngineStats> stats() = 0;
 
   // Refuses new work, blocks until running transfers have ended, ends all leases and frees everything.
-  // Idempotent. Errors: timeout: closed for new work, but the memory stays until a later close() succeeds.
+  // Idempotent. Errors: timeout: closed for new work, but the memory stays until a later close() succeeds;
+  // device: closed, but copies may run for ever, so memory and attached pages are never given back.
   virtual Status close(Deadline deadline) = 0;
   virtual bool closed() const = 0;
 

@@ -32,7 +32,8 @@ struct EngineStats {
   std::uint32_t leases = 0;
   std::uint32_t transfers_running = 0;
 
-  // lookup(): lookup_blocks = lookup_hits_host + lookup_misses_absent + lookup_misses_pending + lookup_misses_failed.
+  // lookup(): lookup_blocks = lookup_hits_host + lookup_misses_absent + lookup_misses_pending +
+  // lookup_misses_failed.
   std::uint64_t lookup_blocks = 0;
   std::uint64_t lookup_hits_host = 0;
   std::uint64_t lookup_misses_absent = 0;

@@ -97,9 +97,11 @@ class Arena {
   // First byte of a slot's image (its header; the payload is kSlotHeaderBytes further).
   std::byte* slot(std::size_t class_index, SlotId slot) const;
 
-  // Registers what is prefaulted now, and every later chunk, with `device`, in the background. A chunk
-  // that cannot be registered stays pageable, which is legal and slow: it is counted and retried only
-  // after a capture conflict. Idempotent.
+  // Registers what is prefaulted now, and every later chunk, with `device`, on the background thread.
+  // Blocks until every chunk that is prefaulted now was offered to the device (not for the end of a
+  // capture): a copy from pageable memory would block its submitter. A chunk that cannot be registered
+  // stays pageable, which is legal and slow: it is counted and retried only after a capture conflict.
+  // Idempotent.
   void register_with(Device& device);
   // Takes all chunks out again. Requires that no submitted copy of `device` touches the arena. Retries for
   // a second what a capture refuses. A chunk that stays registered keeps the whole mapping in place until
