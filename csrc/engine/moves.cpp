@@ -40,6 +40,10 @@ Status EngineImpl::check_request(const GroupSpec& spec, std::size_t num_keys, st
                                     " keys; allowed: " + std::to_string(num_keys * spec.pages_per_block()) +
                                     " (" + std::to_string(spec.pages_per_block()) + " for each key)");
   }
+  return check_depth(num_keys, first_block);
+}
+
+Status EngineImpl::check_depth(std::size_t num_keys, std::uint32_t first_block) {
   if (num_keys > std::numeric_limits<std::uint32_t>::max() - first_block) {
     return Status::invalid_argument("first_block is " + std::to_string(first_block) + " with " +
                                     std::to_string(num_keys) +
@@ -164,7 +168,7 @@ Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) 
     const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
     const bool failed = counters_.health != "ok";
     tier_.index().find_each(request.keys.subspan(begin, count), operation.group,
-                            [&](std::size_t at, Entry* entry) {
+                            [&](std::size_t at, Entry* entry) KVTIER_REQUIRES(mutex_) {
                               const std::size_t i = begin + at;
                               if (failed || entry == nullptr) {
                                 operation.outcomes[i] = BlockOutcome::missed;
@@ -425,6 +429,7 @@ Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation
     finish_operation(operation);
     return grant;
   }
+  operation->ticket->set_outcomes(operation->outcomes);  // what is known already
   operation->parts_left = num_parts;
   grant.blocks = operation->blocks;
   grant.slots = operation->slots;
@@ -435,7 +440,7 @@ Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation
 }
 
 Result<Grant> EngineImpl::grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) {
-  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
+  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts, request.keys.size(), request.first_block));
   const std::shared_ptr<Operation> operation = make_operation(Direction::store, group, request.keys.size());
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<Grant> {
@@ -445,7 +450,7 @@ Result<Grant> EngineImpl::grant_store(GroupId group, const StoreRequest& request
 }
 
 Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) {
-  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts));
+  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts, request.keys.size(), request.first_block));
   const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<Grant> {
@@ -454,13 +459,14 @@ Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, 
   });
 }
 
-Status EngineImpl::check_grant(GroupId group, std::uint32_t num_parts) const {
+Status EngineImpl::check_grant(GroupId group, std::uint32_t num_parts, std::size_t num_keys,
+                               std::uint32_t first_block) const {
   if (raw(group) >= config_.groups.size()) {
     return Status::invalid_argument("group is " + std::to_string(raw(group)) + "; allowed: 0 to " +
                                     std::to_string(config_.groups.size() - 1));
   }
   if (num_parts == 0) return Status::invalid_argument("num_parts is 0; allowed: 1 or more");
-  return Status::ok();
+  return check_depth(num_keys, first_block);
 }
 
 Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) {
@@ -489,7 +495,7 @@ Result<FlushResult> EngineImpl::flush(Deadline deadline) {
   MutexLock lock(mutex_);
   KVTIER_RETURN_IF_ERROR(check_open());
   const std::uint64_t up_to = stores_begun_;
-  const auto running_before = [&] {
+  const auto running_before = [&]() KVTIER_REQUIRES(mutex_) {
     return static_cast<std::uint64_t>(
         std::distance(running_stores_.begin(), running_stores_.lower_bound(up_to)));
   };

@@ -13,7 +13,7 @@ dies or a close() that finds copies running.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -171,7 +171,7 @@ class Call:
     end: int
 
 
-LAST = None  # the call that was stored last: without it hits would be rare
+RECENT = (0, 1, 2)  # the blocks that were stored last, or before that: without them hits would be rare
 CALLS = [
     Call(namespace, sequence, begin, end)
     for namespace in (0, 0, 0, 1)
@@ -187,7 +187,7 @@ CALLS = [
         (1, 1),
     )
 ]
-calls = st.sampled_from([*CALLS, *[LAST] * (len(CALLS) // 2)])
+calls: st.SearchStrategy[Call | int] = st.sampled_from([*CALLS, *RECENT * (len(CALLS) // 3)])
 groups = st.integers(0, 1)
 
 
@@ -242,12 +242,12 @@ class EngineModel(RuleBasedStateMachine):
         self.running: list[Running] = []
         self.leases: list[Leased] = []
         self.contents_made = 0
-        self.last = CALLS[0]
+        self.stored = [CALLS[0]] * len(RECENT)
 
     # --- what the rules share ---
 
-    def chosen(self, call: Call | None) -> Call:
-        return self.last if call is LAST else call
+    def chosen(self, call: Call | int) -> Call:
+        return self.stored[call] if isinstance(call, int) else call
 
     def keys_of(self, call: Call) -> list[bytes]:
         return self.keys[call.namespace][call.sequence][call.begin : call.end]
@@ -311,13 +311,14 @@ class EngineModel(RuleBasedStateMachine):
     running_is_few = precondition(lambda self: len(self.running) < MAX_RUNNING - 1)  # a store may need two
 
     def _store(
-        self, call: Call | None, into: tuple[int, ...], linked: bool, stream: int, fault: str | None
+        self, call: Call | int, into: tuple[int, ...], linked: bool, stream: int, fault: str | None
     ) -> None:
-        self.last = self.chosen(call)
+        chosen = self.chosen(call)
+        self.stored = [chosen, *self.stored[:-1]]
         for group in into:
-            self.store_one(self.last, group, linked, stream, fault)
+            self.store_one(chosen, group, linked, stream, fault)
 
-    store_arguments = {
+    store_arguments: ClassVar[dict[str, Any]] = {
         "call": calls,
         "into": st.sampled_from([(0, 1), (0, 1), (1, 0), (0,), (1,)]),
         "linked": st.booleans(),
@@ -365,7 +366,7 @@ class EngineModel(RuleBasedStateMachine):
     )
     def load(
         self,
-        call: Call | None,
+        call: Call | int,
         what: str,
         stream: int,
         behind_stream: bool,
@@ -416,7 +417,7 @@ class EngineModel(RuleBasedStateMachine):
         self.add(Running(ticket, operation, failed, check_pages))
 
     @rule(call=calls)
-    def lookup(self, call: Call | None) -> None:
+    def lookup(self, call: Call | int) -> None:
         call = self.chosen(call)
         keys = self.keys_of(call)
         match, expected = self.engine.lookup(keys), self.model.lookup(keys)
@@ -427,7 +428,7 @@ class EngineModel(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.leases) < 4)
     @rule(call=calls, ttl=st.sampled_from([None, 0.0, 1.0]), data=st.data())
-    def pin(self, call: Call | None, ttl: float | None, data: st.DataObject) -> None:
+    def pin(self, call: Call | int, ttl: float | None, data: st.DataObject) -> None:
         call = self.chosen(call)
         keys = self.keys_of(call)
         match, expected = self.engine.lookup(keys), self.model.lookup(keys)
@@ -462,13 +463,13 @@ class EngineModel(RuleBasedStateMachine):
             self.model.poll()
 
     @rule(call=calls)
-    def touch(self, call: Call | None) -> None:
+    def touch(self, call: Call | int) -> None:
         call = self.chosen(call)
         keys = self.keys_of(call)
         assert self.engine.touch(keys) == self.model.touch(keys)
 
     @rule(call=calls)
-    def drop(self, call: Call | None) -> None:
+    def drop(self, call: Call | int) -> None:
         call = self.chosen(call)
         keys = self.keys_of(call)
         assert self.engine.drop(keys) == self.model.drop(keys)
