@@ -24,6 +24,7 @@ from kvtier import _core
 from kvtier.arrays import RawTensor, stream_handle
 from kvtier.errors import ConfigError
 from kvtier.layout import check_extent, dtype_name_and_bytes
+from kvtier.reference import ReferenceCache as ReferenceCache  # public here
 
 Array = npt.NDArray[Any]
 ManualClock = _core.ManualClock

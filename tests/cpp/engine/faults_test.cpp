@@ -129,7 +129,8 @@ Ending scenario(Scene& scene) {
     typed(status);
     if (!status) result.quarantined = true;
   }
-  EXPECT_TRUE(engine->close(in_seconds(30)));
+  const Status closed = engine->close(in_seconds(30));
+  EXPECT_EQ(closed.code(), result.quarantined ? StatusCode::device : StatusCode::ok);
   const EngineStats stats = engine->stats().value();
   expect_consistent(stats);
   if (result.quarantined) {
@@ -221,7 +222,8 @@ TEST(Faults, copies_that_cannot_be_proved_over_quarantine_their_slots_I5) {
   EXPECT_EQ(engine->lookup(k)->ready_blocks, 0U);
   EXPECT_EQ(engine->detach(*pages, in_seconds(30)).code(), StatusCode::device);
   EXPECT_EQ(engine->detach(*pages, std::nullopt).code(), StatusCode::device);
-  EXPECT_TRUE(engine->close(in_seconds(30)));
+  EXPECT_EQ(engine->close(in_seconds(30)).code(), StatusCode::device);
+  EXPECT_EQ(engine->close(std::nullopt).code(), StatusCode::device);
   const EngineStats stats = engine->stats().value();
   EXPECT_EQ(stats.quarantined_blocks, 2U);
   EXPECT_EQ(stats.host[0].leaving, 2U);

@@ -287,7 +287,7 @@ TEST(Moves, a_rank_that_cannot_prove_its_copies_over_never_makes_a_block_visible
   const EngineStats stats = world.stats();
   EXPECT_EQ(stats.quarantined_blocks, 1U);
   EXPECT_EQ(stats.host[0].leaving, 1U);
-  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  EXPECT_EQ(world.engine->close(in_seconds(30)).code(), StatusCode::device);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 import kvtier
 from kvtier import testing
-from kvtier.reference import ReferenceCache, ReferenceLease, ReferenceOperation
+from kvtier.reference import ReferenceLease, ReferenceOperation
 
 BLOCK_TOKENS = 4
 POISON = 0xEE
@@ -226,7 +226,7 @@ class EngineModel(RuleBasedStateMachine):
         self.config = make_config(shape, blocks)
         self.clock = testing.ManualClock()
         self.engine = kvtier.Engine(self.config, clock=self.clock, hash_seed=seed)
-        self.model = ReferenceCache.for_config(self.config)
+        self.model = testing.ReferenceCache.for_config(self.config)
         self.plan = testing.FaultPlan()
         self.simulated = testing.SimulatedDevice(seed) if self.simulates else None
         self.streams: list[Any] = (
