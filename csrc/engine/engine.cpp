@@ -183,7 +183,8 @@ Status EngineImpl::close(Deadline deadline) {
         "called again");
   }
   const Status unproved = Status::device(
-      "close: a device cannot prove that its copies are over; the engine is closed, but its memory and attached "
+      "close: a device cannot prove that its copies are over; the engine is closed, but its memory and "
+      "attached "
       "pages must never be freed");
   MutexLock attach_lock(attach_mutex_);
   bool leak = false;

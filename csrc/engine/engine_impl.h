@@ -172,7 +172,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   static Status check_request(const GroupSpec& spec, std::size_t num_keys, std::size_t num_pages,
                               std::uint32_t first_block);
   std::shared_ptr<Operation> make_operation(Direction direction, GroupId group, std::size_t num_blocks);
-  Status check_grant(GroupId group, std::uint32_t num_parts, std::size_t num_keys, std::uint32_t first_block) const;
+  Status check_grant(GroupId group, std::uint32_t num_parts, std::size_t num_keys,
+                     std::uint32_t first_block) const;
   static Status check_depth(std::size_t num_keys, std::uint32_t first_block);
   Result<Grant> make_grant(const std::shared_ptr<Operation>& operation, std::uint32_t num_parts);
 

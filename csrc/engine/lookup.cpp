@@ -100,12 +100,13 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
     MutexLock lock(mutex_);
     if (closing_ || counters_.health != "ok") break;
     for (std::size_t g = 0; g < num_groups; ++g) {
-      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)}, [&](std::size_t i, Entry* entry) KVTIER_REQUIRES(mutex_) {
-        if (entry == nullptr || entry->state != SlotState::ready) return;
-        tier_.pin(*entry);
-        states[g][begin + i] = BlockState::ready;
-        found[g][begin + i] = tier_.index().id(*entry);
-      });
+      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)},
+                              [&](std::size_t i, Entry* entry) KVTIER_REQUIRES(mutex_) {
+                                if (entry == nullptr || entry->state != SlotState::ready) return;
+                                tier_.pin(*entry);
+                                states[g][begin + i] = BlockState::ready;
+                                found[g][begin + i] = tier_.index().id(*entry);
+                              });
     }
   }
   lease->num_blocks = ready_prefix(states, keys.size());

@@ -21,8 +21,8 @@ using conformance::HostBuffer;
 using conformance::ok;
 
 constexpr std::uint64_t kSeeds = 200;
-// How often a mistake shows depends on how soon the device's own thread steps in, so on the machine's load (seen:
-// 139 to 195 of 200). A third is far from chance and far from that.
+// How often a mistake shows depends on how soon the device's own thread steps in, so on the machine's load
+// (seen: 139 to 195 of 200). A third is far from chance and far from that.
 constexpr std::size_t kBytes = 8192;
 constexpr std::byte kOld{1};
 constexpr std::byte kNew{2};

@@ -51,9 +51,6 @@ class Event {
   virtual ~Event() = default;
 };
 
-
-
-
 // Threads: every method from any thread. Blocks: only synchronize(), and copy() on pageable memory, as
 // documented there. No method may be called while holding the engine mutex (I6).
 // Errors: StatusCode::device with the driver's number, invalid_argument for a misuse that was detected.
