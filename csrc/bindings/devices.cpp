@@ -121,6 +121,7 @@ void bind_devices(py::module_& m) {
       .def("injected", &FaultPlan::injected);
   m.def("fault_calls", [] {
     std::vector<std::string> names;
+    names.reserve(static_cast<std::size_t>(FaultCall::count_));
     for (unsigned i = 0; i < static_cast<unsigned>(FaultCall::count_); ++i) {
       names.emplace_back(to_string(static_cast<FaultCall>(i)));
     }

@@ -48,12 +48,13 @@ Status EngineConfig::validate() const {
 }
 
 ArenaGeometry EngineConfig::geometry() const {
-  const std::uint64_t blocks = host_bytes / bytes_of_one_block_each(groups);
+  const std::uint64_t blocks = host_bytes / std::max<std::uint64_t>(1, bytes_of_one_block_each(groups));
   ArenaGeometry geometry;
   geometry.chunk_bytes = chunk_bytes;
   const std::map<std::uint64_t, std::uint32_t> classes = groups_by_stride(groups);
   for (const auto& [stride, count] : classes) {
-    const std::uint64_t slots = std::min(blocks * count, kMaxSlots / classes.size());
+    const std::uint64_t slots =
+        std::min(blocks * count, kMaxSlots / std::max<std::size_t>(1, classes.size()));
     geometry.classes.push_back({stride, static_cast<std::uint32_t>(slots)});
   }
   return geometry;

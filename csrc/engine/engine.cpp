@@ -10,7 +10,7 @@
 
 namespace kvtier {
 
-EngineImpl::EngineImpl(EngineConfig config, HostTier::Options options)
+EngineImpl::EngineImpl(EngineConfig config, const HostTier::Options& options)
     : config_(std::move(config)),
       clock_(config_.clock ? config_.clock : std::make_shared<const SteadyClock>()),
       tier_(options) {}
@@ -182,7 +182,7 @@ Status EngineImpl::close(Deadline deadline) {
         "close: transfers are still running; the engine takes no new work, and close() may be "
         "called again");
   }
-  const Status unproved = Status::device(
+  Status unproved = Status::device(
       "close: a device cannot prove that its copies are over; the engine is closed, but its memory and "
       "attached "
       "pages must never be freed");
@@ -260,7 +260,9 @@ class EngineHandle final : public Engine {
     // Threads that a forked child does not have, or copies that will not end, may still use the inside:
     // then it is never freed. In the child without keep_for_ever(): its mutex may be locked for good.
     if (impl_->in_forked_child()) {
-      static_cast<void>(new std::shared_ptr<EngineImpl>(impl_));
+      // A reference that is never given back, made without an allocation that could fail.
+      alignas(std::shared_ptr<EngineImpl>) std::byte kept[sizeof(std::shared_ptr<EngineImpl>)];
+      ::new (static_cast<void*>(kept)) std::shared_ptr<EngineImpl>(impl_);
       return;
     }
     if (!close(std::chrono::steady_clock::now() + kDropTimeout)) EngineImpl::keep_for_ever(impl_);

@@ -82,7 +82,7 @@ struct Operation {
 
 class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
  public:
-  EngineImpl(EngineConfig config, HostTier::Options options);
+  EngineImpl(EngineConfig config, const HostTier::Options& options);
   ~EngineImpl();
   Status start();
 

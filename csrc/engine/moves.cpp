@@ -1,5 +1,6 @@
 // What moves bytes: store, load and the keeper's grants.
 #include <algorithm>
+#include <cstdio>
 #include <limits>
 
 #include "engine_impl.h"
@@ -292,8 +293,8 @@ void EngineImpl::fail_operation(const std::shared_ptr<Operation>& operation, con
   if (operation->outcome.status) operation->outcome.status = why;
   try {
     mark_failed(why.message());
-  } catch (const std::exception&) {
-    // No memory to say so; the ticket does.
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kvtier: cannot mark the engine failed: %s\n", error.what());
   }
 }
 

@@ -29,7 +29,7 @@ struct Sharing {
 Result<Sharing> sharing_of(const GroupSpec& spec, std::span<const TensorView> tensors) {
   const bool has_layers = !tensors.empty() && axis(tensors[0], 'L') != nullptr;
   const bool has_parts = spec.num_parts == 1 || (!tensors.empty() && axis(tensors[0], 'K') != nullptr);
-  const std::size_t wanted = (has_layers ? 1 : spec.num_layers) * (has_parts ? 1 : spec.num_parts);
+  const std::size_t wanted = std::size_t{has_layers ? 1 : spec.num_layers} * (has_parts ? 1 : spec.num_parts);
   if (tensors.size() != wanted) {
     return Status::invalid_argument("group '" + spec.name + "': " + std::to_string(tensors.size()) +
                                     " tensors given; allowed: " + std::to_string(wanted) + " for " +

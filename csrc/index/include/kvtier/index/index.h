@@ -14,6 +14,7 @@
 #include <span>
 #include <vector>
 
+#include "kvtier/core/mutex.h"
 #include "kvtier/core/types.h"
 #include "kvtier/index/eviction.h"
 #include "kvtier/index/slot_pool.h"
@@ -44,8 +45,9 @@ class Index {
   // The linked entry of (key, group), or null.
   Entry* find(const BlockKey& key, GroupId group);
   // Calls sink(i, Entry* or null) for every key, in order.
+  // The sink may need the owner's mutex, which the analysis cannot see here.
   template <typename Sink>
-  void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink);
+  void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
 
   // A new linked entry, state `filling`. Requires that none is linked under (key, group) and size() <
   // capacity.
