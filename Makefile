@@ -8,7 +8,7 @@ cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # Folders too: their times change when a file comes or goes.
 native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
 
-.PHONY: help setup build demo test test-cpp test-py asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench wheel clean
+.PHONY: help setup build demo test test-cpp test-py test-deep asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench wheel clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -23,7 +23,9 @@ test: test-cpp test-py  ## all tests that need no GPU
 test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
 	scripts/ctest.sh dev $(CTEST_ARGS)
 test-py: build  ## Python tests (PYTEST_ARGS="-k name")
-	pytest -m "not gpu" $(PYTEST_ARGS)
+	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+test-deep: build  ## the model tests with many more examples (minutes)
+	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
 asan: setup  ## C++ tests under AddressSanitizer and UBSan
 	scripts/ctest.sh asan $(CTEST_ARGS)
 tsan: setup  ## C++ tests under ThreadSanitizer

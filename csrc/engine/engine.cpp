@@ -88,6 +88,7 @@ Result<std::shared_ptr<Pages>> EngineImpl::attach(std::shared_ptr<Device> device
     transfers = made->get();
     devices_.push_back({device, std::move(*made)});
     arena_->register_with(*device);
+    arena_->wait_until_offered(*device);  // store() and load() do not wait for copies
   }
   auto pages = std::make_shared<PagesImpl>(*this, group, std::move(device), *transfers, std::move(*map));
   MutexLock lock(mutex_);

@@ -160,6 +160,10 @@ void Arena::register_with(Device& device) {
   if (!impl_->in_forked_child()) impl_->register_with(device);
 }
 
+void Arena::wait_until_offered(const Device& device) {
+  if (!impl_->in_forked_child()) impl_->wait_until_offered(device);
+}
+
 void Arena::unregister_from(Device& device) {
   if (!impl_->in_forked_child()) impl_->unregister_from(device);
 }

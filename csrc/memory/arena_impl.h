@@ -68,6 +68,7 @@ class Arena::Impl {
   std::byte* slot(std::size_t class_index, SlotId slot) const;
 
   void register_with(Device& device) KVTIER_EXCLUDES(mutex_);
+  void wait_until_offered(const Device& device) KVTIER_EXCLUDES(mutex_);
   void unregister_from(Device& device) KVTIER_EXCLUDES(mutex_);
   Status wait_until_whole() KVTIER_EXCLUDES(mutex_);
   Stats stats() const KVTIER_EXCLUDES(mutex_);

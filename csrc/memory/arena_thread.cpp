@@ -175,6 +175,10 @@ void Arena::Impl::register_with(Device& device) {
   }
   attachments_.push_back(std::make_unique<Attachment>(device));
   changed_.notify_all();
+}
+
+void Arena::Impl::wait_until_offered(const Device& device) {
+  MutexLock lock(mutex_);
   const std::size_t prefaulted = prefaulted_;
   for (const Attachment* mine = find(device); mine != nullptr && !stopping_; mine = find(device)) {
     const bool in_capture = mine->retry_at != SteadyTime{};

@@ -328,6 +328,18 @@ TEST_F(ArenaTest, device_that_comes_while_prefaulting_gets_earlier_and_later_chu
   EXPECT_EQ(device_.register_calls(), kChunks);
 }
 
+TEST_F(ArenaTest, whoever_waited_for_the_offers_meets_no_pageable_chunk) {
+  create();
+  ASSERT_TRUE(arena_->wait_until_whole().is_ok());
+  for (int round = 0; round < 20; ++round) {
+    arena_->register_with(device_);
+    arena_->wait_until_offered(device_);
+    EXPECT_TRUE(all_registered(device_));
+    arena_->unregister_from(device_);
+    arena_->wait_until_offered(device_);  // gone: nothing to wait for
+  }
+}
+
 TEST_F(ArenaTest, device_that_comes_late_goes_and_comes_again_gets_all_chunks) {
   create();
   ASSERT_TRUE(arena_->wait_until_whole().is_ok());

@@ -63,7 +63,7 @@ struct ArenaGeometry {
 // at most the chunk in hand. Devices are called without any lock of the engine held (I6).
 //
 // Callbacks may come before create() has returned and until the destructor has joined the thread, never
-// after it returned. They may call every method but wait_until_whole() and the destructor, and must not
+// after it returned. They may call every method but the waiting ones and the destructor, and must not
 // throw. Whoever destroys the arena holds no lock that they take.
 //
 // A child of fork() has neither the thread nor the mapping. There the destructor closes the inherited
@@ -97,12 +97,14 @@ class Arena {
   // First byte of a slot's image (its header; the payload is kSlotHeaderBytes further).
   std::byte* slot(std::size_t class_index, SlotId slot) const;
 
-  // Registers what is prefaulted now, and every later chunk, with `device`, on the background thread.
-  // Blocks until every chunk that is prefaulted now was offered to the device (not for the end of a
-  // capture): a copy from pageable memory would block its submitter. A chunk that cannot be registered
-  // stays pageable, which is legal and slow: it is counted and retried only after a capture conflict.
-  // Idempotent.
+  // Registers what is prefaulted now, and every later chunk, with `device`, in the background. A chunk
+  // that cannot be registered stays pageable, which is legal and slow: it is counted and retried only
+  // after a capture conflict. Idempotent.
   void register_with(Device& device);
+  // Blocks until every chunk that is prefaulted now was offered to `device`, but not for the end of a
+  // capture. Until then a copy may find pageable memory, which would block its submitter. Not to be called
+  // from a callback.
+  void wait_until_offered(const Device& device);
   // Takes all chunks out again. Requires that no submitted copy of `device` touches the arena. Retries for
   // a second what a capture refuses. A chunk that stays registered keeps the whole mapping in place until
   // the process ends: were the addresses used again, the device would copy the old pages, wrong bytes.
