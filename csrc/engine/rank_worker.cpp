@@ -341,46 +341,51 @@ Result<std::shared_ptr<Ticket>> RankWorkerImpl::run(Pages& pages, const RankOrde
     changed_.notify_all();
     return status;
   };
-  if (Status bad = check(*own, order); !bad) return give_up(std::move(bad));
+  try {
+    if (Status bad = check(*own, order); !bad) return give_up(std::move(bad));
 
-  const GroupSpec& spec = own->map().spec();
-  const std::size_t size_class = joined->class_of_group[raw(own->group())];
-  const std::uint32_t num_slots = joined->arena->geometry().classes[size_class].num_slots;
-  const std::uint64_t stripe =
-      kSlotHeaderBytes + (spec.num_stripes > 1 ? rank_ * spec.stripe_bytes() : std::uint64_t{0});
-  auto ticket = std::make_shared<Ticket>(order.direction, order.outcomes.size(), false);
-  TransferRequest request;
-  request.map = own->shared_map();
-  request.direction = order.direction;
-  request.framework_stream = order.stream;
-  request.layers_per_batch = order.layers_per_batch;
-  request.pages.assign(order.pages.begin(), order.pages.end());
-  std::vector<BlockOutcome> outcomes(order.outcomes.begin(), order.outcomes.end());
-  for (std::uint32_t i = 0; i < order.outcomes.size(); ++i) {
-    if (outcomes[i] != BlockOutcome::running) continue;
-    const SlotId slot = order.slots[request.moves.size()];
-    if (raw(slot) >= num_slots) {
-      return give_up(Status::invalid_argument("slot " + std::to_string(raw(slot)) +
-                                              " is not in the arena; allowed: 0 to " +
-                                              std::to_string(num_slots - 1)));
+    const GroupSpec& spec = own->map().spec();
+    const std::size_t size_class = joined->class_of_group[raw(own->group())];
+    const std::uint32_t num_slots = joined->arena->geometry().classes[size_class].num_slots;
+    const std::uint64_t stripe =
+        kSlotHeaderBytes + (spec.num_stripes > 1 ? rank_ * spec.stripe_bytes() : std::uint64_t{0});
+    auto ticket = std::make_shared<Ticket>(order.direction, order.outcomes.size(), false);
+    TransferRequest request;
+    request.map = own->shared_map();
+    request.direction = order.direction;
+    request.framework_stream = order.stream;
+    request.layers_per_batch = order.layers_per_batch;
+    request.pages.assign(order.pages.begin(), order.pages.end());
+    std::vector<BlockOutcome> outcomes(order.outcomes.begin(), order.outcomes.end());
+    for (std::uint32_t i = 0; i < order.outcomes.size(); ++i) {
+      if (outcomes[i] != BlockOutcome::running) continue;
+      const SlotId slot = order.slots[request.moves.size()];
+      if (raw(slot) >= num_slots) {
+        return give_up(Status::invalid_argument("slot " + std::to_string(raw(slot)) +
+                                                " is not in the arena; allowed: 0 to " +
+                                                std::to_string(num_slots - 1)));
+      }
+      request.moves.push_back({joined->arena->slot(size_class, slot) + stripe, i * spec.pages_per_block(),
+                               (order.first_block + i) % spec.blocks_per_page()});
     }
-    request.moves.push_back({joined->arena->slot(size_class, slot) + stripe, i * spec.pages_per_block(),
-                             (order.first_block + i) % spec.blocks_per_page()});
+    if (Status bad = check_pages(own->map(), request.moves, request.pages, request.direction); !bad) {
+      return give_up(std::move(bad));
+    }
+    joined.reset();  // leave() must be the one that lets go of the arena; it waits for running_
+    const auto on_end = [this, own, ticket, id = order.id, direction = order.direction,
+                         outcomes = std::move(outcomes)](const TransferOutcome& outcome) {
+      end(*own, *ticket, id, direction, outcomes, outcome);
+    };
+    if (request.moves.empty()) {
+      on_end({});
+    } else {
+      ticket->set_transfer(own->use().transfers->submit(std::move(request), on_end));
+    }
+    return ticket;
+  } catch (const std::bad_alloc&) {
+    // submit() throws only before it has submitted anything: what was counted above is counted no more.
+    return give_up(Status::resource("out of memory before anything was submitted"));
   }
-  if (Status bad = check_pages(own->map(), request.moves, request.pages, request.direction); !bad) {
-    return give_up(std::move(bad));
-  }
-  joined.reset();  // leave() must be the one that lets go of the arena; it waits for running_
-  const auto on_end = [this, own, ticket, id = order.id, direction = order.direction,
-                       outcomes = std::move(outcomes)](const TransferOutcome& outcome) {
-    end(*own, *ticket, id, direction, outcomes, outcome);
-  };
-  if (request.moves.empty()) {
-    on_end({});
-  } else {
-    ticket->set_transfer(own->use().transfers->submit(std::move(request), on_end));
-  }
-  return ticket;
 }
 
 void RankWorkerImpl::end(RankPages& pages, Ticket& ticket, std::uint64_t id, Direction direction,

@@ -96,6 +96,11 @@ Status Ticket::order(StreamHandle stream, std::optional<std::uint32_t> layer) co
   {
     MutexLock lock(state_->mutex);
     transfer = state_->transfer;
+    if (!transfer && !state_->ready) {
+      return Status::unsupported(
+          "the copies of this ticket run in other processes, where no stream of ours can wait "
+          "for them; use wait()");
+    }
     if (!transfer) return state_->failure;
   }
   return layer ? transfer->wait_layer(*layer, stream) : transfer->wait_stream(stream);

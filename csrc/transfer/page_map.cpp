@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 namespace kvtier {
 namespace {
@@ -107,6 +108,39 @@ Status check_no_overlap(const GroupSpec& spec, std::size_t index, const TensorVi
       return Status::invalid_argument(tensor_name(spec, index) + ": spans more than 64 TiB");
     }
     inside += stride * (a.extent - 1);
+  }
+  return Status::ok();
+}
+
+// One tensor given for two layers, or views that are shifted by whole pages, would make a load overwrite what
+// it has just written: two pieces at the same place of their page, fewer pages apart than there are.
+Status check_pieces_apart(const GroupSpec& spec, std::span<const Piece> pieces, std::uint32_t num_pages) {
+  struct Place {
+    std::uint64_t page_stride;
+    std::uint64_t in_page;
+    std::uint64_t page;
+    std::uint32_t layer;
+  };
+  std::vector<Place> places;
+  for (const Piece& piece : pieces) {
+    if (piece.page_in_block > 0) continue;
+    const std::uint64_t address = reinterpret_cast<std::uintptr_t>(piece.base);
+    const std::uint64_t stride = std::max<std::uint64_t>(1, piece.page_stride);
+    // A single page has no stride: then only equal addresses are told.
+    places.push_back(
+        {stride, stride == 1 ? address : address % stride, stride == 1 ? 0 : address / stride, piece.layer});
+  }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
+    return std::tie(a.page_stride, a.in_page, a.page) < std::tie(b.page_stride, b.in_page, b.page);
+  });
+  for (std::size_t i = 1; i < places.size(); ++i) {
+    const Place& a = places[i - 1];
+    const Place& b = places[i];
+    if (a.page_stride == b.page_stride && a.in_page == b.in_page && b.page - a.page < num_pages) {
+      return Status::invalid_argument("group '" + spec.name + "': layers " + std::to_string(a.layer) +
+                                      " and " + std::to_string(b.layer) +
+                                      " share memory; allowed: every layer and part in memory of its own");
+    }
   }
   return Status::ok();
 }
@@ -240,6 +274,7 @@ Result<PageMap> PageMap::make(const GroupSpec& spec, std::span<const TensorView>
       }
     }
   }
+  KVTIER_RETURN_IF_ERROR(check_pieces_apart(spec, map.pieces_, map.num_pages_));
   std::sort(map.pieces_.begin(), map.pieces_.end(),
             [](const Piece& a, const Piece& b) { return a.stripe_offset < b.stripe_offset; });
   return map;

@@ -38,13 +38,14 @@ class RawTensor:
     device: Any = None
 
 
-def describe(tensor: Any, name: str) -> RawTensor:
+def describe(tensor: Any, name: str, *, device_given: bool = False) -> RawTensor:
     """Finds out where a tensor's bytes are. Copies and writes nothing, and waits for nothing.
 
     Args:
         tensor: A RawTensor, a (ptr, shape, strides_bytes, itemsize) tuple, a torch tensor, or anything with
-            __array_interface__ or __dlpack__, in CPU memory and writable.
+            __array_interface__, __cuda_array_interface__ (version 3; CuPy, Numba) or __dlpack__; writable.
         name: What messages call it.
+        device_given: The caller names the device, so that memory which is not the CPU's may be meant.
 
     Returns:
         Its address, shape, strides in bytes and itemsize. The caller keeps `tensor` alive.
@@ -57,8 +58,10 @@ def describe(tensor: Any, name: str) -> RawTensor:
         return tensor
     if isinstance(tensor, tuple):
         return _from_tuple(tensor, name)
-    if hasattr(tensor, "__cuda_array_interface__"):
-        raise _no_cuda(name)
+    if hasattr(tensor, "__cuda_array_interface__"):  # torch has it too, on a GPU
+        if not device_given:
+            raise _no_cuda(name)
+        return _from_interface(tensor.__cuda_array_interface__, name)
     if all(hasattr(tensor, a) for a in ("data_ptr", "stride", "element_size", "device")):
         return _from_torch(tensor, name)
     if hasattr(tensor, "__array_interface__"):
@@ -87,7 +90,12 @@ def _from_tuple(spec: tuple[Any, ...], name: str) -> RawTensor:
         raise ConfigError(
             f"{name} has {len(raw.shape)} extents and {len(raw.strides)} strides; allowed: as many"
         )
-    if raw.ptr <= 0 or raw.itemsize <= 0 or any(extent < 0 for extent in raw.shape):
+    if (
+        not 0 < raw.ptr < 2**64
+        or not 0 < raw.itemsize < 2**31
+        or not all(0 <= extent < 2**63 for extent in raw.shape)
+        or not all(abs(stride) < 2**63 for stride in raw.strides)
+    ):
         raise ConfigError(
             f"{name} is {spec!r}; allowed: a pointer and an itemsize above 0, extents of 0 or more"
         )
@@ -144,7 +152,7 @@ TensorTuple = tuple[int, list[tuple[str, int, int]]]
 
 
 def tensor_views(
-    tensors: Any, layout: KVLayout, axes: str | None
+    tensors: Any, layout: KVLayout, axes: str | None, *, device_given: bool = False
 ) -> tuple[list[TensorTuple], list[Any], Any]:
     """Reads the tensors of attach().
 
@@ -152,6 +160,7 @@ def tensor_views(
         tensors: One tensor or a sequence of them, each as for describe().
         layout: What a page holds.
         axes: A letter for each dimension; None is "P" and the layout's page_order.
+        device_given: As for describe().
 
     Returns:
         (pointer, axes) of each tensor, the tensors themselves, and the device of kvtier.testing that they are
@@ -164,6 +173,10 @@ def tensor_views(
     letters = "P" + layout.page_order if axes is None else axes
     if not isinstance(letters, str):
         raise ConfigError(f"axes is {axes!r}; allowed: one letter per dimension, such as 'PKTHD'")
+    if not set(letters) <= set("PLKTHD"):
+        raise ConfigError(
+            f"axes is {axes!r}; allowed letters: P page, L layer, K part, T token, H head, D dim"
+        )
     if isinstance(tensors, RawTensor) or hasattr(tensors, "shape") or not isinstance(tensors, Sequence):
         tensors = [tensors]
     owners = list(tensors)
@@ -171,7 +184,7 @@ def tensor_views(
     devices: list[Any] = []
     for i, tensor in enumerate(owners):
         name = f"tensors[{i}]"
-        raw = describe(tensor, name)
+        raw = describe(tensor, name, device_given=device_given)
         if len(raw.shape) != len(letters):
             raise ConfigError(f"{name} has shape {raw.shape}; allowed: {len(letters)} axes, {letters!r}")
         if raw.itemsize != layout.item_bytes:
@@ -257,7 +270,10 @@ def stream_handle(stream: Any) -> int:
         handle = stream.cuda_stream
     elif hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
-        handle = (protocol() if callable(protocol) else protocol)[1]
+        try:
+            handle = (protocol() if callable(protocol) else protocol)[1]
+        except (TypeError, IndexError):
+            handle = None
     elif hasattr(stream, "ptr"):
         handle = stream.ptr
     if not isinstance(handle, (int, np.integer)) or isinstance(handle, bool) or not 0 <= handle < 2**64:

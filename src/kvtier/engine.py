@@ -25,7 +25,7 @@ from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.handles import BlockState, Lease, Match, Pages, Tier
-from kvtier.keys import Keys, key_bytes
+from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
 from kvtier.metrics import Stats
 from kvtier.tickets import (
@@ -132,7 +132,8 @@ class Engine:
 
         Args:
             tensors: One tensor per layer; or two per layer, key, value, key, value ... (axes without K); or
-                one for all layers (axes with L). torch, NumPy, DLPack, or (ptr, shape, strides_bytes,
+                one for all layers (axes with L). torch, NumPy, CuPy, anything with
+                DLPack or __cuda_array_interface__, or (ptr, shape, strides_bytes,
                 itemsize); writable, any strides of 0 or more, dimension D contiguous.
             group: Index into Config.groups.
             axes: A letter for each dimension: P page, L layer, K part, T token, H head, D dimension.
@@ -148,7 +149,8 @@ class Engine:
             ClosedError: The engine is closed.
         """
         check_extent("group", group, 0, len(self.config.groups) - 1)
-        views, owners, where = tensor_views(tensors, self.config.groups[group], axes)
+        layout = self.config.groups[group]
+        views, owners, where = tensor_views(tensors, layout, axes, device_given=device is not None)
         native, found = native_device(device), native_device(where)
         pages = self._native.attach(found if native is None else native, group, views, owners)
         return Pages(self._native, pages, self.config.groups[group], group)
@@ -211,10 +213,8 @@ class Engine:
         """
         array, ids = self._transfer_arguments(keys, pages, page_ids, first_block)
         above = None if parent is None else key_bytes(parent, "parent")
-        if not isinstance(namespace, str):
-            raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
         native = self._native.store(
-            pages._native, array, ids, stream_handle(stream), first_block, above, namespace
+            pages._native, array, ids, stream_handle(stream), first_block, above, check_namespace(namespace)
         )
         return StoreTicket(native, _core.Moment, self.config.block_tokens)
 
@@ -280,9 +280,7 @@ class Engine:
         if (keys is None) == (namespace is None):
             raise ConfigError("drop() takes either keys or namespace")
         if namespace is not None:
-            if not isinstance(namespace, str):
-                raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
-            return self._native.drop_namespace(namespace)
+            return self._native.drop_namespace(check_namespace(namespace))
         return self._native.drop(key_array(keys))
 
     def poll(self) -> int:
@@ -328,6 +326,8 @@ class Engine:
         Raises:
             TimeoutError: Copies still run. The engine takes no new work, its memory and the tensors stay
                 until a later close() succeeds.
+            DeviceError: A device cannot prove that its copies are over. The engine is closed; its memory and
+                the attached tensors are never freed.
         """
         self._native.close(checked_timeout(timeout))
 

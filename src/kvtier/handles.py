@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.config import Config
+from kvtier.errors import ConfigError
 from kvtier.keys import Keys
 from kvtier.layout import KVLayout, check_extent
 from kvtier.tickets import checked_timeout
@@ -169,6 +170,7 @@ class Match:
             ConfigError: `ttl` is not a number of 0 or more.
             ClosedError: The engine is closed.
         """
-        seconds = checked_timeout(ttl)
-        ttl_us = None if seconds is None else min(int(seconds * 1e6), 2**62)
+        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not ttl >= 0):
+            raise ConfigError(f"ttl is {ttl!r}; allowed: None or seconds of 0 or more")
+        ttl_us = None if ttl is None else int(min(ttl, 2.0**42) * 1e6)
         return Lease(self._engine.pin(self.keys, self.ready_blocks, ttl_us), self.keys)

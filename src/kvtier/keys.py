@@ -5,6 +5,7 @@ one follows a root made of namespace, model, layouts and extra content (csrc/cor
 key_chain.h, docs/formats/keys.md). Equal keys mean equal tokens in equal context under equal weights.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,15 @@ def block_keys(
     return _core.chain_keys(first, tokens, config.block_tokens, spans)
 
 
+def check_namespace(namespace: object) -> str:
+    """Returns the namespace; raises ConfigError if it is not a str that UTF-8 can hold."""
+    if isinstance(namespace, str):
+        with contextlib.suppress(UnicodeEncodeError):
+            namespace.encode()
+            return namespace
+    raise ConfigError(f"namespace is {namespace!a}; allowed: a str that UTF-8 can hold")
+
+
 def root_key(config: Config, namespace: str = "", prompt: bytes = b"") -> bytes:
     """Key that stands before the first block of every prompt of a namespace: 32 bytes.
 
@@ -85,11 +95,10 @@ def root_key(config: Config, namespace: str = "", prompt: bytes = b"") -> bytes:
     Raises:
         ConfigError: The namespace is not a str.
     """
-    if not isinstance(namespace, str):
-        raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
+    encoded = check_namespace(namespace).encode()
     fingerprints = b"".join(layout.fingerprint() for layout in config.groups)
     shape = struct.pack("<III", len(config.groups), config.block_tokens, config.world_size)
-    fields = [b"kvtier.keys.v1", namespace.encode(), config.model.encode(), shape + fingerprints, prompt]
+    fields = [b"kvtier.keys.v1", encoded, config.model.encode(), shape + fingerprints, prompt]
     return _core.root_key(fields)
 
 

@@ -163,6 +163,7 @@ class KVTierCache(Cache):
         if match.ready_blocks == 0:
             return 0
         ticket = self._engine.load(match, self._pages, self._page_ids(match.ready_blocks))
+        ticket.released.wait()  # a failed load whose copies may still run must not meet the model's writes
         restored = int(ticket.result().valid_tokens)
         for layer in self._layers:
             layer.length = restored

@@ -1,11 +1,13 @@
 """RankServer: the keeper's side of the sockets - who is which rank, what they report, and when they end."""
 
 import contextlib
+import logging
 import os
 import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +19,21 @@ from kvtier.layout import check_extent
 from kvtier.ranks import wire
 
 _BACKLOG = 128
+_SHORTAGE_SECONDS = 0.05
+
+_log = logging.getLogger(__name__)
 
 Status = tuple[str, int, str]  # code, native code, message: a Status of the core; the code of success is "ok"
+
+
+def _report_of(message: dict[str, Any]) -> tuple[int, Status, bool] | None:
+    """Reads an `ended` message: (grant, status, drained), or None if it is not one of ours."""
+    grant, status, drained = message.get("grant"), message.get("status"), message.get("drained")
+    if type(grant) is not int or type(drained) is not bool:
+        return None
+    if not isinstance(status, list) or [type(part) for part in status] != [str, int, str]:
+        return None
+    return grant, (status[0], status[1], status[2]), drained
 
 
 @dataclass(eq=False)
@@ -135,10 +150,22 @@ class RankServer:
                 with self.changed:
                     if self._stopped:
                         return
-                    action()  # one that an action before this has made moot does nothing
+                    self._guarded(action)
             with self.changed:
                 for member in self.members.values():
                     self._flush(member)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Runs an action; one that an action before it has made moot does nothing.
+
+        This thread is the only one that hears of ended copies and dead processes: nothing that a peer sends
+        and no shortage may end it.
+        """
+        try:
+            action()
+        except Exception:  # noqa: BLE001 - see above; what went wrong is logged
+            _log.exception("the keeper could not handle a message")
+            time.sleep(_SHORTAGE_SECONDS)  # what caused it may still stand there
 
     def _flush(self, member: Member) -> None:
         if member.connected:
@@ -165,8 +192,14 @@ class RankServer:
         return listener
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError:
+            time.sleep(_SHORTAGE_SECONDS)  # no descriptor is left: the listener stays readable meanwhile
+            return
+        with contextlib.suppress(OSError):
             connection.setblocking(False)
             _, user = wire.peer_identity(connection)
             if user != os.geteuid():
@@ -190,7 +223,7 @@ class RankServer:
             os.close(fd)
         try:
             member = self._admit(connection, message)
-        except KVTierError as error:
+        except (KVTierError, OSError) as error:
             kind = "config" if isinstance(error, ConfigError) else "closed"
             with contextlib.suppress(OSError):
                 wire.send(connection, {"type": "refused", "kind": kind, "message": str(error)})
@@ -254,9 +287,14 @@ class RankServer:
             message, fd = received
             if fd is not None:
                 os.close(fd)
-            if message["type"] == "ended" and message.get("grant") in member.grants:
-                code, native, text = message["status"]
-                self._over(member, [message["grant"]], (code, native, text), drained=message["drained"])
+            if message["type"] == "ended":
+                report = _report_of(message)
+                if report is None:
+                    self._disconnect(member)
+                    return
+                grant, status, drained = report
+                if grant in member.grants:
+                    self._over(member, [grant], status, drained=drained)
             elif message["type"] == "leave":
                 status = ("closed", 0, f"rank {member.rank} left")
                 self._over(member, list(member.grants), status, drained=True)

@@ -177,7 +177,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], int | None] | No
     fd = fds[0] if fds else None
     if not data:
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         message = json.loads(data)
         if isinstance(message, dict) and isinstance(message.get("type"), str):
             return message, fd

@@ -201,9 +201,11 @@ class Worker:
             session.begin(instruction, mine=mine)
             try:
                 return self._run(instruction, pages, page_ids, stream, layers_per_batch, mine=mine)
-            except KVTierError as error:
+            except Exception as error:
+                # All of these come before anything is submitted.
                 if mine:  # else the other ranks would wait for ever for this one
-                    session.ended(instruction.grant, ("invalid_argument", 0, str(error)), drained=True)
+                    code = "invalid_argument" if isinstance(error, KVTierError) else "internal"
+                    session.ended(instruction.grant, (code, 0, str(error)), drained=True)
                     self._wake()
                 raise
 

@@ -446,3 +446,13 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environ = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
+
+
+@pytest.mark.parametrize("shared", ["same", "shifted"])
+def test_layers_that_share_memory_are_refused(shared: str) -> None:
+    layout = kvtier.KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, dtype="uint8", page_tokens=4)
+    config = kvtier.Config(groups=[layout], block_tokens=4, model="m@1", host="2MiB")
+    buffer = np.zeros((5, 2, 4, 1, 8), np.uint8)
+    tensors = [buffer, buffer] if shared == "same" else [buffer[:4], buffer[1:]]
+    with kvtier.open(config) as engine, pytest.raises(kvtier.ConfigError, match="share memory"):
+        engine.attach(tensors)

@@ -187,7 +187,7 @@ GOOD_SHAPE = (PAGES, 2, 4, HEADS, DIM)
         ([(0, (1,), (1,), 2)], {}, ConfigError, "a pointer and an itemsize above 0"),
         ([(8, (1, 2), (1,), 2)], {}, ConfigError, "2 extents and 1 strides"),
         ([(8, 1)], {}, ConfigError, "allowed as a tuple"),
-        ([fresh(GOOD_SHAPE)], {"axes": "PKTHX"}, ConfigError, "axis X"),
+        ([fresh(GOOD_SHAPE)], {"axes": "PKTHX"}, ConfigError, "allowed letters"),
         ([fresh(GOOD_SHAPE)], {"axes": 5}, ConfigError, "axes is 5"),
         ([fresh(GOOD_SHAPE)], {"group": 1}, ConfigError, "group is 1; allowed: an integer from 0 to 0"),
         ([fresh(GOOD_SHAPE)], {"device": "cuda"}, ConfigError, "device is 'cuda'"),
@@ -219,3 +219,37 @@ def test_importing_kvtier_imports_neither_torch_nor_cupy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_cuda_array_interface_is_read_where_the_device_is_named() -> None:
+    """CuPy's protocol, version 3, over the simulated device's memory; without a device it is refused."""
+
+    class Foreign:
+        def __init__(self, array: Any) -> None:
+            self.array = array  # keeps it alive
+            self.__cuda_array_interface__ = {
+                "shape": array.shape,
+                "typestr": "|u1",
+                "data": (array.ptr, False),
+                "strides": array.strides,
+                "version": 3,
+            }
+
+    device = SimulatedDevice(1)
+    layout = KVLayout(1, HEADS, DIM, "uint8", 4)
+    shape = (6, 2, 4, HEADS, DIM)
+    array = device.empty(shape, np.uint8, row_padding_bytes=64)
+    config = config_of(layout, 4)
+    keys = kvtier.block_keys(np.arange(8), config)
+    with kvtier.open(config) as engine:
+        with pytest.raises(kvtier.UnsupportedError, match="no CUDA device"):
+            engine.attach([Foreign(array)])
+        pages = engine.attach([Foreign(array)], device=device)
+        content = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        device.write(array, content)
+        assert engine.store(keys, pages, [0, 1]).result().stored == 2
+        assert engine.load(keys, pages, [5, 4]).result().valid_blocks == 2
+        after = device.read(array).result()
+        assert (after[5] == content[0]).all()
+        assert (after[4] == content[1]).all()
+        pages.detach()

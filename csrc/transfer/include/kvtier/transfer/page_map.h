@@ -51,7 +51,8 @@ class PageMap {
   // Tensors: one per layer (with a K axis, or without when the group has one part), or two per layer in
   // the order key, value, key, value ..., or one (or a key and a value tensor) for all layers with an L
   // axis. Axes of extent 1 may be left out, except P. Errors: invalid_argument naming the tensor, the axis,
-  // the value and what is allowed. That two tensors do not overlap is not checked.
+  // the value and what is allowed. Of tensors that overlap
+  // one another, those are found that are the same or shifted by whole pages.
   static Result<PageMap> make(const GroupSpec& spec, std::span<const TensorView> tensors);
 
   const GroupSpec& spec() const { return spec_; }
