@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -437,3 +438,27 @@ def test_workers_killed_at_any_moment_leave_right_bytes_or_misses(
         if outcomes[0][0] == STORED:
             load_and_check(keeper, workers, prompt, 12)
     check_conserved(keeper)
+
+
+def test_what_strangers_send_does_not_end_the_keeper(
+    trio: tuple[Process, Process, Process], tmp_path: Path
+) -> None:
+    """Messages that are not ours, from one who has not joined; the keeper goes on hearing of its ranks."""
+    keeper, first, second = trio
+    (path,) = (entry for entry in (tmp_path / "meet").iterdir() if stat.S_ISSOCK(entry.stat().st_mode))
+    for message in (
+        b"[" * 50_000,
+        b"\xff\x00",
+        b"{}",
+        b'{"type": "join", "rank": [1]}',
+        b'{"type": "ended"}',
+    ):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+            stranger.settimeout(20)
+            stranger.connect(str(path))
+            stranger.send(message)
+            with contextlib.suppress(ConnectionError):
+                while stranger.recv(1 << 16):
+                    pass
+    store(keeper, [first, second], 1, 4)
+    load_and_check(keeper, [first, second], 1, 4)
