@@ -1,0 +1,175 @@
+// SlotStore: the slots of the disk tier on one drive. It moves images and keeps the promise that what was
+// durable is found again; which block stands where, and who goes, is decided above (TierIndex under the
+// engine's mutex).
+//
+//   engine --write/read/wipe--> queues by priority --I/O thread--> IoQueue --> drive
+//                                                    |  seals before a write, verifies after a read
+//                                                    '--> every second at most: sync, then Catalog::commit
+//                                                                     (the committer thread) --> on_durable
+//
+// A block is committed by, in this order: its write has completed; a sync (fdatasync) of its slot file that
+// began afterwards has completed; a catalog transaction with its record is synced. Then on_durable.
+// docs/durability.md argues what follows after a crash at any point.
+//
+// Rules for the owner above:
+//  * One operation at a time on a slot, and its image memory is left alone until the operation's callback:
+//  reads
+//    fill it, writes read it and fill in its header (the 4096 bytes at its start).
+//  * A slot whose write failed, or whose read did not verify, may hold anything: wipe() it before it is
+//  reused for
+//    nothing (a slot that is overwritten at once need not be).
+//  * Slots below usable_slots() may be used; it grows while the file is made ready in the background.
+//
+// Generations: the open counter is made durable before the first write; the store remembers for each slot the
+// generation last written, and a read accepts no other.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kvtier/core/status.h"
+#include "kvtier/storage/catalog.h"
+#include "kvtier/storage/slot_image.h"
+#include "kvtier/storage/store_directory.h"
+
+namespace kvtier {
+
+class IoQueue;
+
+enum class ReadPriority : std::uint8_t { demand, prefetch };
+
+struct SlotWrite {
+  SlotPlace place;
+  BlockIdentity block;
+  std::uint64_t payload_bytes = 0;
+  std::byte* image = nullptr;  // header (filled in here), then the payload; stride bytes, aligned to 4096
+  // Callbacks: exactly once each, on a thread of the store, no locks held; they must not throw or wait. They
+  // may call the store. on_durable comes only after an ok on_written, with ok, or with what kept it from
+  // being durable.
+  std::function<void(const Status& status)> on_written;
+  std::function<void(const Status& status)> on_durable;
+};
+
+struct ReadOutcome {
+  Status status;                     // io: the drive failed; closed: cancelled before it began
+  Verdict verdict = Verdict::blank;  // meaningful when status is ok
+  bool good() const { return status.is_ok() && verdict == Verdict::good; }
+};
+
+struct SlotRead {
+  SlotPlace place;
+  BlockKey key{};  // expected
+  GroupId group{0};
+  std::byte* image = nullptr;  // stride bytes, aligned to 4096; undefined unless good
+  ReadPriority priority = ReadPriority::demand;
+  std::function<void(const ReadOutcome& outcome)> on_done;
+};
+
+// Number of an operation that is queued or running; for cancel() and hurry().
+enum class StoreJob : std::uint64_t {};
+
+struct SlotStoreOptions {
+  std::vector<StoreClass> classes;
+  std::uint32_t queue_depth = 32;
+  std::uint32_t max_queued_writes = 1024;  // beyond, can_write() says no
+  std::chrono::milliseconds commit_interval{500};
+  std::shared_ptr<SlotCipher> cipher;  // null: plain
+  // Memory that images lie in, for registration with the drive's queue: chunks of at most 1 GiB. May be
+  // empty.
+  std::vector<std::span<std::byte>> buffers;
+  CatalogOptions catalog;
+  bool use_direct_io = true;  // false: buffered, for file systems without it and for tests
+  // For tests: the seams. Null: the real ones.
+  std::function<Result<std::unique_ptr<IoQueue>>(std::uint32_t depth)> make_queue;
+  std::function<Result<std::unique_ptr<Catalog>>(const Directory&)> make_catalog;
+  std::function<void(std::uint64_t done, std::uint64_t total)> on_progress;  // of a rebuild, in slots
+};
+
+// How the store found itself at open().
+struct OpenReport {
+  enum class Source : std::uint8_t { fresh, catalog, headers };
+  Source source = Source::fresh;
+  std::string why_rebuilt;      // when source is headers
+  std::string queue;            // IoQueue::description()
+  std::string queue_problem;    // why not io_uring; empty for the best choice
+  std::string buffers_problem;  // why buffers are not registered; empty if they are
+  bool direct_io = false;
+  std::uint32_t discarded = 0;  // records or headers that prove nothing, by any cause
+};
+
+struct StoreStats {
+  std::uint64_t reads = 0, reads_good = 0, reads_failed = 0, writes = 0, writes_failed = 0, wipes = 0;
+  std::uint64_t verdicts[8] = {};                   // by Verdict, of reads that the drive did
+  std::uint64_t bytes_read = 0, bytes_written = 0;  // physical, prewriting included in bytes_prewritten
+  std::uint64_t bytes_prewritten = 0;
+  std::uint64_t syncs = 0, commits = 0, catalog_resets = 0;
+  std::uint32_t queued_reads = 0, queued_writes = 0, in_flight = 0, undurable_writes = 0;
+  std::uint64_t capacity_bytes = 0,
+                allocated_bytes = 0;  // granted by the ledger / st_blocks when last looked at
+  std::string health = "ok";          // or why it is out of service; it comes back by itself
+  std::string catalog_health = "ok";
+};
+
+// Owns: its lease, files, I/O thread, committer thread, catalog helper. Borrows: image memory of running
+// operations. Threads: every method from any thread; none but open(), flush() and close() waits.
+class SlotStore {
+ public:
+  struct Opened;
+  // Blocks for the catalog (milliseconds), or, without a usable one, for a rebuild from the headers. After an
+  // unclean end, slots that the catalog does not know but that were used are scanned in the background and,
+  // where sound, handed to `on_found` (on the I/O thread, before scan_done).
+  static Result<Opened> open(std::unique_ptr<StoreLease> lease, SlotStoreOptions options,
+                             std::function<void(const CatalogRecord& found)> on_found);
+  virtual ~SlotStore() = default;  // close() with no deadline
+
+  virtual std::uint32_t usable_slots(std::uint32_t class_index) const = 0;
+  // Called on a thread of the store when usable_slots() has grown. Set once, right after open().
+  virtual void on_grown(std::function<void(std::uint32_t class_index, std::uint32_t usable)> callback) = 0;
+
+  // Never wait. A store that is out of service, or closed, answers through the callback at once (on the
+  // calling thread).
+  virtual StoreJob write(SlotWrite write) = 0;
+  virtual StoreJob read(SlotRead read) = 0;
+  // Overwrites the headers with zeros, syncs, and forgets the slots in the catalog; on_done(ok) when all that
+  // is durable, and, as a barrier, every write that was queued before it is too. An empty list is the barrier
+  // alone.
+  virtual void wipe(std::vector<SlotPlace> places, std::function<void(const Status& status)> on_done) = 0;
+  // The block in `place` was used: written to the catalog with some later commit.
+  virtual void note_use(SlotPlace place) = 0;
+
+  // A queued operation that has not begun ends with `closed` through its callback; false when it has begun or
+  // is over.
+  virtual bool cancel(StoreJob job) = 0;
+  // A queued prefetch becomes a demand read.
+  virtual void hurry(StoreJob job) = 0;
+
+  // Whether writes are welcome: in service, queue not full. Reads: in service for reads.
+  virtual bool can_write() const = 0;
+  virtual bool can_read() const = 0;
+
+  // Commits now what was written before the call, and waits. Errors: timeout; io.
+  virtual Status flush(std::optional<std::chrono::steady_clock::time_point> deadline) = 0;
+  // Whether the background scan after an unclean end is over (true at once when there was none).
+  virtual bool scan_done() const = 0;
+  virtual StoreStats stats() const = 0;
+  virtual const StoreId& id() const = 0;
+
+  // Cancels what has not begun, waits for the rest, commits, marks the store clean, lets go of the lock.
+  // Errors: timeout: operations are still in flight (their memory stays theirs); call again. io: closed, but
+  // not clean.
+  virtual Status close(std::optional<std::chrono::steady_clock::time_point> deadline) = 0;
+};
+
+struct SlotStore::Opened {
+  std::unique_ptr<SlotStore> store;
+  std::vector<CatalogRecord> blocks;  // least recently used first, parents before their children where known
+  OpenReport report;
+};
+
+}  // namespace kvtier
