@@ -8,6 +8,9 @@ g++               command:c++
 make              command:make
 libssl-dev        header:openssl/evp.h
 libgtest-dev      header:gtest/gtest.h
+liburing-dev      header:liburing.h
+liblmdb-dev       header:lmdb.h
+libxxhash-dev     header:xxhash.h
 "
 
 has() {

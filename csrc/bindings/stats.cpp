@@ -10,7 +10,7 @@ py::dict stats_dict(const EngineStats& stats);
 py::dict stats_dict(const EngineStats& s) {
   using namespace py::literals;  // NOLINT: "name"_a
   py::list host;
-  for (const HostClassStats& c : s.host) {
+  for (const SlotClassStats& c : s.host) {
     host.append(py::dict("slot_bytes"_a = c.slot_bytes, "capacity"_a = c.capacity, "usable"_a = c.usable,
                          "free"_a = c.free, "filling"_a = c.filling, "ready"_a = c.ready,
                          "leaving"_a = c.leaving));

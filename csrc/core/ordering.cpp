@@ -16,9 +16,11 @@ constexpr std::array<OrderingPoint, kCount> make_all() {
   return all;
 }
 constexpr std::array<OrderingPoint, kCount> kAll = make_all();
+constexpr std::size_t kFirstOfDisk = static_cast<std::size_t>(OrderingPoint::disk_verify_checksum);
 }  // namespace
 
-std::span<const OrderingPoint> all_ordering_points() { return kAll; }
+std::span<const OrderingPoint> all_ordering_points() { return std::span(kAll).first(kFirstOfDisk); }
+std::span<const OrderingPoint> disk_ordering_points() { return std::span(kAll).subspan(kFirstOfDisk); }
 
 std::string_view to_string(OrderingPoint point) {
   switch (point) {
@@ -32,6 +34,9 @@ std::string_view to_string(OrderingPoint point) {
     case OrderingPoint::pins_until_load_copy: return "pins_until_load_copy";
     case OrderingPoint::reservation_until_store_copy: return "reservation_until_store_copy";
     case OrderingPoint::detach_after_copies: return "detach_after_copies";
+    case OrderingPoint::disk_verify_checksum: return "disk_verify_checksum";
+    case OrderingPoint::disk_verify_generation: return "disk_verify_generation";
+    case OrderingPoint::disk_sync_before_commit: return "disk_sync_before_commit";
     case OrderingPoint::count_: break;
   }
   return "unknown";

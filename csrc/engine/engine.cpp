@@ -10,13 +10,20 @@
 
 namespace kvtier {
 
-EngineImpl::EngineImpl(EngineConfig config, const HostTier::Options& options)
+EngineImpl::EngineImpl(EngineConfig config, const TierIndex::Options& options)
     : config_(std::move(config)),
       clock_(config_.clock ? config_.clock : std::make_shared<const SteadyClock>()),
+      hash_seed_(options.hash_seed),
       tier_(options) {}
 
 // The arena's thread calls back until it is joined: that must be before mutex_ and tier_ go.
-EngineImpl::~EngineImpl() { arena_.reset(); }
+// So are the drives' threads, which a failed start() leaves running.
+EngineImpl::~EngineImpl() {
+  if (disk_) {
+    for (DiskTier::Volume& volume : disk_->volumes) static_cast<void>(volume.store->close(std::nullopt));
+  }
+  arena_.reset();
+}
 
 Status EngineImpl::start() {
   HostMemory& memory = config_.memory != nullptr ? *config_.memory : linux_host_memory();
@@ -37,6 +44,9 @@ Status EngineImpl::start() {
       });
   if (!arena) return arena.status();
   arena_ = std::move(*arena);
+
+  // While the arena is prefaulted, the drives say what they hold.
+  KVTIER_RETURN_IF_ERROR(open_disks());
 
   // A block stored right after open() must find a slot, so the first chunk of each class is waited for.
   MutexLock lock(mutex_);
@@ -158,6 +168,7 @@ Result<EngineStats> EngineImpl::stats() {
   stats.leases = static_cast<std::uint32_t>(leases_.size());
   stats.transfers_running = running_;
   stats.evictions = tier_.evictions();
+  add_disk_stats(stats);
   return stats;
 }
 
@@ -178,6 +189,14 @@ Status EngineImpl::close(Deadline deadline) {
     MutexLock lock(mutex_);
     closing_ = true;
   }
+  if (disk_) {
+    std::vector<std::shared_ptr<Operation>> prefetches;
+    {
+      MutexLock lock(mutex_);
+      prefetches = prefetches_;
+    }
+    cancel_reads(prefetches);
+  }
   if (!wait_idle(deadline)) {
     return Status::timeout(
         "close: transfers are still running; the engine takes no new work, and close() may be "
@@ -187,6 +206,12 @@ Status EngineImpl::close(Deadline deadline) {
       "close: a device cannot prove that its copies are over; the engine is closed, but its memory and "
       "attached "
       "pages must never be freed");
+  if (disk_) {
+    // What was stored goes to disk before the engine is closed.
+    const Status durable = wait_durable(~std::uint64_t{0}, deadline);
+    if (durable.code() == StatusCode::timeout) return durable;
+    KVTIER_RETURN_IF_ERROR(close_disks(deadline));
+  }
   MutexLock attach_lock(attach_mutex_);
   bool leak = false;
   {
@@ -311,6 +336,12 @@ class EngineHandle final : public Engine {
   Result<std::uint64_t> drop_namespace(std::string_view name_space) override {
     return impl_->guarded([&] { return impl_->drop_namespace(name_space); });
   }
+  Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline) override {
+    return impl_->guarded([&] { return impl_->prefetch(keys, deadline); });
+  }
+  Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket) override {
+    return impl_->guarded([&] { return impl_->cancel_prefetch(ticket); });
+  }
   Result<std::uint32_t> poll() override {
     return impl_->guarded([&] { return impl_->poll(); });
   }
@@ -340,7 +371,7 @@ Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
   KVTIER_RETURN_IF_ERROR(config.validate());
   const ArenaGeometry geometry = config.geometry();
   KVTIER_RETURN_IF_ERROR(geometry.validate());
-  HostTier::Options options;
+  TierIndex::Options options;
   for (const ArenaClass& size_class : geometry.classes)
     options.slots_per_class.push_back(size_class.num_slots);
   options.class_of_group = config.class_of_group();

@@ -15,10 +15,12 @@
 #include <utility>
 #include <vector>
 
+#include "disk_tier.h"
+
 #include "kvtier/core/mutex.h"
 #include "kvtier/core/process.h"
 #include "kvtier/engine/engine.h"
-#include "kvtier/index/host_tier.h"
+#include "kvtier/index/tier_index.h"
 #include "kvtier/transfer/transfers.h"
 
 namespace kvtier {
@@ -55,13 +57,32 @@ class PagesImpl final : public Pages {
 
 // What a lease holds; shared by the Lease and the engine's list. Guarded by EngineImpl::mutex_.
 struct LeaseState {
-  std::vector<EntryId> pinned;  // in prompt order, group by group
+  std::vector<EntryId> pinned;          // in prompt order, group by group
+  std::vector<EntryId> pinned_on_disk;  // those that were on disk alone
   std::size_t num_blocks = 0;
   std::optional<std::int64_t> expires_us;
   bool active = true;
 };
 
-// A running store or load: the owner of its reservations or pins (I5).
+// A load some of whose blocks come from disk: they go on to the pages in parts, as they arrive.
+struct Pipeline {
+  struct Part {
+    std::vector<EntryId> entries;  // pinned
+    std::vector<std::uint32_t> blocks;
+    std::vector<SlotId> slots;
+  };
+  std::vector<PageId> pages;
+  std::uint32_t first_block = 0;
+  std::shared_ptr<Event> after;  // the point of the framework's stream at load(); null for a prefetch
+  Deadline read_deadline;        // of a prefetch
+  // Guarded by EngineImpl::mutex_:
+  std::uint32_t reads_left = 0;
+  std::uint32_t holds = 1;  // parts that run, and calls that are about to submit one; 0 ends the operation
+  Part arrived;
+  std::vector<std::shared_ptr<Transfer>> transfers;
+};
+
+// A running store, load or prefetch: the owner of its reservations or pins (I5).
 struct Operation {
   std::uint64_t grant_id = 0;      // 0: not a grant
   std::uint64_t store_number = 0;  // stores are numbered, for flush()
@@ -74,15 +95,20 @@ struct Operation {
   std::vector<std::uint32_t> blocks;  // the key that each entry stands for
   std::vector<SlotId> slots;          // and the slot it has
   std::vector<EntryId> present;       // pinned by a store only while it reserves
+  // A store's blocks that were there already, with the generation of their records: are they on disk?
+  std::vector<std::pair<EntryId, std::uint32_t>> seen;
+  std::unique_ptr<Pipeline> pipeline;  // null unless blocks come from disk
   std::uint32_t parts_left = 1;
+  bool is_prefetch = false;
   bool admitted = false;  // close(), detach() and flush() wait for it
+  bool finished = false;
   TransferOutcome outcome;
   bool entries_settled = false;  // by an ordering point that a test disabled
 };
 
 class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
  public:
-  EngineImpl(EngineConfig config, const HostTier::Options& options);
+  EngineImpl(EngineConfig config, const TierIndex::Options& options);
   ~EngineImpl();
   Status start();
 
@@ -102,6 +128,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Result<std::uint64_t> touch(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop_namespace(std::string_view name_space);
+  Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline);
+  Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket);
   Result<std::uint32_t> poll();
   Result<FlushResult> flush(Deadline deadline);
   Status wait_until_whole();
@@ -129,6 +157,20 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // For threads, copies or children of fork() that may use the inside for ever.
   static void keep_for_ever(std::shared_ptr<EngineImpl> engine);
 
+  // Runs f on a store's thread, where nothing may be thrown: a bug, or no memory for the bookkeeping, marks
+  // the engine failed.
+  template <typename F>
+  void contained(F&& f) noexcept {
+    try {
+      f();
+    } catch (const std::exception& bug) {
+      try {
+        mark_failed(bug.what());
+      } catch (...) {  // NOLINT: no memory for the reason
+      }
+    }
+  }
+
  private:
   struct AttachedDevice {
     std::shared_ptr<Device> device;
@@ -146,6 +188,17 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
     EngineImpl& engine_;
   };
 
+  // Reads of blocks that are on disk alone, to be started once the mutex is free.
+  struct DiskRead {
+    std::uint32_t volume = 0;
+    SlotRead read;
+    std::shared_ptr<Promotion> promotion;
+  };
+  struct Reads {
+    std::vector<DiskRead> begin;
+    std::vector<std::pair<std::uint32_t, StoreJob>> hurry;
+  };
+
   static Status forked() {
     return Status::closed("this engine belongs to the parent process; open one of your own after fork()");
   }
@@ -155,7 +208,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // Steps 1 and 3 of every operation; see engine.h.
   Status admit(Operation& operation) KVTIER_REQUIRES(mutex_);
   Status begin_store(Operation& operation, const StoreRequest& request);
-  Status begin_load(Operation& operation, const LoadRequest& request);
+  // Loads of whole blocks also bring what is on disk alone: `reads` are then to be started.
+  Status begin_load(const std::shared_ptr<Operation>& shared, const LoadRequest& request, Reads* reads);
   // Exactly once for every admitted operation, whatever happened: else close() would wait for ever.
   void finish_operation(const std::shared_ptr<Operation>& operation) noexcept;
   void fail_operation(const std::shared_ptr<Operation>& operation, const Status& why) noexcept;
@@ -177,7 +231,62 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   static Status check_depth(std::size_t num_keys, std::uint32_t first_block);
   Result<Grant> make_grant(const std::shared_ptr<Operation>& operation, std::uint32_t num_parts);
 
+  // Disk tier: opening and closing (disk_open.cpp).
+  Status open_disks();
+  SlotStoreOptions store_options(std::size_t disk);
+  void restore_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
+  Entry* restore_block(std::uint32_t volume, const CatalogRecord& block) KVTIER_REQUIRES(mutex_);
+  Status close_disks(Deadline deadline);
+  void add_disk_stats(EngineStats& stats) KVTIER_REQUIRES(mutex_);
+
+  // host -> disk (disk_write.cpp). What is settled outside the mutex is collected in `settled`.
+  using Settled = std::vector<std::shared_ptr<Ticket>>;
+  struct DiskWrite {
+    std::uint32_t volume = 0;
+    SlotWrite write;
+  };
+  void track_store(const Operation& operation);
+  void add_candidate(Entry& entry, const std::shared_ptr<DurableTracker>& tracker) KVTIER_REQUIRES(mutex_);
+  void end_write_back(WriteBack& write_back, bool durable, std::uint64_t EngineStats::* counter,
+                      const Status& status, Settled& settled) KVTIER_REQUIRES(mutex_);
+  void end_tracked(DurableTracker& tracker, Settled& settled) KVTIER_REQUIRES(mutex_);
+  void pump_write_backs();
+  bool next_write(std::vector<DiskWrite>& writes, Settled& settled) KVTIER_REQUIRES(mutex_);
+  std::optional<std::uint32_t> choose_volume(std::size_t class_index) KVTIER_REQUIRES(mutex_);
+  void on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status);
+  void on_durable(const std::shared_ptr<WriteBack>& write_back, const Status& status);
+  void wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned);
+  static void settle_durable(const Settled& settled);
+  Status wait_durable(std::uint64_t up_to, Deadline deadline);
+  std::uint64_t disk_dropped() const KVTIER_REQUIRES(mutex_);
+
+  // disk -> host (disk_read.cpp).
+  std::uint64_t readable_volumes() const;  // one bit each
+  Entry* find_on_disk(const BlockKey& key, GroupId group, std::uint64_t readable) KVTIER_REQUIRES(mutex_);
+  // Whether the block will come: then the operation waits for it as its block `i`.
+  bool promote(const std::shared_ptr<Operation>& operation, std::uint32_t i, const BlockKey& key,
+               GroupId group, ReadPriority priority, std::uint64_t readable, Reads& reads)
+      KVTIER_REQUIRES(mutex_);
+  void start_reads(Reads& reads);
+  void load_from_disk(const std::shared_ptr<Operation>& operation, const LoadRequest& request, Reads& reads);
+  void on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome);
+  void advance(const std::shared_ptr<Operation>& operation);
+  void submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part);
+  void end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
+                const TransferOutcome& outcome) noexcept;
+  void release_hold(const std::shared_ptr<Operation>& operation);
+  std::uint64_t cancel_reads(const std::vector<std::shared_ptr<Operation>>& prefetches);
+  void expire_prefetches();
+
+  bool touch_on_disk(const BlockKey& key, GroupId group) KVTIER_REQUIRES(mutex_);
+
+  // Takes blocks off the disk for good, and waits until the drives confirm it (disk_drop.cpp).
+  using DiskVictims = std::vector<std::vector<EntryId>>;  // of each volume; pinned
+  void doom(Entry& entry, DiskVictims& victims) KVTIER_REQUIRES(mutex_);
+  Status wipe_and_wait(DiskVictims victims);
+
   NamespaceId intern(std::string_view name_space) KVTIER_REQUIRES(mutex_);
+  NamespaceId intern_tag(const NamespaceTag& tag) KVTIER_REQUIRES(mutex_);
   void expire_leases() KVTIER_REQUIRES(mutex_);
   void end_lease(LeaseState& lease) KVTIER_REQUIRES(mutex_);
   std::size_t ready_prefix(const std::vector<std::vector<BlockState>>& states, std::size_t num_keys) const;
@@ -187,19 +296,25 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   const std::vector<std::size_t> class_of_group_ = config_.class_of_group();
   const std::shared_ptr<const Clock> clock_;
   const std::uint64_t born_in_ = process_generation();
+  const std::uint64_t hash_seed_;
 
   Mutex attach_mutex_;
   std::unique_ptr<Arena> arena_;  // written by start() and close() only
   std::vector<AttachedDevice> devices_ KVTIER_GUARDED_BY(attach_mutex_);
 
   Mutex mutex_;
-  CondVar idle_;  // running_, calls_ or a PagesImpl::running_ went down
-  HostTier tier_ KVTIER_GUARDED_BY(mutex_);
+  CondVar idle_;                              // running_, calls_ or a PagesImpl::running_ went down
+  TierIndex tier_ KVTIER_GUARDED_BY(mutex_);  // of the host tier
+  std::vector<std::pair<std::string, std::string>> left_out_disks_;  // path, reason; set by start()
+  std::unique_ptr<DiskTier> disk_;  // null without one; set by start(), its inside guarded by mutex_
+  std::vector<std::shared_ptr<Operation>> prefetches_ KVTIER_GUARDED_BY(mutex_);  // running
   EngineStats counters_ KVTIER_GUARDED_BY(mutex_);
   std::unordered_map<std::uint64_t, std::shared_ptr<Operation>> grants_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Pages>> all_pages_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<LeaseState>> leases_ KVTIER_GUARDED_BY(mutex_);
   std::map<std::string, NamespaceId, std::less<>> namespaces_ KVTIER_GUARDED_BY(mutex_);
+  std::map<NamespaceTag, NamespaceId> namespace_of_tag_ KVTIER_GUARDED_BY(mutex_);
+  std::vector<NamespaceTag> namespace_tags_ KVTIER_GUARDED_BY(mutex_);  // by NamespaceId
   std::uint64_t next_grant_ KVTIER_GUARDED_BY(mutex_) = 1;
   std::uint64_t stores_begun_ KVTIER_GUARDED_BY(mutex_) = 0;
   std::set<std::uint64_t> running_stores_ KVTIER_GUARDED_BY(mutex_);  // their numbers, for flush()
@@ -209,5 +324,24 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   bool closing_ KVTIER_GUARDED_BY(mutex_) = false;
   bool closed_ KVTIER_GUARDED_BY(mutex_) = false;
 };
+
+template <typename F>
+auto EngineImpl::finished_if_thrown(const std::shared_ptr<Operation>& operation, F&& f) -> decltype(f()) {
+  static const Status kNoMemory = Status::resource("out of memory before anything was submitted");
+  try {
+    return f();
+  } catch (...) {
+    // Nothing was submitted: Transfers::submit() throws only before that.
+    if (operation->admitted) {
+      release_present(*operation);
+      operation->outcome.status = kNoMemory;
+      for (BlockOutcome& outcome : operation->outcomes) {
+        if (outcome == BlockOutcome::running) outcome = BlockOutcome::failed;
+      }
+      finish_operation(operation);
+    }
+    throw;
+  }
+}
 
 }  // namespace kvtier

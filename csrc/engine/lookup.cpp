@@ -16,7 +16,7 @@ constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's no
 // needs only the blocks that the window reaches back to, so there the answer can lie behind a gap.
 std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>& states,
                                      std::size_t num_keys) const {
-  const auto ready = [](BlockState state) { return state == BlockState::ready; };
+  const auto ready = [](BlockState state) { return is_ready(state); };
   std::size_t limit = num_keys;
   bool windows = false;
   for (std::size_t g = 0; g < states.size(); ++g) {
@@ -48,6 +48,7 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
   Match match;
   match.num_keys = keys.size();
   match.states.assign(config_.groups.size(), std::vector<BlockState>(keys.size(), BlockState::miss));
+  const std::uint64_t readable = disk_ ? readable_volumes() : 0;
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));
     MutexLock lock(mutex_);
@@ -71,9 +72,24 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
                                 pending += is_ready ? 0 : 1;
                               });
     }
+    std::uint64_t hits_on_disk = 0;
+    if (readable != 0 && hits < asked) {
+      for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+        BlockState* states = match.states[g].data() + begin;
+        disk_->index.index().find_each(
+            part, GroupId{static_cast<std::uint16_t>(g)}, [&](std::size_t i, const Entry* entry) {
+              if (entry == nullptr || states[i] == BlockState::ready) return;
+              if (entry->state != SlotState::ready || ((readable >> entry->volume) & 1) == 0) return;
+              pending -= states[i] == BlockState::pending ? 1 : 0;  // on its way from there
+              states[i] = BlockState::on_disk;
+              ++hits_on_disk;
+            });
+      }
+    }
+    counters_.lookup_hits_disk += hits_on_disk;
     counters_.lookup_hits_host += hits;
     counters_.lookup_misses_pending += pending;
-    counters_.lookup_misses_absent += asked - hits - pending;
+    counters_.lookup_misses_absent += asked - hits - hits_on_disk - pending;
   }
   if (keys.empty()) {
     MutexLock lock(mutex_);
@@ -92,6 +108,8 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
   std::vector<std::vector<EntryId>> found(num_groups, std::vector<EntryId>(keys.size()));
   auto lease = std::make_shared<LeaseState>();
   lease->pinned.reserve(num_groups * keys.size());  // nothing throws between the first pin and the last unpin
+  if (disk_) lease->pinned_on_disk.reserve(num_groups * keys.size());
+  const std::uint64_t readable = disk_ ? readable_volumes() : 0;
 
   // Everything that is ready is pinned first and what the prefix does not need is let go at the end, so
   // that nothing found early can be evicted while the rest is looked for.
@@ -107,6 +125,16 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
                                 states[g][begin + i] = BlockState::ready;
                                 found[g][begin + i] = tier_.index().id(*entry);
                               });
+      if (readable == 0) continue;
+      disk_->index.index().find_each(
+          part, GroupId{static_cast<std::uint16_t>(g)},
+          [&](std::size_t i, Entry* entry) KVTIER_REQUIRES(mutex_) {
+            if (entry == nullptr || states[g][begin + i] == BlockState::ready) return;
+            if (entry->state != SlotState::ready || ((readable >> entry->volume) & 1) == 0) return;
+            disk_->index.pin(*entry);
+            states[g][begin + i] = BlockState::on_disk;
+            found[g][begin + i] = disk_->index.index().id(*entry);
+          });
     }
   }
   lease->num_blocks = ready_prefix(states, keys.size());
@@ -117,13 +145,15 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
         config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
     const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
     for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
-      if (states[g][i] != BlockState::ready) continue;
-      Entry& entry = tier_.index().at(found[g][i]);
+      if (!is_ready(states[g][i])) continue;
+      const bool on_disk = states[g][i] == BlockState::on_disk;
+      TierIndex& tier = on_disk ? disk_->index : tier_;
+      Entry& entry = tier.index().at(found[g][i]);
       if (i < first_needed || i >= lease->num_blocks || closing_) {
-        tier_.unpin(entry);
+        tier.unpin(entry);
       } else {
-        if (entry.linked) tier_.touch(entry);
-        lease->pinned.push_back(found[g][i]);
+        if (entry.linked) tier.touch(entry);
+        (on_disk ? lease->pinned_on_disk : lease->pinned).push_back(found[g][i]);
       }
     }
   }
@@ -143,6 +173,8 @@ void EngineImpl::end_lease(LeaseState& lease) {
   lease.active = false;
   for (const EntryId id : lease.pinned) tier_.unpin(tier_.index().at(id));
   lease.pinned.clear();
+  for (const EntryId id : lease.pinned_on_disk) disk_->index.unpin(disk_->index.index().at(id));
+  lease.pinned_on_disk.clear();
   std::erase_if(leases_,
                 [&lease](const std::shared_ptr<LeaseState>& other) { return other.get() == &lease; });
 }
@@ -167,6 +199,7 @@ void EngineImpl::expire_leases() {
 }
 
 Result<std::uint32_t> EngineImpl::poll() {
+  expire_prefetches();
   MutexLock lock(mutex_);
   KVTIER_RETURN_IF_ERROR(check_open());
   expire_leases();
@@ -181,10 +214,11 @@ Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
     KVTIER_RETURN_IF_ERROR(check_open());
     for (std::size_t i = end; i-- > begin;) {
       for (std::size_t g = 0; g < config_.groups.size(); ++g) {
-        Entry* entry = tier_.index().find(keys[i], GroupId{static_cast<std::uint16_t>(g)});
-        if (entry == nullptr || entry->state != SlotState::ready) continue;
-        tier_.touch(*entry);
-        ++touched;
+        const GroupId group{static_cast<std::uint16_t>(g)};
+        Entry* entry = tier_.index().find(keys[i], group);
+        const bool in_host = entry != nullptr && entry->state == SlotState::ready;
+        if (in_host) tier_.touch(*entry);
+        touched += touch_on_disk(keys[i], group) || in_host ? 1 : 0;
       }
     }
     end = begin;
@@ -192,50 +226,90 @@ Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
   return touched;
 }
 
+// Also tells the catalog, so that the order survives a restart.
+bool EngineImpl::touch_on_disk(const BlockKey& key, GroupId group) {
+  if (!disk_) return false;
+  Entry* entry = disk_->index.index().find(key, group);
+  if (entry == nullptr || entry->state != SlotState::ready) return false;
+  disk_->index.touch(*entry);
+  disk_->volumes[entry->volume].store->note_use(
+      {static_cast<std::uint32_t>(class_of_group_[raw(group)]), entry->slot});
+  return true;
+}
+
 Result<std::uint64_t> EngineImpl::drop(std::span<const BlockKey> keys) {
   std::uint64_t dropped = 0;
+  DiskVictims victims(disk_ ? disk_->volumes.size() : 0);
+  const Call call(*this);  // close() waits for the drives' answers
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     MutexLock lock(mutex_);
     KVTIER_RETURN_IF_ERROR(check_open());
     const std::uint64_t before = dropped;
     for (const BlockKey& key : keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin))) {
       for (std::size_t g = 0; g < config_.groups.size(); ++g) {
-        if (Entry* entry = tier_.index().find(key, GroupId{static_cast<std::uint16_t>(g)})) {
-          tier_.drop(*entry);
-          ++dropped;
-        }
+        const GroupId group{static_cast<std::uint16_t>(g)};
+        Entry* entry = tier_.index().find(key, group);
+        if (entry != nullptr) tier_.drop(*entry);
+        Entry* on_disk = disk_ ? disk_->index.index().find(key, group) : nullptr;
+        if (on_disk != nullptr) doom(*on_disk, victims);
+        if (entry != nullptr || on_disk != nullptr) ++dropped;
       }
     }
     counters_.drops += dropped - before;
   }
+  if (disk_) KVTIER_RETURN_IF_ERROR(wipe_and_wait(std::move(victims)));
   return dropped;
 }
 
 Result<std::uint64_t> EngineImpl::drop_namespace(std::string_view name_space) {
   std::uint64_t dropped = 0;
-  std::size_t num_records = 1;
-  for (std::size_t begin = 0; begin < num_records; begin += kKeysPerHold) {
-    MutexLock lock(mutex_);
-    KVTIER_RETURN_IF_ERROR(check_open());
-    const auto found = namespaces_.find(name_space);
-    if (found == namespaces_.end()) return dropped;
-    const std::span<Entry> records = tier_.index().records();
-    num_records = records.size();
-    for (std::size_t i = begin; i < std::min(begin + kKeysPerHold, num_records); ++i) {
-      if (!records[i].linked || records[i].name_space != found->second) continue;
-      tier_.drop(records[i]);
-      ++dropped;
-      ++counters_.drops;
+  DiskVictims victims(disk_ ? disk_->volumes.size() : 0);
+  const NamespaceTag tag = namespace_tag(name_space);
+  const Call call(*this);
+  for (int on_disk = 0; on_disk < (disk_ ? 2 : 1); ++on_disk) {
+    std::size_t num_records = 1;
+    for (std::size_t begin = 0; begin < num_records; begin += kKeysPerHold) {
+      MutexLock lock(mutex_);
+      KVTIER_RETURN_IF_ERROR(check_open());
+      const auto found = namespace_of_tag_.find(tag);
+      if (found == namespace_of_tag_.end()) break;
+      TierIndex& tier = on_disk != 0 ? disk_->index : tier_;
+      const std::span<Entry> records = tier.index().records();
+      num_records = records.size();
+      for (std::size_t i = begin; i < std::min(begin + kKeysPerHold, num_records); ++i) {
+        Entry& entry = records[i];
+        if (!entry.linked || entry.name_space != found->second) continue;
+        // A block in both tiers is dropped from both at once, and counted once.
+        if (on_disk != 0) {
+          doom(entry, victims);
+        } else {
+          Entry* below = disk_ ? disk_->index.index().find(entry.key, entry.group) : nullptr;
+          if (below != nullptr) doom(*below, victims);
+          tier_.drop(entry);
+        }
+        ++dropped;
+        ++counters_.drops;
+      }
     }
   }
+  if (disk_) KVTIER_RETURN_IF_ERROR(wipe_and_wait(std::move(victims)));
   return dropped;
 }
 
 NamespaceId EngineImpl::intern(std::string_view name_space) {
   const auto found = namespaces_.find(name_space);
   if (found != namespaces_.end()) return found->second;
-  const NamespaceId id{static_cast<std::uint32_t>(namespaces_.size())};
+  const NamespaceId id = intern_tag(namespace_tag(name_space));
   namespaces_.emplace(name_space, id);
+  return id;
+}
+
+NamespaceId EngineImpl::intern_tag(const NamespaceTag& tag) {
+  const auto found = namespace_of_tag_.find(tag);
+  if (found != namespace_of_tag_.end()) return found->second;
+  const NamespaceId id{static_cast<std::uint32_t>(namespace_tags_.size())};
+  namespace_tags_.push_back(tag);
+  namespace_of_tag_.emplace(tag, id);
   return id;
 }
 

@@ -58,7 +58,7 @@ std::shared_ptr<Operation> EngineImpl::make_operation(Direction direction, Group
   auto operation = std::make_shared<Operation>();
   operation->direction = direction;
   operation->group = group;
-  operation->ticket = std::make_shared<Ticket>(direction, num_blocks, /*has_disk=*/false);
+  operation->ticket = std::make_shared<Ticket>(direction, num_blocks, /*has_disk=*/disk_ != nullptr);
   operation->outcomes.assign(num_blocks, BlockOutcome::running);
   operation->entries.reserve(num_blocks);
   operation->blocks.reserve(num_blocks);
@@ -116,7 +116,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
         continue;
       }
       Entry* above = parent ? &tier_.index().at(*parent) : nullptr;
-      const HostTier::Reservation found =
+      const TierIndex::Reservation found =
           tier_.reserve(request.keys[i], operation.group, name_space,
                         request.first_block + static_cast<std::uint32_t>(i), above);
       switch (found.outcome) {
@@ -129,6 +129,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
           operation.outcomes[i] = BlockOutcome::present;
           tier_.pin(*found.entry);
           present.push_back(tier_.index().id(*found.entry));
+          if (disk_) operation.seen.emplace_back(present.back(), found.entry->generation);
           break;
         case ReserveOutcome::pending: operation.outcomes[i] = BlockOutcome::pending; break;
         case ReserveOutcome::declined:
@@ -160,14 +161,18 @@ void EngineImpl::release_present(Operation& operation) {
   }
 }
 
-Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) {
+Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const LoadRequest& request,
+                              Reads* reads) {
+  Operation& operation = *shared;
+  const std::uint64_t readable = reads != nullptr ? readable_volumes() : 0;
+  bool failed = false;
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
     if (begin == 0) {
       KVTIER_RETURN_IF_ERROR(admit(operation));
     }
     const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
-    const bool failed = counters_.health != "ok";
+    failed = counters_.health != "ok";
     tier_.index().find_each(request.keys.subspan(begin, count), operation.group,
                             [&](std::size_t at, Entry* entry) KVTIER_REQUIRES(mutex_) {
                               const std::size_t i = begin + at;
@@ -183,6 +188,19 @@ Status EngineImpl::begin_load(Operation& operation, const LoadRequest& request) 
                               }
                             });
     if (request.keys.empty()) break;
+  }
+  // After all that is in the host tier was pinned, so that what comes from disk takes the place of none of
+  // it.
+  for (std::uint32_t i = 0; reads != nullptr && !failed && i < request.keys.size();) {
+    MutexLock lock(mutex_);
+    for (std::size_t n = 0; n < kBlocksPerHold && i < request.keys.size(); ++n, ++i) {
+      BlockOutcome& outcome = operation.outcomes[i];
+      if (outcome != BlockOutcome::missed && outcome != BlockOutcome::pending) continue;
+      if (!operation.pipeline) operation.pipeline = std::make_unique<Pipeline>();
+      const bool comes =
+          promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads);
+      if (comes) outcome = BlockOutcome::running;
+    }
   }
   for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first: the tail becomes the oldest
     const std::size_t begin = end - std::min(kBlocksPerHold, end);
@@ -226,6 +244,7 @@ void EngineImpl::settle_entries(Operation& operation) {
 }
 
 void EngineImpl::count(const Operation& operation) {
+  if (operation.is_prefetch) return;
   const std::uint64_t bytes = config_.groups[raw(operation.group)].payload_bytes();
   for (const BlockOutcome outcome : operation.outcomes) {
     const bool load = operation.direction == Direction::load;
@@ -252,8 +271,18 @@ void EngineImpl::count(const Operation& operation) {
 void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) noexcept {
   TransferOutcome& outcome = operation->outcome;
   Ticket& ticket = *operation->ticket;
+  {
+    MutexLock lock(mutex_);
+    if (operation->finished) return;
+    operation->finished = true;
+  }
+  bool tracked = false;
   try {
     settle_entries(*operation);
+    if (disk_ && operation->direction == Direction::store && outcome.status) {
+      tracked = true;
+      track_store(*operation);
+    }
     if (operation->pages != nullptr && !outcome.status) {
       const Status health = operation->pages->device_->health();
       if (!health) mark_failed("device " + operation->pages->device_->name() + ": " + health.message());
@@ -270,6 +299,7 @@ void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) n
   ticket.set_outcomes(std::move(operation->outcomes));
   ticket.settle(Moment::released, outcome.drained ? Status::ok() : outcome.status);
   ticket.settle(Moment::ready);
+  if (!tracked) ticket.settle(Moment::durable);
 
   MutexLock lock(mutex_);
   --running_;
@@ -295,25 +325,6 @@ void EngineImpl::fail_operation(const std::shared_ptr<Operation>& operation, con
     mark_failed(why.message());
   } catch (const std::exception& error) {
     std::fprintf(stderr, "kvtier: cannot mark the engine failed: %s\n", error.what());
-  }
-}
-
-template <typename F>
-auto EngineImpl::finished_if_thrown(const std::shared_ptr<Operation>& operation, F&& f) -> decltype(f()) {
-  static const Status kNoMemory = Status::resource("out of memory before anything was submitted");
-  try {
-    return f();
-  } catch (...) {
-    // Nothing was submitted: Transfers::submit() throws only before that.
-    if (operation->admitted) {
-      release_present(*operation);
-      operation->outcome.status = kNoMemory;
-      for (BlockOutcome& outcome : operation->outcomes) {
-        if (outcome == BlockOutcome::running) outcome = BlockOutcome::failed;
-      }
-      finish_operation(operation);
-    }
-    throw;
   }
 }
 
@@ -408,7 +419,13 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
   operation->pages = *target;
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
-    KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+    Reads reads;
+    const bool from_disk = disk_ && request.layers_per_batch == 0;
+    KVTIER_RETURN_IF_ERROR(begin_load(operation, request, from_disk ? &reads : nullptr));
+    if (operation->pipeline) {
+      load_from_disk(operation, request, reads);
+      return operation->ticket;
+    }
     if (request.layers_per_batch > 0 && operation->entries.size() < request.keys.size()) {
       const std::size_t missing = request.keys.size() - operation->entries.size();
       // Waiting for the layers of a block that is not there would be a wait for nothing: wrong bytes.
@@ -455,7 +472,7 @@ Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, 
   const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<Grant> {
-    KVTIER_RETURN_IF_ERROR(begin_load(*operation, request));
+    KVTIER_RETURN_IF_ERROR(begin_load(operation, request, nullptr));
     return make_grant(operation, num_parts);
   });
 }
@@ -492,23 +509,42 @@ Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& ou
   return Status::ok();
 }
 
+std::uint64_t EngineImpl::disk_dropped() const {
+  const EngineStats& c = counters_;
+  return c.disk_declined_admission + c.disk_declined_budget + c.disk_declined_busy + c.disk_declined_full +
+         c.disk_declined_parent + c.disk_gone + c.disk_failed;
+}
+
 Result<FlushResult> EngineImpl::flush(Deadline deadline) {
-  MutexLock lock(mutex_);
-  KVTIER_RETURN_IF_ERROR(check_open());
-  const std::uint64_t up_to = stores_begun_;
-  const auto running_before = [&]() KVTIER_REQUIRES(mutex_) {
-    return static_cast<std::uint64_t>(
-        std::distance(running_stores_.begin(), running_stores_.lower_bound(up_to)));
-  };
   FlushResult result;
-  result.settled = running_before();
-  while (running_before() > 0) {
-    if (!deadline) {
-      idle_.wait(lock);
-    } else if (!idle_.wait_until(lock, *deadline) && running_before() > 0) {
-      return Status::timeout("flush: " + std::to_string(running_before()) + " stores are still running");
+  std::uint64_t up_to = 0;
+  std::uint64_t durable_before = 0;
+  std::uint64_t dropped_before = 0;
+  {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    up_to = stores_begun_;
+    durable_before = counters_.disk_durable;
+    dropped_before = disk_dropped();
+    const auto running_before = [&]() KVTIER_REQUIRES(mutex_) {
+      return static_cast<std::uint64_t>(
+          std::distance(running_stores_.begin(), running_stores_.lower_bound(up_to)));
+    };
+    result.settled = running_before();
+    while (running_before() > 0) {
+      if (!deadline) {
+        idle_.wait(lock);
+      } else if (!idle_.wait_until(lock, *deadline) && running_before() > 0) {
+        return Status::timeout("flush: " + std::to_string(running_before()) + " stores are still running");
+      }
     }
   }
+  if (!disk_) return result;
+  const Call call(*this);
+  KVTIER_RETURN_IF_ERROR(wait_durable(up_to, deadline));
+  MutexLock lock(mutex_);
+  result.durable = counters_.disk_durable - durable_before;
+  result.dropped = disk_dropped() - dropped_before;
   return result;
 }
 

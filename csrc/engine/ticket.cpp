@@ -44,7 +44,7 @@ bool Ticket::settled(Moment moment) const {
   switch (moment) {
     case Moment::released: return state_->released;
     case Moment::ready: return state_->ready;
-    case Moment::durable: return false;
+    case Moment::durable: return state_->durable;
   }
   return false;
 }
@@ -55,7 +55,9 @@ Status Ticket::wait(Moment moment, Deadline deadline) const {
     return Status::unsupported("durable: this engine has no disk tier, so no block becomes durable");
   }
   MutexLock lock(state_->mutex);
-  const bool& reached = moment == Moment::released ? state_->released : state_->ready;
+  const bool& reached = moment == Moment::released ? state_->released
+                        : moment == Moment::ready  ? state_->ready
+                                                   : state_->durable;
   while (!reached) {
     if (!deadline) {
       state_->changed.wait(lock);
@@ -90,6 +92,12 @@ std::size_t Ticket::valid_blocks() const {
   return static_cast<std::size_t>(std::find_if_not(all.begin(), all.end(), valid) - all.begin());
 }
 
+std::size_t Ticket::durable_blocks() const {
+  if (inherited()) return 0;
+  MutexLock lock(state_->mutex);
+  return state_->durable_blocks;
+}
+
 Status Ticket::order(StreamHandle stream, std::optional<std::uint32_t> layer) const {
   if (inherited()) return inherited_error();
   std::shared_ptr<Transfer> transfer;
@@ -98,8 +106,8 @@ Status Ticket::order(StreamHandle stream, std::optional<std::uint32_t> layer) co
     transfer = state_->transfer;
     if (!transfer && !state_->ready) {
       return Status::unsupported(
-          "the copies of this ticket run in other processes, where no stream of ours can wait "
-          "for them; use wait()");
+          "not all copies of this ticket are submitted to a stream of ours: they run in other processes, or "
+          "blocks are still being read from disk; use wait()");
     }
     if (!transfer) return state_->failure;
   }
@@ -120,6 +128,11 @@ Result<int> Ticket::done_fd() {
     }
   }
   return state_->done_fd;
+}
+
+void Ticket::add_durable(std::size_t num_blocks) {
+  MutexLock lock(state_->mutex);
+  state_->durable_blocks += num_blocks;
 }
 
 void Ticket::set_outcomes(std::vector<BlockOutcome> outcomes) {
@@ -147,6 +160,8 @@ void Ticket::settle(Moment moment, Status error) {
     if (state_->ready) return;
     state_->ready = true;
     if (state_->done_fd >= 0) static_cast<void>(::eventfd_write(state_->done_fd, 1));
+  } else {
+    state_->durable = true;
   }
   state_->changed.notify_all();
 }

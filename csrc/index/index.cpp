@@ -50,7 +50,7 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
   }
   ++size_;
   Entry& entry = entries_[id];
-  entry = Entry{key,       group, SlotState::filling,   true,  NamespaceId{0}, 0, 0,
+  entry = Entry{key,       group, SlotState::filling,   true,  0, NamespaceId{0}, 0, 0,
                 SlotId{0}, 0,     entry.generation + 1, kEmpty};
 
   const std::uint64_t h = hash(key, group);
@@ -86,6 +86,12 @@ void Index::set_parent(Entry& child, Entry& parent) {
   child.parent = raw(id(parent));
   parent_generations_[raw(id(child))] = parent.generation;
   ++parent.children;
+}
+
+Entry* Index::parent(const Entry& child) {
+  if (child.parent == kEmpty) return nullptr;
+  Entry& parent = entries_[child.parent];
+  return parent.generation == parent_generations_[raw(id(child))] ? &parent : nullptr;
 }
 
 Entry* Index::release_parent(Entry& child) {

@@ -6,7 +6,8 @@
 
 namespace kvtier {
 
-SlotPool::SlotPool(std::uint32_t capacity) : states_(capacity, SlotState::free) {
+SlotPool::SlotPool(std::uint32_t capacity)
+    : states_(capacity, SlotState::free), is_recycled_(capacity, false) {
   counts_[static_cast<int>(SlotState::free)] = capacity;
   recycled_.reserve(capacity);  // so that freeing never allocates
 }
@@ -14,17 +15,27 @@ SlotPool::SlotPool(std::uint32_t capacity) : states_(capacity, SlotState::free) 
 void SlotPool::grow(std::uint32_t usable) { usable_ = std::max(usable_, std::min(usable, capacity())); }
 
 std::optional<SlotId> SlotPool::take() {
-  SlotId slot;
-  if (!recycled_.empty()) {
-    slot = recycled_.back();
+  while (!recycled_.empty()) {
+    const SlotId slot = recycled_.back();
     recycled_.pop_back();
-  } else if (next_unused_ < usable_) {
-    slot = SlotId{next_unused_++};
-  } else {
-    return std::nullopt;
+    is_recycled_[raw(slot)] = false;
+    if (states_[raw(slot)] != SlotState::free) continue;  // take_at() was faster
+    set(slot, SlotState::filling);
+    return slot;
   }
+  while (next_unused_ < usable_) {
+    const SlotId slot{next_unused_++};
+    if (states_[raw(slot)] != SlotState::free) continue;
+    set(slot, SlotState::filling);
+    return slot;
+  }
+  return std::nullopt;
+}
+
+bool SlotPool::take_at(SlotId slot) {
+  if (raw(slot) >= usable_ || states_[raw(slot)] != SlotState::free) return false;
   set(slot, SlotState::filling);
-  return slot;
+  return true;
 }
 
 void SlotPool::step(SlotId slot, SlotState to) {
@@ -39,7 +50,11 @@ void SlotPool::set(SlotId slot, SlotState to) {
   --counts_[static_cast<int>(state)];
   ++counts_[static_cast<int>(to)];
   state = to;
-  if (to == SlotState::free) recycled_.push_back(slot);
+  // A slot that take_at() took from those never used is still to be handed out by take().
+  if (to == SlotState::free && raw(slot) < next_unused_ && !is_recycled_[raw(slot)]) {
+    recycled_.push_back(slot);
+    is_recycled_[raw(slot)] = true;
+  }
 }
 
 SlotPool::Counts SlotPool::counts() const {

@@ -221,6 +221,13 @@ class DeviceTransfers final : public Transfers {
     return transfer;
   }
 
+  Result<std::shared_ptr<Event>> mark(StreamHandle framework_stream) override {
+    Result<std::unique_ptr<Event>> event = device_.create_event();
+    if (!event) return event.status();
+    KVTIER_RETURN_IF_ERROR(device_.record(**event, framework_stream));
+    return std::shared_ptr<Event>(std::move(*event));
+  }
+
  private:
   Lane& lane_of(Direction direction) { return direction == Direction::store ? store_ : load_; }
 
@@ -230,10 +237,13 @@ class DeviceTransfers final : public Transfers {
                                     ? OrderingPoint::store_after_framework_stream
                                     : OrderingPoint::load_after_framework_stream;
     if (!ordering_enabled(point)) return Status::ok();
-    Result<std::unique_ptr<Event>> event = device_.create_event();
-    if (!event) return event.status();
-    KVTIER_RETURN_IF_ERROR(device_.record(**event, request.framework_stream));
-    KVTIER_RETURN_IF_ERROR(device_.wait(stream, **event));  // keeps the record; the event itself may go
+    std::shared_ptr<Event> after = request.after;
+    if (!after) {
+      Result<std::shared_ptr<Event>> now = mark(request.framework_stream);
+      if (!now) return now.status();
+      after = std::move(*now);
+    }
+    KVTIER_RETURN_IF_ERROR(device_.wait(stream, *after));  // keeps the record; the event itself may go
     transfer.reached_stream = true;
     return Status::ok();
   }

@@ -389,7 +389,7 @@ inline std::vector<BlockOutcome> all(std::size_t n, BlockOutcome outcome) {
 
 // Slots conserved in each class (I1), and lookups explained.
 inline void expect_consistent(const EngineStats& stats) {
-  for (const HostClassStats& c : stats.host) {
+  for (const SlotClassStats& c : stats.host) {
     EXPECT_EQ(c.free + c.filling + c.ready + c.leaving, c.capacity);
     EXPECT_LE(c.usable, c.capacity);
   }
@@ -406,7 +406,7 @@ inline void expect_at_rest(const EngineStats& stats) {
   EXPECT_EQ(stats.leases, 0U);
   EXPECT_EQ(stats.transfers_running, 0U);
   std::uint64_t leaving = 0;
-  for (const HostClassStats& c : stats.host) {
+  for (const SlotClassStats& c : stats.host) {
     EXPECT_EQ(c.filling, 0U);
     leaving += c.leaving;
   }

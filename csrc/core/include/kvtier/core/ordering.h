@@ -3,7 +3,9 @@
 // Wrong bytes come from an order that was forgotten, and a test that never breaks the order proves
 // nothing. So each such place asks ordering_enabled(point) before it waits, and the suite disables the
 // points one after another on the simulated device and expects to be told of wrong bytes (or, for the
-// last three, of a broken invariant). In production every point is enabled; asking is one relaxed load.
+// last three of the device's, of a broken invariant). The disk tier's points are proofs that must not be
+// skipped: the campaigns over a simulated drive disable them (tests/cpp/storage/slot_store_campaign_test.cpp).
+// In production every point is enabled; asking is one relaxed load.
 #pragma once
 
 #include <atomic>
@@ -24,11 +26,16 @@ enum class OrderingPoint : std::uint8_t {
   pins_until_load_copy,          // a load's pins are held until its copies have run (I4, I5)
   reservation_until_store_copy,  // a failed or dropped store keeps its slots until its copies have run (I5)
   detach_after_copies,           // detach returns only when no copy touches the pages any more
+  disk_verify_checksum,          // an image that was read is served only when its checksums hold (I3)
+  disk_verify_generation,        // ... and only when it is of the generation last written to its slot
+  disk_sync_before_commit,       // the slot file is synced before the catalog names the block
   count_,
 };
 
 std::string_view to_string(OrderingPoint point);
+// Of the device's data path, and of the disk tier. Together, in this order, they are all there are.
 std::span<const OrderingPoint> all_ordering_points();
+std::span<const OrderingPoint> disk_ordering_points();
 
 namespace internal {
 extern std::atomic<std::uint32_t> disabled_ordering_points;  // one bit per point

@@ -42,6 +42,7 @@ class [[nodiscard]] Status {
   static Status resource(std::string m, int native = 0) {
     return {StatusCode::resource, std::move(m), native};
   }
+  static Status io(std::string m, int native = 0) { return {StatusCode::io, std::move(m), native}; }
   static Status device(std::string m, int native = 0) { return {StatusCode::device, std::move(m), native}; }
   static Status unsupported(std::string m) { return {StatusCode::unsupported, std::move(m)}; }
   static Status closed(std::string m) { return {StatusCode::closed, std::move(m)}; }

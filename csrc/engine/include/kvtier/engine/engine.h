@@ -1,6 +1,6 @@
 // Engine: the whole; what users open and close.
 //
-// It joins a pure HostTier (which block is in which slot, guarded by the one mutex) with an Arena (the
+// It joins a pure TierIndex (which block is in which slot, guarded by the one mutex) with an Arena (the
 // slots' memory) and, per attached device, Transfers (the copies). Every operation has the same shape:
 //
 //   1. under the mutex: decide - reserve slots or pin blocks, and note an Operation that owns them;
@@ -15,7 +15,9 @@
 // move blocks: this engine is then the keeper, and the workers of RankWorker copy.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -29,11 +31,35 @@
 #include "kvtier/core/types.h"
 #include "kvtier/engine/stats.h"
 #include "kvtier/engine/ticket.h"
+#include "kvtier/index/admission.h"
 #include "kvtier/memory/arena.h"
 #include "kvtier/platform/device.h"
+#include "kvtier/storage/slot_store.h"
 #include "kvtier/transfer/page_map.h"
 
 namespace kvtier {
+
+// One drive of the disk tier.
+struct DiskConfig {
+  std::string path;                  // absolute; made if it is not there
+  std::uint64_t capacity_bytes = 0;  // hard bound of everything under it, whoever put it there
+};
+
+// All drives together: whole blocks are placed on one of them.
+struct DiskOptions {
+  std::vector<DiskConfig> disks;  // empty: no disk tier
+  Fingerprint fingerprint{};      // of all that makes two engines' blocks incompatible
+  SecondProcess second_process = SecondProcess::next_store;
+  Admission admission = Admission::second_use;  // once the tier was full; before that, all
+  // Bytes written a day over all drives; nullopt: one capacity. 0: no limit.
+  std::optional<std::uint64_t> write_bytes_per_day;
+  std::shared_ptr<SlotCipher> cipher;  // null: images stand in clear
+  std::uint32_t queue_depth = 32;      // of each drive
+  std::chrono::milliseconds commit_interval{500};
+  std::string catalog_helper;  // path of the program; empty: beside the library
+  // For tests: the last word on what each SlotStore is opened with.
+  std::function<void(SlotStoreOptions& options, std::size_t disk)> adjust;
+};
 
 struct EngineConfig {
   std::vector<GroupSpec> groups;
@@ -42,6 +68,7 @@ struct EngineConfig {
   std::shared_ptr<const Clock> clock;      // null: the steady clock
   HostMemory* memory = nullptr;            // null: the real one; must outlive the engine
   std::optional<std::uint64_t> hash_seed;  // nullopt: random
+  DiskOptions disk;
 
   Status validate() const;
   // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
@@ -50,7 +77,13 @@ struct EngineConfig {
 };
 
 // State of one key in one group. The numbers are part of the Python API.
-enum class BlockState : std::uint8_t { miss = 0, pending = 1, ready = 2 };
+enum class BlockState : std::uint8_t {
+  miss = 0,
+  pending = 1,  // being stored, in no tier yet
+  ready = 2,    // in the host tier
+  on_disk = 3,  // in the disk tier alone, or on its way from there to the host tier
+};
+constexpr bool is_ready(BlockState state) { return state >= BlockState::ready; }
 
 // What lookup() found. Advisory: nothing holds the blocks until they are pinned or loaded.
 struct Match {
@@ -108,7 +141,9 @@ struct Grant {
 
 struct FlushResult {
   std::uint64_t settled = 0;  // stores that ended while flush() waited
-  std::uint64_t durable = 0;  // blocks on disk; 0 without a disk tier
+  std::uint64_t durable = 0;  // blocks that became durable meanwhile; 0 without a disk tier
+  std::uint64_t dropped =
+      0;  // blocks that will not: declined by admission, budget or a busy drive, or failed
 };
 
 // Threads: every method from any thread. Blocks: only wait-like methods, as said there.
@@ -145,15 +180,25 @@ class Engine {
   virtual Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) = 0;
   virtual Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) = 0;
 
+  // Brings the blocks that are on disk alone into the host tier, behind all loads. The ticket is done when
+  // each block is in the host tier (`loaded`), or is not to be had (`missed`, `failed`). Nothing holds them
+  // there but their recency. Reads that have not begun at the deadline are given up. Never waits.
+  virtual Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline) = 0;
+  // Gives up the reads of a prefetch that have not begun and that nobody else waits for. Returns how many.
+  virtual Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket) = 0;
+
   // Refreshes the blocks that are there, last key oldest. Returns how many, summed over groups.
   virtual Result<std::uint64_t> touch(std::span<const BlockKey> keys) = 0;
-  // No lookup finds the blocks any more when it returns. Running loads of them finish unharmed.
+  // No lookup finds the blocks any more when it returns, after a restart neither: with a disk tier both wait
+  // for the drive (a sync). Running loads of them finish unharmed. Errors: io: they are gone from memory, but
+  // the drive did not confirm it, so that they may be found again after a restart.
   virtual Result<std::uint64_t> drop(std::span<const BlockKey> keys) = 0;
   virtual Result<std::uint64_t> drop_namespace(std::string_view name_space) = 0;
 
   // Ends leases whose time is over. Never waits. Returns the number of running transfers.
   virtual Result<std::uint32_t> poll() = 0;
-  // Blocks until every store submitted before the call has settled. Errors: timeout.
+  // Blocks until every store submitted before the call has settled, and with a disk tier until the fate of
+  // their blocks there is known. Errors: timeout.
   virtual Result<FlushResult> flush(Deadline deadline) = 0;
   // Blocks until the whole arena is prefaulted (benchmarks; nobody else needs to wait).
   virtual Status wait_until_whole() = 0;

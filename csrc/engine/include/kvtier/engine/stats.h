@@ -7,19 +7,53 @@
 
 namespace kvtier {
 
-// One size class of the host tier: free + filling + ready + leaving = capacity (I1).
-struct HostClassStats {
+// One size class of a tier (of the disk tier: on one drive): free + filling + ready + leaving = capacity
+// (I1).
+struct SlotClassStats {
   std::uint64_t slot_bytes = 0;
   std::uint32_t capacity = 0;
-  std::uint32_t usable = 0;  // prefaulted so far; the rest counts as free
+  std::uint32_t usable = 0;  // prefaulted (host) or written once (disk) so far; the rest counts as free
   std::uint32_t free = 0;
   std::uint32_t filling = 0;
   std::uint32_t ready = 0;
   std::uint32_t leaving = 0;  // quarantined ones included
 };
 
+// One drive of the disk tier.
+struct DiskStats {
+  std::string path;
+  std::vector<SlotClassStats> classes;
+  std::uint64_t capacity_bytes = 0;   // granted of what was asked for
+  std::uint64_t allocated_bytes = 0;  // on the drive, when it was last looked at
+  std::uint64_t bytes_read = 0;
+  std::uint64_t bytes_written = 0;     // of blocks
+  std::uint64_t bytes_prewritten = 0;  // zeros, once, so that later writes are plain overwrites
+  std::uint64_t reads = 0;
+  std::uint64_t reads_good = 0;
+  std::uint64_t reads_failed = 0;  // the drive said no
+  // Images that were read and did not prove to be what was looked for; all of them were misses.
+  std::uint64_t bad_blank = 0;
+  std::uint64_t bad_foreign = 0;
+  std::uint64_t bad_newer_version = 0;
+  std::uint64_t bad_corrupt_header = 0;
+  std::uint64_t bad_corrupt_payload = 0;
+  std::uint64_t bad_stale = 0;
+  std::uint64_t bad_unknown_key = 0;
+  std::uint64_t writes = 0;
+  std::uint64_t writes_failed = 0;
+  std::uint64_t syncs = 0;
+  std::uint64_t commits = 0;
+  std::uint64_t catalog_resets = 0;
+  std::string opened_from;  // "fresh", "catalog" or "headers", with the reason
+  std::string queue;        // how requests reach the drive
+  std::string queue_problem;
+  std::string health = "ok";  // or why it is out of service; it comes back by itself
+  std::string catalog_health = "ok";
+};
+
 struct EngineStats {
-  std::vector<HostClassStats> host;
+  std::vector<SlotClassStats> host;
+  std::vector<DiskStats> disks;
   std::uint64_t host_bytes = 0;
   std::uint64_t host_prefaulted_bytes = 0;
   std::uint64_t registered_chunks = 0;
@@ -32,10 +66,11 @@ struct EngineStats {
   std::uint32_t leases = 0;
   std::uint32_t transfers_running = 0;
 
-  // lookup(): lookup_blocks = lookup_hits_host + lookup_misses_absent + lookup_misses_pending +
-  // lookup_misses_failed.
+  // lookup(): lookup_blocks = lookup_hits_host + lookup_hits_disk + lookup_misses_absent +
+  // lookup_misses_pending + lookup_misses_failed.
   std::uint64_t lookup_blocks = 0;
   std::uint64_t lookup_hits_host = 0;
+  std::uint64_t lookup_hits_disk = 0;
   std::uint64_t lookup_misses_absent = 0;
   std::uint64_t lookup_misses_pending = 0;
   std::uint64_t lookup_misses_failed = 0;  // the engine is in its failed state
@@ -53,6 +88,27 @@ struct EngineStats {
   std::uint64_t load_missed = 0;
   std::uint64_t load_pending = 0;
   std::uint64_t load_failed = 0;
+
+  // disk -> host: reads begun = promote_good + promote_bad + promote_failed + promote_cancelled + running.
+  std::uint64_t promote_good = 0;
+  std::uint64_t promote_bad = 0;        // did not verify; see DiskStats
+  std::uint64_t promote_failed = 0;     // the drive said no
+  std::uint64_t promote_cancelled = 0;  // a prefetch was given up
+  std::uint64_t promote_declined = 0;   // no host slot could be freed; nothing was read
+
+  // host -> disk: each block that was stored ends as one of these.
+  std::uint64_t disk_durable = 0;
+  std::uint64_t disk_declined_admission = 0;
+  std::uint64_t disk_declined_budget = 0;
+  std::uint64_t disk_declined_busy = 0;    // no drive takes writes now
+  std::uint64_t disk_declined_full = 0;    // no slot could be freed
+  std::uint64_t disk_declined_parent = 0;  // the block before it is not on disk
+  std::uint64_t disk_gone = 0;             // evicted or dropped before it was written
+  std::uint64_t disk_failed = 0;           // the drive said no
+  std::uint64_t disk_evictions = 0;
+  std::uint32_t disk_waiting = 0;  // blocks that wait for their write, or for its sync
+  std::uint32_t promotions_running = 0;
+  std::uint64_t write_budget_left_bytes = 0;
 
   std::uint64_t bytes_stored = 0;
   std::uint64_t bytes_loaded = 0;

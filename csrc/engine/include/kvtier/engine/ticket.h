@@ -59,6 +59,8 @@ class Ticket {
   std::vector<BlockOutcome> outcomes() const;
   // Loads: blocks at the beginning whose bytes are in the pages. Stores: that others can hit or will.
   std::size_t valid_blocks() const;
+  // Stores: blocks that survive a restart. Final once `durable` is settled.
+  std::size_t durable_blocks() const;
 
   // See Transfer. A ticket that had nothing to copy orders nothing and succeeds.
   Status wait_stream(StreamHandle stream) const;
@@ -73,6 +75,7 @@ class Ticket {
   void set_transfer(std::shared_ptr<Transfer> transfer);
   void fail(const Status& status);
   void settle(Moment moment, Status error = Status::ok());
+  void add_durable(std::size_t num_blocks);
 
  private:
   struct State {
@@ -84,6 +87,8 @@ class Ticket {
     Status released_error KVTIER_GUARDED_BY(mutex);
     bool released KVTIER_GUARDED_BY(mutex) = false;
     bool ready KVTIER_GUARDED_BY(mutex) = false;
+    bool durable KVTIER_GUARDED_BY(mutex) = false;
+    std::size_t durable_blocks KVTIER_GUARDED_BY(mutex) = 0;
     int done_fd KVTIER_GUARDED_BY(mutex) = -1;
   };
   bool inherited() const;  // by a child of fork()

@@ -24,8 +24,9 @@ namespace kvtier {
 struct alignas(64) Entry {
   BlockKey key;
   GroupId group;
-  SlotState state;  // of its host slot
-  bool linked;      // findable; false once dropped while its slot is still held
+  SlotState state;          // of its slot
+  bool linked : 1;          // findable; false once dropped while its slot is still held
+  std::uint8_t volume : 7;  // which drive, in the disk tier; 0 in the host tier
   NamespaceId name_space;
   std::uint32_t depth;     // blocks before it in its sequence
   std::uint32_t children;  // resident entries whose parent this is
@@ -61,6 +62,8 @@ class Index {
   // the child -> parent link by id and generation, so that a parent that went first is never mistaken for its
   // record's next user.
   void set_parent(Entry& child, Entry& parent);
+  // The parent, if it has one that is not erased.
+  Entry* parent(const Entry& child);
 
   EntryId id(const Entry& entry) const {
     return EntryId{static_cast<std::uint32_t>(&entry - entries_.data())};

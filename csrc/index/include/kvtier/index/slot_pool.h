@@ -44,9 +44,14 @@ class SlotPool {
   void grow(std::uint32_t usable);
   // A free slot, now filling; nullopt when there is none.
   std::optional<SlotId> take();
+  // That very slot, now filling; false when it is not free or not usable. For slots whose blocks were found
+  // again after a restart.
+  bool take_at(SlotId slot);
   // To `filling` only take() goes: it knows which slots are usable and free.
   void step(SlotId slot, SlotState to);
 
+  // Whether take() would find one.
+  bool has_free() const { return counts_[static_cast<int>(SlotState::free)] > capacity() - usable_; }
   SlotState state(SlotId slot) const { return states_[raw(slot)]; }
   std::uint32_t capacity() const { return static_cast<std::uint32_t>(states_.size()); }
   std::uint32_t usable() const { return usable_; }
@@ -57,8 +62,10 @@ class SlotPool {
   void set(SlotId slot, SlotState to);
 
   std::vector<SlotState> states_;
-  std::vector<SlotId> recycled_;   // freed slots, last one first: its lines are the warmest
-  std::uint32_t next_unused_ = 0;  // slots from here to usable_ were never taken
+  // Freed slots, last one first: its lines are the warmest. One that take_at() took may still stand here.
+  std::vector<SlotId> recycled_;
+  std::vector<bool> is_recycled_;  // so that none stands there twice
+  std::uint32_t next_unused_ = 0;  // slots from here to usable_ were never taken by take()
   std::uint32_t usable_ = 0;
   std::uint32_t counts_[4] = {};
 };

@@ -69,10 +69,10 @@ class Directory {
   std::string path_;
 };
 
-// A lock on a file of `directory`, held by this process until destroyed. POSIX record locks (fcntl F_SETLK): they
-// die with the process and are not inherited by its forked children, as flock's and OFD locks are. Since such
-// locks do not see each other within one process, and die with any descriptor of the file, a table in the process
-// keeps what it holds.
+// A lock on a file of `directory`, held by this process until destroyed. POSIX record locks (fcntl F_SETLK):
+// they die with the process and are not inherited by its forked children, as flock's and OFD locks are. Since
+// such locks do not see each other within one process, and die with any descriptor of the file, a table in
+// the process keeps what it holds.
 class FileLock {
  public:
   virtual ~FileLock() = default;
@@ -98,8 +98,8 @@ class BlockFile {
   // STATX_DIOALIGN, the logical block size where it does not); 1 for a buffered file.
   std::uint32_t alignment() const { return alignment_; }
   Result<std::uint64_t> size_bytes() const;  // asked anew: somebody may have truncated it
-  // Reserves blocks for [size, new_size) (fallocate), so that later writes cannot meet a full disk. The new part
-  // reads as zeros, and is "unwritten" until it was written once: prewrite() it. Errors: io (ENOSPC).
+  // Reserves blocks for [size, new_size) (fallocate), so that later writes cannot meet a full disk. The new
+  // part reads as zeros, and is "unwritten" until it was written once: prewrite() it. Errors: io (ENOSPC).
   Status grow(std::uint64_t new_size_bytes);
   // Writes zeros over [begin, end), so that later writes are plain overwrites (measured: writes to unwritten
   // extents reach 0.65 to 0.87 of them). Blocks; calls `go_on` between pieces and stops when it says false.

@@ -44,7 +44,10 @@ struct IoCompletion {
   int error = 0;  // 0, or an errno
 };
 
-// Threads: wake() from any thread, the rest from one thread at a time. Blocks: wait(), the destructor.
+// Threads: wake() from any thread. The others from one, the owner: whoever calls submit() or wait() first.
+// What comes before that (register_buffers()) may be done by the maker, and so may the destructor, once
+// nothing is in flight or the owner's thread has ended. The kernel cancels (ECANCELED) what a thread that
+// ends leaves in flight. Blocks: wait(), the destructor.
 class IoQueue {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
@@ -67,24 +70,43 @@ class IoQueue {
   virtual Status wait(std::vector<IoCompletion>& completions, std::optional<TimePoint> deadline) = 0;
   virtual void wake() = 0;
 
-  // Makes buffers known to the kernel, so that requests inside them are cheaper. Best effort: a failure says
-  // why and changes nothing else. Requires that nothing is in flight. At most 1 GiB each.
+  // Makes buffers known to the kernel, so that requests inside one of them are cheaper, instead of those that
+  // it knew. Best effort: after a failure, which says why, none is known, and all else goes on. Requires that
+  // nothing is in flight. At most 1 GiB each. The memory must stay mapped until the next call, which may be
+  // with none, or the destructor. Errors: unsupported; invalid_argument; resource (ENOMEM: the memlock
+  // limit).
   virtual Status register_buffers(std::span<const std::span<std::byte>> buffers) = 0;
 };
 
 struct IoQueueOptions {
   std::uint32_t depth = 64;   // requests in flight, 1 to 4096
-  std::uint32_t threads = 8;  // of the thread queue
+  std::uint32_t threads = 8;  // of the thread queue, 1 to 256
 };
 
-// Errors: unsupported where io_uring is not compiled in or refused by the kernel (the default seccomp profile of
-// containers answers EPERM); resource. native_code() is the errno.
+// Errors: unsupported where io_uring is not compiled in or refused by the kernel (the default seccomp profile
+// of containers answers EPERM); resource; invalid_argument. native_code() is the errno.
 Result<std::unique_ptr<IoQueue>> make_uring_queue(const IoQueueOptions& options);
-// Errors: resource.
+// Errors: resource, invalid_argument.
 Result<std::unique_ptr<IoQueue>> make_thread_queue(const IoQueueOptions& options);
 
-// io_uring where a probe (one real read through a ring) works, else threads. `why_not`, if given, receives the
-// reason for the lesser choice, empty for the best.
+// io_uring where a probe (one real read through a ring) works, else threads. `why_not`, if given, receives
+// the reason for the lesser choice, empty for the best.
 Result<std::unique_ptr<IoQueue>> make_io_queue(const IoQueueOptions& options, std::string* why_not);
+
+namespace internal {
+
+Status check(const IoQueueOptions& options);
+
+// For tests: what a ring may use, as if the kernel were not newer.
+enum class UringLevel : std::uint8_t {
+  basic,         // 5.10: waits with ppoll
+  timed_wait,    // 5.13: the ring waits with a deadline
+  cooperative,   // 5.19
+  single_owner,  // 6.0
+  deferred,      // 6.1: completions are gathered when the owner asks for them
+};
+Result<std::unique_ptr<IoQueue>> make_uring_queue(const IoQueueOptions& options, UringLevel highest);
+
+}  // namespace internal
 
 }  // namespace kvtier

@@ -1,8 +1,12 @@
 // SimulatedDrive: an IoQueue over real files that does to them what drives do at their worst, by a seed.
 //
 // Writes are kept in memory ("the drive's cache") and reach the file only by a sync, or at the drive's whim.
-// Reads see them. power_loss() ends the drive: of what was not synced, a random part reaches the files, whole
-// requests in any order, one of them torn at 512 or 4096 bytes. Then the files are what a new start would find.
+// Reads see them. power_loss() ends the drive: of what was not synced, and of writes still in flight, a
+// random part reaches the files, whichever came first, and one of those torn: a random part of its sectors of
+// 512 or 4096 bytes. Then the files are what a new start would find.
+//
+// What happens to a request is drawn at its submission, so one sequence of requests meets the same faults
+// whenever the owner waits.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +20,21 @@ namespace kvtier {
 struct DriveFaults {
   std::uint64_t seed = 1;
   // Probability, per request, of each fault.
-  double read_error = 0;    // EIO
-  double write_error = 0;   // EIO; a random part may have been written
-  double sync_error = 0;    // EIO; what it should have made durable stays lost or not, at random
-  double no_space = 0;      // ENOSPC on writes
-  double bit_flip = 0;      // a bit of what was read, or of what stands on the drive, flips
-  double misplaced = 0;     // a write lands at another slot's place (4 KiB aligned)
-  double lost_write = 0;    // reported done and never done, even though synced
-  double delay = 0;         // completes late: only after `delayed_requests` others, or at release_delayed()
+  double read_error = 0;   // EIO
+  double write_error = 0;  // EIO; a random part may have been written
+  double sync_error = 0;   // EIO; each write that it should have made durable is made so, kept or lost
+  double no_space = 0;     // ENOSPC on writes
+  double bit_flip = 0;     // a bit of what was read, or of what stands on the drive, flips
+  // A write lands elsewhere in its file, at a multiple of its own size from its place (another slot's), or
+  // nowhere in a file without such a place.
+  double misplaced = 0;
+  double lost_write = 0;  // reported done and never done, even though synced
+  // Completes late: after `delayed_requests` others of its queue, or when only such are in flight, or at
+  // release_delayed().
+  double delay = 0;
   std::uint32_t delayed_requests = 8;
-  bool never_completes = false;               // delayed requests come only at release_delayed()
-  std::optional<std::uint64_t> fail_nth;      // the n-th request from now (from 0) fails with EIO
+  bool never_completes = false;                          // delayed requests come only at release_delayed()
+  std::optional<std::uint64_t> fail_nth = std::nullopt;  // the n-th request from now (from 0) fails with EIO
 };
 
 // Shared by all queues over the same files. Threads: any.
@@ -37,11 +45,13 @@ class SimulatedDrive {
 
   // A queue on this drive; the drive must outlive it. Completions come out of order by the seed.
   std::unique_ptr<IoQueue> make_queue(std::uint32_t depth);
-  void set_faults(const DriveFaults& faults);
+  void set_faults(const DriveFaults& faults);  // of requests submitted from now on; seeds anew
   void release_delayed();
-  // See above. Afterwards every request fails with EIO. Requires that files are still open under the same fds.
+  // See above. Afterwards every request fails with EIO, those in flight too. The drive has its own
+  // descriptors of the files: it does not matter who has closed theirs.
   void power_loss();
-  std::uint64_t requests() const;  // so far
+  std::uint64_t requests() const;         // submitted so far
+  std::uint64_t unsynced_writes() const;  // that a power loss now may lose
   std::uint64_t faults_injected() const;
 
  private:

@@ -10,6 +10,7 @@
 // death costs the catalog until reset_with() made a new one, and nothing else.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -53,10 +54,19 @@ class Catalog {
 struct CatalogOptions {
   std::string
       helper_path;  // of kvtier-catalog; empty: beside this library (dladdr), or $KVTIER_CATALOG_HELPER
-  std::uint64_t max_bytes = 0;  // bound of its file
+  std::uint64_t max_bytes = 0;                      // bound of its file, at least kMinCatalogBytes
+  std::chrono::milliseconds answer_within{30'000};  // else the helper hangs: it is killed, the answer is io
 };
 
-// Opens or makes `directory_path`/catalog.mdb. Errors: io, unsupported (the helper cannot be started).
+inline constexpr std::uint64_t kMinCatalogBytes = std::uint64_t{1} << 20;
+// A bound that a catalog of so many slots never meets: a megabyte, and 1024 bytes a slot, which is about
+// three times what it takes when every block was replaced and touched many times over (copy-on-write keeps
+// the pages of the transaction before).
+std::uint64_t catalog_bound_bytes(std::uint64_t num_slots);
+
+// Opens or makes `directory_path`/catalog.mdb. A file that cannot be used is not an error here: read_all()
+// says corruption, and reset_with() makes a new one. Errors: invalid_argument (max_bytes), unsupported (the
+// helper cannot be started), resource.
 Result<std::unique_ptr<Catalog>> open_catalog(const std::string& directory_path,
                                               const CatalogOptions& options);
 
@@ -70,7 +80,7 @@ class CatalogHistory {
   // A catalog that starts from a version (num_versions() - 1 is the newest, 0 the empty one) and goes on from
   // there.
   std::unique_ptr<Catalog> open(std::size_t version);
-  void fail_after(std::size_t commits);  // then every commit fails with io
+  void fail_after(std::size_t commits);  // then every commit fails with io; reset_with() works
 
  private:
   struct State;

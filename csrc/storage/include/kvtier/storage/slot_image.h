@@ -77,9 +77,17 @@ class SlotCipher {
  public:
   // master_key: 32 bytes. Older keys may be given for reading only, so that keys rotate. Errors:
   // invalid_argument for a wrong length, internal if OpenSSL fails its self-test.
+  // writes_per_subkey: after so many a new salt is drawn; at most 2^32 (NIST SP 800-38D), fewer in tests.
   static Result<std::shared_ptr<SlotCipher>> make(std::span<const std::byte> master_key,
-                                                  std::span<const std::span<const std::byte>> older_keys);
+                                                  std::span<const std::span<const std::byte>> older_keys,
+                                                  std::uint64_t writes_per_subkey = std::uint64_t{1} << 32);
   virtual ~SlotCipher() = default;
+  SlotCipher(const SlotCipher&) = delete;
+  SlotCipher& operator=(const SlotCipher&) = delete;
+
+ private:
+  friend class PayloadCipher;  // the one implementation, csrc/storage/payload_cipher.h
+  SlotCipher() = default;
 };
 
 // Seals and verifies images of one store. Immutable but for the cipher's counter. Threads: any.
@@ -93,7 +101,9 @@ class SlotImages {
   // Fills in the header at `image` for the payload behind it, checksums included (about 10 GB/s). Bytes
   // between payload and stride are not touched and are proved by nothing. With a cipher: reads the payload
   // behind `plain` and writes header and ciphertext to `image` (the two differ); without, `plain` == `image`.
-  void seal(std::byte* image, const std::byte* plain, const SlotHeader& header) const;
+  // Errors (with a cipher only): resource when OpenSSL cannot draw a salt or allocate; `image` is then
+  // undefined and must not be written.
+  Status seal(std::byte* image, const std::byte* plain, const SlotHeader& header) const;
 
   // Judges an image that was read for `place`. Verifies header and payload; with `expected`, also key, group
   // and generation, else `stale`. On good, `header` (if not null) is what it says, and the payload stands in

@@ -38,6 +38,9 @@ struct TransferRequest {
   std::vector<PageId> pages;     // checked by check_pages()
   Direction direction = Direction::store;
   StreamHandle framework_stream{0};
+  // What Transfers::mark() returned: the copies come behind that point instead of behind what the framework's
+  // stream has been given by the time of submit(). For loads whose blocks come from a drive first.
+  std::shared_ptr<Event> after;
   // Layers per batch of a layer-wise load, each with an event of its own; 0 moves whole blocks.
   std::uint32_t layers_per_batch = 0;
 };
@@ -79,6 +82,10 @@ class Transfers {
   // Never fails as a call: failures reach on_end. Unless it failed, all events are recorded when it
   // returns.
   virtual std::shared_ptr<Transfer> submit(TransferRequest request, OnEnd on_end) = 0;
+
+  // The point that a framework's stream has reached, for TransferRequest::after. The event must not outlive
+  // the Device.
+  virtual Result<std::shared_ptr<Event>> mark(StreamHandle framework_stream) = 0;
 };
 
 }  // namespace kvtier

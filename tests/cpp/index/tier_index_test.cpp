@@ -1,4 +1,4 @@
-#include "kvtier/index/host_tier.h"
+#include "kvtier/index/tier_index.h"
 
 #include <gtest/gtest.h>
 
@@ -22,26 +22,26 @@ BlockKey key_of(std::uint64_t n) {
 }
 
 // A tier of one class and one group, all of it usable.
-HostTier tier_of(std::uint32_t slots, bool leaf_first = true) {
-  HostTier tier({.slots_per_class = {slots}, .class_of_group = {0}, .leaf_first = leaf_first});
+TierIndex tier_of(std::uint32_t slots, bool leaf_first = true) {
+  TierIndex tier({.slots_per_class = {slots}, .class_of_group = {0}, .leaf_first = leaf_first});
   tier.slots(0).grow(slots);
   return tier;
 }
 
-HostTier::Reservation reserve(HostTier& tier, std::uint64_t n, Entry* parent = nullptr) {
+TierIndex::Reservation reserve(TierIndex& tier, std::uint64_t n, Entry* parent = nullptr) {
   return tier.reserve(key_of(n), kGroup, kTenant, 0, parent);
 }
 
-Entry& store(HostTier& tier, std::uint64_t n, Entry* parent = nullptr) {
-  const HostTier::Reservation reservation = reserve(tier, n, parent);
+Entry& store(TierIndex& tier, std::uint64_t n, Entry* parent = nullptr) {
+  const TierIndex::Reservation reservation = reserve(tier, n, parent);
   EXPECT_EQ(reservation.outcome, ReserveOutcome::reserved);
   EXPECT_TRUE(tier.commit(*reservation.entry));
   return *reservation.entry;
 }
 
-bool resident(HostTier& tier, std::uint64_t n) { return tier.index().find(key_of(n), kGroup) != nullptr; }
+bool resident(TierIndex& tier, std::uint64_t n) { return tier.index().find(key_of(n), kGroup) != nullptr; }
 
-void expect_counts(const HostTier& tier, std::uint32_t free, std::uint32_t filling, std::uint32_t ready,
+void expect_counts(const TierIndex& tier, std::uint32_t free, std::uint32_t filling, std::uint32_t ready,
                    std::uint32_t leaving) {
   const SlotPool::Counts counts = tier.slots(0).counts();
   EXPECT_EQ(counts.free, free);
@@ -50,12 +50,12 @@ void expect_counts(const HostTier& tier, std::uint32_t free, std::uint32_t filli
   EXPECT_EQ(counts.leaving, leaving);
 }
 
-TEST(HostTier, a_block_is_pending_until_its_commit_and_present_afterwards_I3) {
-  HostTier tier = tier_of(2);
-  const HostTier::Reservation first = reserve(tier, 1);
+TEST(TierIndex, a_block_is_pending_until_its_commit_and_present_afterwards_I3) {
+  TierIndex tier = tier_of(2);
+  const TierIndex::Reservation first = reserve(tier, 1);
   ASSERT_EQ(first.outcome, ReserveOutcome::reserved);
   EXPECT_EQ(first.entry->state, SlotState::filling);
-  HostTier::Reservation again = reserve(tier, 1);
+  TierIndex::Reservation again = reserve(tier, 1);
   EXPECT_EQ(again.outcome, ReserveOutcome::pending);
   EXPECT_EQ(again.entry, first.entry);
   EXPECT_TRUE(tier.commit(*first.entry));
@@ -65,31 +65,31 @@ TEST(HostTier, a_block_is_pending_until_its_commit_and_present_afterwards_I3) {
   expect_counts(tier, 1, 0, 1, 0);
 }
 
-TEST(HostTier, what_reserve_was_told_is_in_the_entry) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, what_reserve_was_told_is_in_the_entry) {
+  TierIndex tier = tier_of(2);
   Entry& parent = store(tier, 1);
-  const HostTier::Reservation found = tier.reserve(key_of(2), kGroup, NamespaceId{9}, 17, &parent);
+  const TierIndex::Reservation found = tier.reserve(key_of(2), kGroup, NamespaceId{9}, 17, &parent);
   EXPECT_EQ(found.entry->name_space, NamespaceId{9});
   EXPECT_EQ(found.entry->depth, 17U);
   EXPECT_EQ(found.entry->key, key_of(2));
   EXPECT_EQ(parent.children, 1U);
 }
 
-TEST(HostTier, an_aborted_reservation_leaves_nothing) {
-  HostTier tier = tier_of(1);
+TEST(TierIndex, an_aborted_reservation_leaves_nothing) {
+  TierIndex tier = tier_of(1);
   Entry& parent = store(tier, 1);
   tier.slots(0).grow(1);
   EXPECT_EQ(reserve(tier, 2, &parent).outcome, ReserveOutcome::declined);
   tier.drop(parent);
-  const HostTier::Reservation found = reserve(tier, 2);
+  const TierIndex::Reservation found = reserve(tier, 2);
   tier.abort(*found.entry);
   EXPECT_FALSE(resident(tier, 2));
   expect_counts(tier, 1, 0, 0, 0);
   EXPECT_EQ(tier.index().size(), 0U);
 }
 
-TEST(HostTier, a_full_tier_evicts_the_least_recently_used) {
-  HostTier tier = tier_of(3);
+TEST(TierIndex, a_full_tier_evicts_the_least_recently_used) {
+  TierIndex tier = tier_of(3);
   for (std::uint64_t n = 0; n < 3; ++n) store(tier, n);
   tier.touch(*tier.index().find(key_of(0), kGroup));
   store(tier, 3);
@@ -99,8 +99,8 @@ TEST(HostTier, a_full_tier_evicts_the_least_recently_used) {
   expect_counts(tier, 0, 0, 3, 0);
 }
 
-TEST(HostTier, pinned_block_is_never_evicted_I4) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, pinned_block_is_never_evicted_I4) {
+  TierIndex tier = tier_of(2);
   Entry& pinned = store(tier, 0);
   tier.pin(pinned);
   tier.pin(pinned);
@@ -120,11 +120,11 @@ TEST(HostTier, pinned_block_is_never_evicted_I4) {
   EXPECT_FALSE(resident(tier, 0));
 }
 
-TEST(HostTier, when_everything_is_pinned_or_filling_a_reservation_is_declined_I4) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, when_everything_is_pinned_or_filling_a_reservation_is_declined_I4) {
+  TierIndex tier = tier_of(2);
   Entry& pinned = store(tier, 0);
   tier.pin(pinned);
-  const HostTier::Reservation filling = reserve(tier, 1);
+  const TierIndex::Reservation filling = reserve(tier, 1);
   EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::declined);
   EXPECT_EQ(reserve(tier, 2).entry, nullptr);
   EXPECT_TRUE(tier.commit(*filling.entry));
@@ -132,8 +132,8 @@ TEST(HostTier, when_everything_is_pinned_or_filling_a_reservation_is_declined_I4
   EXPECT_EQ(tier.evictions(), 1U);
 }
 
-TEST(HostTier, pins_are_counted_by_block_and_in_all) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, pins_are_counted_by_block_and_in_all) {
+  TierIndex tier = tier_of(2);
   Entry& a = store(tier, 0);
   Entry& b = store(tier, 1);
   tier.pin(a);
@@ -150,10 +150,10 @@ TEST(HostTier, pins_are_counted_by_block_and_in_all) {
 }
 
 // Blocks first .. first + n of one prompt, inserted tail first as the engine commits.
-void store_prompt(HostTier& tier, std::uint64_t first, std::uint64_t n) {
+void store_prompt(TierIndex& tier, std::uint64_t first, std::uint64_t n) {
   std::vector<Entry*> entries;
   for (std::uint64_t i = 0; i < n; ++i) {
-    const HostTier::Reservation found = reserve(tier, first + i, entries.empty() ? nullptr : entries.back());
+    const TierIndex::Reservation found = reserve(tier, first + i, entries.empty() ? nullptr : entries.back());
     ASSERT_EQ(found.outcome, ReserveOutcome::reserved);
     entries.push_back(found.entry);
   }
@@ -163,8 +163,8 @@ void store_prompt(HostTier& tier, std::uint64_t first, std::uint64_t n) {
   }
 }
 
-TEST(HostTier, tail_of_a_prompt_goes_first) {
-  HostTier tier = tier_of(4);
+TEST(TierIndex, tail_of_a_prompt_goes_first) {
+  TierIndex tier = tier_of(4);
   store_prompt(tier, 0, 4);
   for (std::uint64_t gone = 0; gone < 4; ++gone) {
     store(tier, 100 + gone);
@@ -173,10 +173,10 @@ TEST(HostTier, tail_of_a_prompt_goes_first) {
   }
 }
 
-TEST(HostTier, tail_of_a_prompt_goes_first_whatever_the_order_of_its_commits) {
+TEST(TierIndex, tail_of_a_prompt_goes_first_whatever_the_order_of_its_commits) {
   std::vector<std::uint64_t> order{0, 1, 2, 3};
   do {
-    HostTier tier = tier_of(4);
+    TierIndex tier = tier_of(4);
     std::vector<Entry*> entries;
     for (std::uint64_t n = 0; n < 4; ++n) {
       entries.push_back(reserve(tier, n, entries.empty() ? nullptr : entries.back()).entry);
@@ -190,8 +190,8 @@ TEST(HostTier, tail_of_a_prompt_goes_first_whatever_the_order_of_its_commits) {
   } while (std::next_permutation(order.begin(), order.end()));
 }
 
-TEST(HostTier, a_prompt_that_was_used_earlier_goes_before_one_that_was_used_later) {
-  HostTier tier = tier_of(6);
+TEST(TierIndex, a_prompt_that_was_used_earlier_goes_before_one_that_was_used_later) {
+  TierIndex tier = tier_of(6);
   store_prompt(tier, 0, 3);
   store_prompt(tier, 10, 3);
   for (std::uint64_t n = 0; n < 3; ++n) store(tier, 100 + n);
@@ -201,8 +201,8 @@ TEST(HostTier, a_prompt_that_was_used_earlier_goes_before_one_that_was_used_late
   }
 }
 
-TEST(HostTier, parent_outlives_child) {
-  HostTier tier = tier_of(3);
+TEST(TierIndex, parent_outlives_child) {
+  TierIndex tier = tier_of(3);
   Entry& parent = store(tier, 0);
   Entry& child = store(tier, 1, &parent);
   tier.pin(child);
@@ -215,10 +215,10 @@ TEST(HostTier, parent_outlives_child) {
   tier.unpin(child);
 }
 
-TEST(HostTier, a_child_that_is_still_filling_holds_its_parent) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, a_child_that_is_still_filling_holds_its_parent) {
+  TierIndex tier = tier_of(2);
   Entry& parent = store(tier, 0);
-  const HostTier::Reservation child = reserve(tier, 1, &parent);
+  const TierIndex::Reservation child = reserve(tier, 1, &parent);
   EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::declined);
   tier.abort(*child.entry);
   EXPECT_EQ(reserve(tier, 2).outcome, ReserveOutcome::reserved);
@@ -227,9 +227,9 @@ TEST(HostTier, a_child_that_is_still_filling_holds_its_parent) {
   EXPECT_FALSE(resident(tier, 0));
 }
 
-TEST(HostTier, a_reservation_never_evicts_its_own_parent) {
+TEST(TierIndex, a_reservation_never_evicts_its_own_parent) {
   for (const bool leaf_first : {true, false}) {
-    HostTier tier = tier_of(1, leaf_first);
+    TierIndex tier = tier_of(1, leaf_first);
     Entry& parent = store(tier, 0);
     EXPECT_EQ(reserve(tier, 1, &parent).outcome, ReserveOutcome::declined);
     EXPECT_TRUE(resident(tier, 0));
@@ -237,8 +237,8 @@ TEST(HostTier, a_reservation_never_evicts_its_own_parent) {
   }
 }
 
-TEST(HostTier, without_leaf_first_age_alone_decides) {
-  HostTier tier = tier_of(2, /*leaf_first=*/false);
+TEST(TierIndex, without_leaf_first_age_alone_decides) {
+  TierIndex tier = tier_of(2, /*leaf_first=*/false);
   Entry& parent = store(tier, 0);
   store(tier, 1, &parent);
   store(tier, 2);
@@ -246,8 +246,8 @@ TEST(HostTier, without_leaf_first_age_alone_decides) {
   EXPECT_TRUE(resident(tier, 1));
 }
 
-TEST(HostTier, dropped_while_pinned_frees_with_last_pin) {
-  HostTier tier = tier_of(1);
+TEST(TierIndex, dropped_while_pinned_frees_with_last_pin) {
+  TierIndex tier = tier_of(1);
   Entry& entry = store(tier, 0);
   tier.pin(entry);
   tier.pin(entry);
@@ -263,8 +263,8 @@ TEST(HostTier, dropped_while_pinned_frees_with_last_pin) {
   EXPECT_EQ(tier.index().size(), 0U);
 }
 
-TEST(HostTier, dropped_while_pinned_may_be_stored_anew_beside_it) {
-  HostTier tier = tier_of(2);
+TEST(TierIndex, dropped_while_pinned_may_be_stored_anew_beside_it) {
+  TierIndex tier = tier_of(2);
   Entry& old = store(tier, 0);
   tier.pin(old);
   tier.drop(old);
@@ -275,9 +275,9 @@ TEST(HostTier, dropped_while_pinned_may_be_stored_anew_beside_it) {
   expect_counts(tier, 1, 0, 1, 0);
 }
 
-TEST(HostTier, dropped_while_filling_is_unfindable_at_once_and_frees_at_its_end) {
+TEST(TierIndex, dropped_while_filling_is_unfindable_at_once_and_frees_at_its_end) {
   for (const bool commits : {true, false}) {
-    HostTier tier = tier_of(1);
+    TierIndex tier = tier_of(1);
     Entry& entry = *reserve(tier, 0).entry;
     tier.drop(entry);
     EXPECT_FALSE(resident(tier, 0));
@@ -293,9 +293,9 @@ TEST(HostTier, dropped_while_filling_is_unfindable_at_once_and_frees_at_its_end)
   }
 }
 
-TEST(HostTier, a_quarantined_slot_is_held_until_it_is_released_I1) {
+TEST(TierIndex, a_quarantined_slot_is_held_until_it_is_released_I1) {
   for (const bool dropped : {false, true}) {
-    HostTier tier = tier_of(1);
+    TierIndex tier = tier_of(1);
     Entry& entry = *reserve(tier, 0).entry;
     if (dropped) tier.drop(entry);
     tier.quarantine(entry);
@@ -308,8 +308,8 @@ TEST(HostTier, a_quarantined_slot_is_held_until_it_is_released_I1) {
   }
 }
 
-TEST(HostTier, a_dropped_parent_leaves_its_children_and_counts_no_more) {
-  HostTier tier = tier_of(3);
+TEST(TierIndex, a_dropped_parent_leaves_its_children_and_counts_no_more) {
+  TierIndex tier = tier_of(3);
   Entry& parent = store(tier, 0);
   Entry& child = store(tier, 1, &parent);
   tier.drop(parent);
@@ -320,8 +320,8 @@ TEST(HostTier, a_dropped_parent_leaves_its_children_and_counts_no_more) {
   EXPECT_EQ(reused.children, 0U);
 }
 
-TEST(HostTier, classes_do_not_evict_for_each_other) {
-  HostTier tier({.slots_per_class = {1, 1}, .class_of_group = {0, 1, 1}});
+TEST(TierIndex, classes_do_not_evict_for_each_other) {
+  TierIndex tier({.slots_per_class = {1, 1}, .class_of_group = {0, 1, 1}});
   for (std::size_t c = 0; c < 2; ++c) tier.slots(c).grow(1);
   Entry& first = *tier.reserve(key_of(1), GroupId{0}, kTenant, 0, nullptr).entry;
   EXPECT_TRUE(tier.commit(first));
@@ -334,8 +334,8 @@ TEST(HostTier, classes_do_not_evict_for_each_other) {
   EXPECT_EQ(tier.index().find(key_of(1), GroupId{1}), nullptr);
 }
 
-TEST(HostTier, slots_that_are_not_prefaulted_yet_are_not_handed_out) {
-  HostTier tier({.slots_per_class = {2}, .class_of_group = {0}});
+TEST(TierIndex, slots_that_are_not_prefaulted_yet_are_not_handed_out) {
+  TierIndex tier({.slots_per_class = {2}, .class_of_group = {0}});
   EXPECT_EQ(reserve(tier, 0).outcome, ReserveOutcome::declined);
   tier.slots(0).grow(1);
   store(tier, 0);
@@ -346,8 +346,8 @@ TEST(HostTier, slots_that_are_not_prefaulted_yet_are_not_handed_out) {
   EXPECT_TRUE(resident(tier, 1));
 }
 
-TEST(HostTier, stays_within_its_budget_of_memory) {
-  HostTier tier({.slots_per_class = {(1U << 16) + 1}, .class_of_group = {0}});
+TEST(TierIndex, stays_within_its_budget_of_memory) {
+  TierIndex tier({.slots_per_class = {(1U << 16) + 1}, .class_of_group = {0}});
   EXPECT_LE(tier.bytes_per_block(), 128.0);
 }
 
@@ -415,7 +415,7 @@ class AgainstModel {
     const bool slot_is_free = kCapacity[class_index] - before.free < tier_.slots(class_index).usable();
     const bool could_evict = pick(may_go) != nullptr;
 
-    const HostTier::Reservation found =
+    const TierIndex::Reservation found =
         tier_.reserve(key_of(key), group, kTenant, 3, parent ? parent->entry : nullptr);
     if (same != nullptr) {
       EXPECT_EQ(found.entry, same->entry);
@@ -555,12 +555,12 @@ class AgainstModel {
 
   std::mt19937 random_;
   bool leaf_first_;
-  HostTier tier_;
+  TierIndex tier_;
   Blocks blocks_;
   std::uint64_t serials_ = 0;
 };
 
-TEST(HostTier, agrees_with_a_naive_model_I1_I2_I3_I4) {
+TEST(TierIndex, agrees_with_a_naive_model_I1_I2_I3_I4) {
   for (unsigned seed = 0; seed < 40; ++seed) {
     SCOPED_TRACE(seed);
     AgainstModel(seed, true).run(1500);
@@ -570,7 +570,7 @@ TEST(HostTier, agrees_with_a_naive_model_I1_I2_I3_I4) {
 
 #ifndef NDEBUG
 TEST(HostTierDeathTest, misuse_is_a_bug) {
-  HostTier tier = tier_of(4);
+  TierIndex tier = tier_of(4);
   Entry& filling = *reserve(tier, 0).entry;
   EXPECT_DEATH(tier.pin(filling), "broken invariant");
   EXPECT_DEATH(tier.touch(filling), "broken invariant");

@@ -1,4 +1,5 @@
-// HostTier: the life of blocks in host slots, as pure bookkeeping: no memory, no device, no thread.
+// TierIndex: the life of blocks in the slots of one tier, host or disk, as pure bookkeeping: no memory, no
+// device, no drive, no thread.
 //
 //   reserve --> filling --commit--> ready --evict / drop--> (gone)
 //                |   |                |
@@ -7,7 +8,8 @@
 //                '-- quarantine --> leaving --release_quarantined--> (gone)
 //
 // It joins the Index (which block), a SlotPool per size class (which slot) and an EvictionPolicy per size
-// class (who goes). Only `ready` entries may be read (I3), pinned ones are not evicted and their slots not
+// class (who goes). The disk tier has these for each of its volumes: one volume is one drive.
+// Only `ready` entries may be read (I3), pinned ones are not evicted and their slots not
 // reused (I4), and free + filling + ready + leaving = capacity after every call (I1).
 #pragma once
 
@@ -29,17 +31,20 @@ enum class ReserveOutcome : std::uint8_t {
   declined,  // no slot is free and none may be evicted
 };
 
+inline constexpr std::uint32_t kMaxVolumes = 64;
+
 // Threads: none of its own; guarded by the engine mutex. Errors: a misuse is a bug (KVTIER_CHECK).
-class HostTier {
+class TierIndex {
  public:
   struct Options {
-    std::vector<std::uint32_t> slots_per_class;
-    std::vector<std::size_t> class_of_group;
+    std::vector<std::uint32_t> slots_per_class;  // of volume 0, then of volume 1 ...: as many for each
+    std::vector<std::size_t> class_of_group;     // within a volume
+    std::uint32_t num_volumes = 1;               // at most kMaxVolumes
     std::uint64_t hash_seed = 0;
     // LRU never evicts a block while a block that hangs on it is resident.
     bool leaf_first = true;
   };
-  explicit HostTier(const Options& options);
+  explicit TierIndex(const Options& options);
 
   struct Reservation {
     ReserveOutcome outcome;
@@ -47,7 +52,12 @@ class HostTier {
   };
   // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null.
   Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
-                      Entry* parent);
+                      Entry* parent, std::uint32_t volume = 0);
+  // A block that stood in its slot before this process: ready at once, the most recently used. Null when the
+  // slot is not free or not usable, or the key is there already. link_parent() may follow, once.
+  Entry* restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
+                 std::uint32_t volume, SlotId slot);
+  void link_parent(Entry& child, Entry& parent);
   // The copy has run. Returns false when the block was dropped meanwhile: its slot is free again.
   bool commit(Entry& entry);
   // The copy failed and can touch the slot no more.
@@ -65,8 +75,14 @@ class HostTier {
   // Unfindable at once. The slot is freed now, or with the last pin, or when its filling ends.
   void drop(Entry& entry);
 
+  // Who would be evicted next to make room in a class; null if nobody may be.
+  const Entry* next_victim(std::size_t class_index);
+
   Index& index() { return index_; }
-  std::size_t class_of(GroupId group) const { return class_of_group_[raw(group)]; }
+  std::size_t class_of(GroupId group, std::uint32_t volume = 0) const {
+    return volume * classes_per_volume_ + class_of_group_[raw(group)];
+  }
+  std::size_t classes_per_volume() const { return classes_per_volume_; }
   SlotPool& slots(std::size_t class_index) { return classes_[class_index].slots; }
   const SlotPool& slots(std::size_t class_index) const { return classes_[class_index].slots; }
   std::size_t num_classes() const { return classes_.size(); }
@@ -89,9 +105,10 @@ class HostTier {
   bool evictable(const Entry& entry) const {
     return entry.pins == 0 && (!leaf_first_ || entry.children == 0);
   }
-  Class& class_for(const Entry& entry) { return classes_[class_of(entry.group)]; }
+  Class& class_for(const Entry& entry) { return classes_[class_of(entry.group, entry.volume)]; }
 
   std::vector<std::size_t> class_of_group_;
+  std::size_t classes_per_volume_;
   bool leaf_first_;
   Index index_;
   std::vector<Class> classes_;

@@ -1,4 +1,4 @@
-#include "kvtier/index/host_tier.h"
+#include "kvtier/index/tier_index.h"
 
 #include <numeric>
 
@@ -6,8 +6,9 @@
 
 namespace kvtier {
 
-HostTier::HostTier(const Options& options)
+TierIndex::TierIndex(const Options& options)
     : class_of_group_(options.class_of_group),
+      classes_per_volume_(options.slots_per_class.size() / options.num_volumes),
       leaf_first_(options.leaf_first),
       index_(std::accumulate(options.slots_per_class.begin(), options.slots_per_class.end(), std::size_t{0}),
              options.hash_seed) {
@@ -16,12 +17,12 @@ HostTier::HostTier(const Options& options)
   }
 }
 
-HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, NamespaceId name_space,
-                                        std::uint32_t depth, Entry* parent) {
+TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, NamespaceId name_space,
+                                          std::uint32_t depth, Entry* parent, std::uint32_t volume) {
   if (Entry* found = index_.find(key, group)) {
     return {found->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending, found};
   }
-  Class& tier_class = classes_[class_of(group)];
+  Class& tier_class = classes_[class_of(group, volume)];
   std::optional<SlotId> slot = tier_class.slots.take();
   if (!slot) {
     // The parent has no child yet to hold it, and must not be the victim of its own child.
@@ -36,15 +37,35 @@ HostTier::Reservation HostTier::reserve(const BlockKey& key, GroupId group, Name
   entry.name_space = name_space;
   entry.depth = depth;
   entry.slot = *slot;
-  if (parent != nullptr) {
-    if (leaf_first_ && tracked(*parent) && evictable(*parent))
-      class_for(*parent).policy->hold(index_.id(*parent));
-    index_.set_parent(entry, *parent);
-  }
+  entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
+  if (parent != nullptr) link_parent(entry, *parent);
   return {ReserveOutcome::reserved, &entry};
 }
 
-bool HostTier::evict_one(Class& tier_class) {
+void TierIndex::link_parent(Entry& child, Entry& parent) {
+  if (leaf_first_ && tracked(parent) && evictable(parent)) class_for(parent).policy->hold(index_.id(parent));
+  index_.set_parent(child, parent);
+}
+
+Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
+                          std::uint32_t volume, SlotId slot) {
+  Class& tier_class = classes_[class_of(group, volume)];
+  if (index_.find(key, group) != nullptr || !tier_class.slots.take_at(slot)) return nullptr;
+  Entry& entry = index_.insert(key, group);
+  entry.name_space = name_space;
+  entry.depth = depth;
+  entry.slot = slot;
+  entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
+  commit(entry);
+  return &entry;
+}
+
+const Entry* TierIndex::next_victim(std::size_t class_index) {
+  const std::optional<EntryId> victim = classes_[class_index].policy->victim();
+  return victim ? &index_.at(*victim) : nullptr;
+}
+
+bool TierIndex::evict_one(Class& tier_class) {
   const std::optional<EntryId> victim = tier_class.policy->victim();
   if (!victim) return false;
   KVTIER_CHECK(index_.at(*victim).state == SlotState::ready && index_.at(*victim).pins == 0);
@@ -53,7 +74,7 @@ bool HostTier::evict_one(Class& tier_class) {
   return true;
 }
 
-bool HostTier::commit(Entry& entry) {
+bool TierIndex::commit(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::filling);
   if (!entry.linked) {
     free_slot(entry);
@@ -67,32 +88,32 @@ bool HostTier::commit(Entry& entry) {
   return true;
 }
 
-void HostTier::abort(Entry& entry) {
+void TierIndex::abort(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::filling);
   if (entry.linked) index_.unlink(entry);
   free_slot(entry);
 }
 
-void HostTier::quarantine(Entry& entry) {
+void TierIndex::quarantine(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::filling);
   if (entry.linked) index_.unlink(entry);
   entry.state = SlotState::leaving;
   class_for(entry).slots.step(entry.slot, SlotState::leaving);
 }
 
-void HostTier::release_quarantined(Entry& entry) {
+void TierIndex::release_quarantined(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::leaving && entry.pins == 0);  // pinned ones go with their last pin
   free_slot(entry);
 }
 
-void HostTier::pin(Entry& entry) {
+void TierIndex::pin(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::ready);
   if (tracked(entry) && evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
   if (entry.pins++ == 0) ++pinned_blocks_;
   ++pins_;
 }
 
-void HostTier::unpin(Entry& entry) {
+void TierIndex::unpin(Entry& entry) {
   KVTIER_CHECK(entry.pins > 0);
   --pins_;
   if (--entry.pins > 0) return;
@@ -104,12 +125,12 @@ void HostTier::unpin(Entry& entry) {
   }
 }
 
-void HostTier::touch(Entry& entry) {
+void TierIndex::touch(Entry& entry) {
   KVTIER_CHECK(entry.linked && entry.state == SlotState::ready);
   class_for(entry).policy->touch(index_.id(entry));
 }
 
-void HostTier::drop(Entry& entry) {
+void TierIndex::drop(Entry& entry) {
   index_.unlink(entry);
   if (entry.state == SlotState::filling) return;  // commit() or abort() frees the slot
   class_for(entry).policy->erase(index_.id(entry));
@@ -121,7 +142,7 @@ void HostTier::drop(Entry& entry) {
   }
 }
 
-void HostTier::free_slot(Entry& entry) {
+void TierIndex::free_slot(Entry& entry) {
   class_for(entry).slots.step(entry.slot, SlotState::free);
   entry.state = SlotState::free;
   Entry* parent = index_.erase(entry);  // non-null: it was its last child
@@ -130,7 +151,7 @@ void HostTier::free_slot(Entry& entry) {
   }
 }
 
-double HostTier::bytes_per_block() const {
+double TierIndex::bytes_per_block() const {
   constexpr double kPerSlot = sizeof(SlotState) + sizeof(SlotId);
   return index_.bytes_per_entry() + kPerSlot +
          static_cast<double>(LruPolicy::kBytesPerEntry * classes_.size());

@@ -1,0 +1,268 @@
+// Opening the disk tier, finding what it holds, and closing it.
+#include <algorithm>
+#include <cstdio>
+
+#include "engine_impl.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::uint64_t kCatalogBytesPerSlot = 768;
+constexpr std::uint64_t kFixedBytes = std::uint64_t{4} << 20;  // an empty catalog, superblock, directories
+constexpr std::uint32_t kWriteBackShare = 8;                   // of host slots, that write-backs may pin
+
+// How many slots of each class a drive holds: shared out as the host tier is.
+std::vector<StoreClass> disk_classes(const EngineConfig& config, std::uint64_t capacity_bytes) {
+  const ArenaGeometry host = config.geometry();
+  std::vector<std::uint64_t> groups_of_class(host.classes.size(), 0);
+  for (const std::size_t c : config.class_of_group()) ++groups_of_class[c];
+  std::uint64_t bytes = 0;
+  for (std::size_t c = 0; c < host.classes.size(); ++c) {
+    bytes += groups_of_class[c] * (host.classes[c].slot_stride_bytes + kCatalogBytesPerSlot);
+  }
+  const std::uint64_t blocks = capacity_bytes > kFixedBytes ? (capacity_bytes - kFixedBytes) / bytes : 0;
+  std::vector<StoreClass> classes;
+  for (std::size_t c = 0; c < host.classes.size(); ++c) {
+    const std::uint64_t slots = std::min<std::uint64_t>(blocks * groups_of_class[c], std::uint64_t{1} << 30);
+    classes.push_back({host.classes[c].slot_stride_bytes, static_cast<std::uint32_t>(slots)});
+  }
+  return classes;
+}
+
+const char* to_string(OpenReport::Source source) {
+  switch (source) {
+    case OpenReport::Source::fresh: return "fresh";
+    case OpenReport::Source::catalog: return "catalog";
+    case OpenReport::Source::headers: return "headers";
+  }
+  return "";
+}
+
+}  // namespace
+
+SlotStoreOptions EngineImpl::store_options(std::size_t disk) {
+  SlotStoreOptions options;
+  options.classes = disk_classes(config_, config_.disk.disks[disk].capacity_bytes);
+  options.queue_depth = config_.disk.queue_depth;
+  options.commit_interval = config_.disk.commit_interval;
+  options.cipher = config_.disk.cipher;
+  options.catalog.helper_path = config_.disk.catalog_helper;
+  std::uint64_t slots = 0;
+  for (const StoreClass& of : options.classes) slots += of.num_slots;
+  options.catalog.max_bytes = kFixedBytes / 2 + slots * kCatalogBytesPerSlot;
+  if (config_.disk.adjust) config_.disk.adjust(options, disk);
+  return options;
+}
+
+// A drive that cannot be used is left out with one line; without any, the engine runs without a disk tier.
+Status EngineImpl::open_disks() {
+  const std::vector<DiskConfig>& disks = config_.disk.disks;
+  if (disks.empty()) return Status::ok();
+
+  struct OpenedDisk {
+    DiskTier::Volume volume;
+    std::vector<StoreClass> classes;
+    std::vector<CatalogRecord> blocks;
+  };
+  std::vector<OpenedDisk> opened;
+  std::uint64_t capacity_bytes = 0;
+  for (std::size_t d = 0; d < disks.size(); ++d) {
+    const auto volume = static_cast<std::uint32_t>(opened.size());
+    Result<SlotStore::Opened> store = [&]() -> Result<SlotStore::Opened> {
+      Result<std::unique_ptr<StoreDirectory>> directory =
+          StoreDirectory::open(disks[d].path, disks[d].capacity_bytes);
+      if (!directory) return directory.status();
+      SlotStoreOptions options = store_options(d);
+      std::vector<std::uint64_t> strides;
+      for (const StoreClass& of : options.classes) strides.push_back(of.slot_stride_bytes);
+      Result<std::unique_ptr<StoreLease>> lease =
+          (*directory)->acquire(config_.disk.fingerprint, strides, config_.disk.second_process);
+      if (!lease) return lease.status();
+      return SlotStore::open(std::move(*lease), std::move(options),
+                             [this, volume](const CatalogRecord& found) {
+                               contained([&] { restore_blocks(volume, {&found, 1}); });
+                             });
+    }();
+    if (!store) {
+      const Status status = store.status();
+      // What the user got wrong is theirs to mend; what the machine lacks is lived without.
+      if (status.code() == StatusCode::invalid_argument || status.code() == StatusCode::unsupported ||
+          config_.disk.second_process == SecondProcess::refuse) {
+        return status;
+      }
+      std::fprintf(stderr, "kvtier: disk %s is left out: %s\n", disks[d].path.c_str(),
+                   status.message().c_str());
+      left_out_disks_.push_back({disks[d].path, status.message()});
+      continue;
+    }
+    capacity_bytes += disks[d].capacity_bytes;
+    OpenedDisk next;
+    next.volume.path = disks[d].path;
+    next.volume.store = std::move(store->store);
+    next.volume.report = std::move(store->report);
+    next.classes = disk_classes(config_, disks[d].capacity_bytes);
+    next.blocks = std::move(store->blocks);
+    opened.push_back(std::move(next));
+  }
+  if (opened.empty()) return Status::ok();
+
+  TierIndex::Options options;
+  options.num_volumes = static_cast<std::uint32_t>(opened.size());
+  options.class_of_group = class_of_group_;
+  options.hash_seed = hash_seed_;
+  for (const OpenedDisk& disk : opened) {
+    for (const StoreClass& of : disk.classes) options.slots_per_class.push_back(of.num_slots);
+  }
+  std::uint32_t host_slots = 0;
+  {
+    MutexLock lock(mutex_);
+    for (std::size_t c = 0; c < tier_.num_classes(); ++c) host_slots += tier_.slots(c).capacity();
+  }
+  std::optional<std::uint64_t> budget = config_.disk.write_bytes_per_day.value_or(capacity_bytes);
+  if (*budget == 0) budget.reset();
+  auto disk = std::make_unique<DiskTier>(options, config_.disk.admission, budget,
+                                         std::max(1U, host_slots / kWriteBackShare), clock_->now_us());
+  for (OpenedDisk& each : opened) disk->volumes.push_back(std::move(each.volume));
+  {
+    MutexLock lock(mutex_);
+    disk_ = std::move(disk);
+  }
+  for (std::uint32_t v = 0; v < opened.size(); ++v) {
+    SlotStore& store = *disk_->volumes[v].store;
+    const auto grow = [this, v](std::uint32_t class_index, std::uint32_t usable) {
+      contained([&] {
+        {
+          MutexLock lock(mutex_);
+          disk_->index.slots(v * disk_->index.classes_per_volume() + class_index).grow(usable);
+        }
+        pump_write_backs();
+      });
+    };
+    store.on_grown(grow);
+    for (std::uint32_t c = 0; c < opened[v].classes.size(); ++c) grow(c, store.usable_slots(c));
+    restore_blocks(v, opened[v].blocks);
+  }
+  return Status::ok();
+}
+
+Entry* EngineImpl::restore_block(std::uint32_t volume, const CatalogRecord& block) {
+  const std::size_t group = raw(block.block.group);
+  if (group >= config_.groups.size() || block.place.class_index != class_of_group_[group] ||
+      block.payload_bytes != config_.groups[group].payload_bytes()) {
+    return nullptr;
+  }
+  TierIndex& index = disk_->index;
+  if (raw(block.place.slot) >= index.slots(index.class_of(block.block.group, volume)).capacity())
+    return nullptr;
+  return index.restore(block.block.key, block.block.group, intern_tag(block.block.name_space),
+                       block.block.depth, volume, block.place.slot);
+}
+
+// Blocks found at open() or by the scan after an unclean end, least recently used first.
+void EngineImpl::restore_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
+  std::vector<SlotPlace> unwanted;
+  {
+    MutexLock lock(mutex_);
+    if (!disk_) return;  // found before open_disks() is through: a later open will find it
+    TierIndex& index = disk_->index;
+    std::vector<Entry*> entries;
+    entries.reserve(blocks.size());
+    for (const CatalogRecord& block : blocks) {
+      Entry* entry = restore_block(volume, block);
+      entries.push_back(entry);
+      // A second copy of a block, or one that does not fit this engine, is of no use, and would come back
+      // after a drop. A slot that is taken is being overwritten anyhow.
+      if (entry == nullptr && block.place.class_index < index.classes_per_volume()) {
+        SlotPool& slots = index.slots(volume * index.classes_per_volume() + block.place.class_index);
+        if (raw(block.place.slot) < slots.capacity() && slots.take_at(block.place.slot)) {
+          slots.step(block.place.slot, SlotState::leaving);
+          unwanted.push_back(block.place);
+        }
+      }
+    }
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      if (entries[i] == nullptr || !blocks[i].block.parent) continue;
+      Entry* parent = index.index().find(*blocks[i].block.parent, blocks[i].block.group);
+      if (parent != nullptr && parent != entries[i]) index.link_parent(*entries[i], *parent);
+    }
+  }
+  for (const SlotPlace& place : unwanted) {
+    disk_->volumes[volume].store->wipe({place}, [this, volume, place](const Status& status) {
+      contained([&] {
+        if (!status) return;
+        MutexLock lock(mutex_);
+        disk_->index.slots(volume * disk_->index.classes_per_volume() + place.class_index)
+            .step(place.slot, SlotState::free);
+      });
+    });
+  }
+}
+
+Status EngineImpl::close_disks(Deadline deadline) {
+  Status worst;
+  for (DiskTier::Volume& volume : disk_->volumes) {
+    const Status status = volume.store->close(deadline);
+    if (status.code() == StatusCode::timeout) return status;
+    if (!status && worst) worst = status;
+  }
+  if (!worst) std::fprintf(stderr, "kvtier: closing the disk tier: %s\n", worst.message().c_str());
+  return Status::ok();  // what could not be committed is a miss of the next opening, not a failure of this
+                        // one
+}
+
+void EngineImpl::add_disk_stats(EngineStats& stats) {
+  for (const auto& [path, why] : left_out_disks_) {
+    DiskStats left_out;
+    left_out.path = path;
+    left_out.health = "left out: " + why;
+    stats.disks.push_back(std::move(left_out));
+  }
+  if (!disk_) return;
+  const ArenaGeometry geometry = config_.geometry();
+  for (std::size_t v = 0; v < disk_->volumes.size(); ++v) {
+    const DiskTier::Volume& volume = disk_->volumes[v];
+    const StoreStats store = volume.store->stats();
+    DiskStats disk;
+    disk.path = volume.path;
+    for (std::size_t c = 0; c < disk_->index.classes_per_volume(); ++c) {
+      const SlotPool& slots = disk_->index.slots(v * disk_->index.classes_per_volume() + c);
+      const SlotPool::Counts counts = slots.counts();
+      disk.classes.push_back({geometry.classes[c].slot_stride_bytes, slots.capacity(), slots.usable(),
+                              counts.free, counts.filling, counts.ready, counts.leaving});
+    }
+    disk.capacity_bytes = store.capacity_bytes;
+    disk.allocated_bytes = store.allocated_bytes;
+    disk.bytes_read = store.bytes_read;
+    disk.bytes_written = store.bytes_written;
+    disk.bytes_prewritten = store.bytes_prewritten;
+    disk.reads = store.reads;
+    disk.reads_good = store.reads_good;
+    disk.reads_failed = store.reads_failed;
+    const auto of = [&store](Verdict verdict) { return store.verdicts[static_cast<std::size_t>(verdict)]; };
+    disk.bad_blank = of(Verdict::blank);
+    disk.bad_foreign = of(Verdict::foreign);
+    disk.bad_newer_version = of(Verdict::newer_version);
+    disk.bad_corrupt_header = of(Verdict::corrupt_header);
+    disk.bad_corrupt_payload = of(Verdict::corrupt_payload);
+    disk.bad_stale = of(Verdict::stale);
+    disk.bad_unknown_key = of(Verdict::unknown_key);
+    disk.writes = store.writes;
+    disk.writes_failed = store.writes_failed;
+    disk.syncs = store.syncs;
+    disk.commits = store.commits;
+    disk.catalog_resets = store.catalog_resets;
+    disk.opened_from = to_string(volume.report.source);
+    if (!volume.report.why_rebuilt.empty()) disk.opened_from += ": " + volume.report.why_rebuilt;
+    disk.queue = volume.report.queue;
+    disk.queue_problem = volume.report.queue_problem;
+    disk.health = store.health;
+    disk.catalog_health = store.catalog_health;
+    stats.disks.push_back(std::move(disk));
+  }
+  stats.disk_evictions = disk_->index.evictions();
+  stats.disk_waiting = static_cast<std::uint32_t>(disk_->by_host.size() + disk_->undurable.size());
+  stats.promotions_running = static_cast<std::uint32_t>(disk_->promotions.size());
+  stats.write_budget_left_bytes = disk_->budget.left_bytes();
+}
+
+}  // namespace kvtier

@@ -1,0 +1,364 @@
+// disk -> host: loads and prefetches of blocks that are on disk alone.
+//
+// A promotion is shared: whoever wants a block that is being read waits for the same read. A load goes on to
+// the pages in parts, while later blocks are still being read. A read that fails or does not verify is a miss
+// for all who waited, and the disk forgets the block.
+#include <algorithm>
+
+#include "engine_impl.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::size_t kBlocksPerHold = 256;
+// A load from disk goes on to the pages in parts of about this size: large enough for a batch of copies,
+// small enough that the copies overlap with the reads behind them.
+constexpr std::uint64_t kPartBytes = std::uint64_t{4} << 20;
+
+}  // namespace
+
+std::uint64_t EngineImpl::readable_volumes() const {
+  std::uint64_t readable = 0;
+  for (std::size_t v = 0; v < disk_->volumes.size(); ++v) {
+    if (disk_->volumes[v].store->can_read()) readable |= std::uint64_t{1} << v;
+  }
+  return readable;
+}
+
+Entry* EngineImpl::find_on_disk(const BlockKey& key, GroupId group, std::uint64_t readable) {
+  Entry* entry = disk_->index.index().find(key, group);
+  if (entry == nullptr || entry->state != SlotState::ready) return nullptr;
+  return ((readable >> entry->volume) & 1) != 0 ? entry : nullptr;
+}
+
+bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint32_t i, const BlockKey& key,
+                         GroupId group, ReadPriority priority, std::uint64_t readable, Reads& reads) {
+  if (Entry* filling = tier_.index().find(key, group)) {
+    const auto found = disk_->promotions.find(raw(tier_.index().id(*filling)));
+    if (found == disk_->promotions.end() || found->second->cancelled) return false;
+    Promotion& running = *found->second;
+    if (priority == ReadPriority::demand && running.priority == ReadPriority::prefetch) {
+      running.priority = ReadPriority::demand;
+      if (running.job) {
+        reads.hurry.emplace_back(running.volume, *running.job);
+      }
+    }
+    running.waiting.emplace_back(operation, i);
+    ++operation->pipeline->reads_left;
+    return true;
+  }
+  Entry* on_disk = find_on_disk(key, group, readable);
+  if (on_disk == nullptr) return false;
+
+  Entry* above = disk_->index.index().parent(*on_disk);
+  Entry* parent = above == nullptr ? nullptr : tier_.index().find(above->key, above->group);
+  disk_->index.pin(*on_disk);
+  const TierIndex::Reservation place = tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent);
+  if (place.outcome != ReserveOutcome::reserved) {
+    disk_->index.unpin(*on_disk);
+    ++counters_.promote_declined;
+    return false;
+  }
+  const auto promotion = std::make_shared<Promotion>();
+  promotion->host = tier_.index().id(*place.entry);
+  promotion->disk = disk_->index.index().id(*on_disk);
+  promotion->volume = on_disk->volume;
+  promotion->priority = priority;
+  promotion->waiting.emplace_back(operation, i);
+  disk_->promotions[raw(promotion->host)] = promotion;
+  ++operation->pipeline->reads_left;
+
+  DiskRead next;
+  next.volume = on_disk->volume;
+  next.promotion = promotion;
+  const std::size_t class_index = class_of_group_[raw(group)];
+  next.read.place = {static_cast<std::uint32_t>(class_index), on_disk->slot};
+  next.read.key = key;
+  next.read.group = group;
+  next.read.image = arena_->slot(class_index, place.entry->slot);
+  next.read.priority = priority;
+  next.read.on_done = [this, promotion](const ReadOutcome& outcome) {
+    contained([&] { on_read(promotion, outcome); });
+  };
+  reads.begin.push_back(std::move(next));
+  return true;
+}
+
+void EngineImpl::start_reads(Reads& reads) {
+  for (DiskRead& each : reads.begin) {
+    SlotStore& store = *disk_->volumes[each.volume].store;
+    const StoreJob job = store.read(std::move(each.read));
+    bool hurry = false;
+    {
+      MutexLock lock(mutex_);
+      each.promotion->job = job;
+      hurry = each.promotion->priority == ReadPriority::demand;
+    }
+    if (hurry) store.hurry(job);  // somebody joined before the job had its number
+  }
+  for (const auto& [volume, job] : reads.hurry) disk_->volumes[volume].store->hurry(job);
+}
+
+// A load some of whose blocks are being read: what is there already goes first.
+void EngineImpl::load_from_disk(const std::shared_ptr<Operation>& operation, const LoadRequest& request,
+                                Reads& reads) {
+  Pipeline& pipeline = *operation->pipeline;
+  pipeline.pages.assign(request.pages.begin(), request.pages.end());
+  pipeline.first_block = request.first_block;
+  Result<std::shared_ptr<Event>> after = operation->pages->transfers_->mark(request.stream);
+  Pipeline::Part there{std::move(operation->entries), std::move(operation->blocks),
+                       std::move(operation->slots)};
+  operation->entries.clear();  // they belong to the part
+  operation->blocks.clear();
+  operation->slots.clear();
+  if (after) {
+    pipeline.after = std::move(*after);
+  } else {
+    MutexLock lock(mutex_);
+    operation->outcome.status = after.status();  // submit_part() ends each part with it
+  }
+  if (!there.entries.empty()) {
+    {
+      MutexLock lock(mutex_);
+      ++pipeline.holds;
+    }
+    submit_part(operation, std::move(there));
+  }
+  start_reads(reads);
+  advance(operation);
+  release_hold(operation);
+}
+
+void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome) {
+  std::vector<std::shared_ptr<Operation>> waiting;
+  bool wipe = false;
+  {
+    MutexLock lock(mutex_);
+    DiskTier& disk = *disk_;
+    Entry& host = tier_.index().at(promotion->host);
+    Entry& on_disk = disk.index.index().at(promotion->disk);
+    bool good = outcome.good();
+    bool keep_pinned = false;
+    if (good) {
+      ++counters_.promote_good;
+      good = tier_.commit(host);  // false: dropped meanwhile
+      if (on_disk.linked) disk.index.touch(on_disk);
+    } else {
+      const bool cancelled = outcome.status.code() == StatusCode::closed;
+      ++(cancelled        ? counters_.promote_cancelled
+         : outcome.status ? counters_.promote_bad
+                          : counters_.promote_failed);
+      tier_.abort(host);
+      // A drive that is out of service may come back with what it holds.
+      const bool out_of_service = !outcome.status && !disk.volumes[promotion->volume].store->can_read();
+      if (!cancelled && !out_of_service && on_disk.linked) {
+        disk.index.drop(on_disk);  // `leaving`, since it is pinned by us, until it is wiped
+        keep_pinned = true;
+        // What a later version wrote is not ours to overwrite: that slot is never used again.
+        wipe = !(outcome.status && outcome.verdict == Verdict::newer_version);
+        if (wipe) ++disk.doomed;
+      }
+    }
+    if (!keep_pinned) disk.index.unpin(on_disk);
+    disk.promotions.erase(raw(promotion->host));
+
+    for (const auto& [operation, i] : promotion->waiting) {
+      Pipeline& pipeline = *operation->pipeline;
+      --pipeline.reads_left;
+      ++pipeline.holds;
+      waiting.push_back(operation);
+      if (!good) {
+        operation->outcomes[i] = BlockOutcome::missed;
+      } else if (operation->pages == nullptr) {
+        operation->outcomes[i] = BlockOutcome::loaded;
+      } else {
+        tier_.pin(host);
+        pipeline.arrived.entries.push_back(promotion->host);
+        pipeline.arrived.blocks.push_back(i);
+        pipeline.arrived.slots.push_back(host.slot);
+      }
+    }
+    promotion->waiting.clear();
+  }
+  if (wipe) wipe_doomed(promotion->volume, promotion->disk, /*pinned=*/true);
+  for (const std::shared_ptr<Operation>& operation : waiting) {
+    advance(operation);
+    release_hold(operation);
+  }
+  expire_prefetches();
+}
+
+// Submits what has arrived, when it is worth a part or is the last. The caller has a hold.
+void EngineImpl::advance(const std::shared_ptr<Operation>& operation) {
+  Pipeline& pipeline = *operation->pipeline;
+  Pipeline::Part part;
+  {
+    MutexLock lock(mutex_);
+    const std::uint64_t bytes =
+        pipeline.arrived.entries.size() * config_.groups[raw(operation->group)].payload_bytes();
+    if (pipeline.arrived.entries.empty() || (pipeline.reads_left > 0 && bytes < kPartBytes)) return;
+    part = std::move(pipeline.arrived);
+    pipeline.arrived = {};
+    ++pipeline.holds;
+  }
+  submit_part(operation, std::move(part));
+}
+
+// Takes over a hold.
+void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part) {
+  const auto shared = std::make_shared<const Pipeline::Part>(std::move(part));
+  try {
+    Pipeline& pipeline = *operation->pipeline;
+    if (!pipeline.after) {  // the framework's stream could not be marked: nothing may be copied
+      Status why;
+      {
+        MutexLock lock(mutex_);
+        why = operation->outcome.status;
+      }
+      end_part(operation, *shared, {why, true});
+      return;
+    }
+    PagesImpl& target = *operation->pages;
+    const GroupSpec& spec = target.map_->spec();
+    const std::size_t class_index = class_of_group_[raw(operation->group)];
+    TransferRequest request;
+    request.map = target.map_;
+    request.direction = Direction::load;
+    request.after = pipeline.after;
+    request.pages = pipeline.pages;
+    request.moves.reserve(shared->entries.size());
+    for (std::size_t i = 0; i < shared->entries.size(); ++i) {
+      const std::uint32_t block = shared->blocks[i];
+      request.moves.push_back({arena_->slot(class_index, shared->slots[i]) + kSlotHeaderBytes,
+                               block * spec.pages_per_block(),
+                               (pipeline.first_block + block) % spec.blocks_per_page()});
+    }
+    std::shared_ptr<Transfer> transfer = target.transfers_->submit(
+        std::move(request),
+        [this, operation, shared](const TransferOutcome& outcome) { end_part(operation, *shared, outcome); });
+    MutexLock lock(mutex_);
+    pipeline.transfers.push_back(std::move(transfer));
+  } catch (const std::bad_alloc&) {
+    // Transfers::submit() throws only before anything was submitted; its own list of ours may lack one then.
+    end_part(operation, *shared, {Status::resource("out of memory before anything was submitted"), true});
+  }
+}
+
+void EngineImpl::end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
+                          const TransferOutcome& outcome) noexcept {
+  {
+    MutexLock lock(mutex_);
+    for (std::size_t i = part.entries.size(); i-- > 0;) {  // tail first, so that the tail is the oldest
+      Entry& entry = tier_.index().at(part.entries[i]);
+      operation->outcomes[part.blocks[i]] = outcome.status ? BlockOutcome::loaded : BlockOutcome::failed;
+      if (outcome.drained) tier_.unpin(entry);
+    }
+    if (operation->outcome.status) operation->outcome.status = outcome.status;
+    operation->outcome.drained = operation->outcome.drained && outcome.drained;
+  }
+  release_hold(operation);
+}
+
+void EngineImpl::release_hold(const std::shared_ptr<Operation>& operation) {
+  {
+    MutexLock lock(mutex_);
+    Pipeline& pipeline = *operation->pipeline;
+    KVTIER_CHECK(pipeline.holds > 0);
+    if (--pipeline.holds > 0 || pipeline.reads_left > 0) return;
+    KVTIER_CHECK(pipeline.arrived.entries.empty());
+    if (operation->pages == nullptr) std::erase(prefetches_, operation);
+  }
+  finish_operation(operation);
+}
+
+Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> keys, Deadline deadline) {
+  const std::size_t num_groups = config_.groups.size();
+  const std::shared_ptr<Operation> operation =
+      make_operation(Direction::load, GroupId{0}, keys.size() * num_groups);
+  operation->is_prefetch = true;
+  operation->pipeline = std::make_unique<Pipeline>();
+  operation->pipeline->read_deadline = deadline;
+  const Call call(*this);
+  return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
+    {
+      MutexLock lock(mutex_);
+      KVTIER_RETURN_IF_ERROR(admit(*operation));
+      prefetches_.push_back(operation);
+    }
+    const std::uint64_t readable = disk_ ? readable_volumes() : 0;
+    for (std::size_t begin = 0; begin < keys.size(); begin += kBlocksPerHold) {
+      Reads reads;
+      {
+        MutexLock lock(mutex_);
+        const bool failed = counters_.health != "ok" || closing_;
+        for (std::size_t k = begin; k < std::min(begin + kBlocksPerHold, keys.size()); ++k) {
+          for (std::size_t g = 0; g < num_groups; ++g) {
+            const GroupId group{static_cast<std::uint16_t>(g)};
+            const auto i = static_cast<std::uint32_t>(k * num_groups + g);
+            const Entry* host = failed ? nullptr : tier_.index().find(keys[k], group);
+            if (host != nullptr && host->state == SlotState::ready) {
+              operation->outcomes[i] = BlockOutcome::loaded;
+            } else if (failed || !disk_ ||
+                       !promote(operation, i, keys[k], group, ReadPriority::prefetch, readable, reads)) {
+              operation->outcomes[i] = host != nullptr ? BlockOutcome::pending : BlockOutcome::missed;
+            }
+          }
+        }
+      }
+      start_reads(reads);
+    }
+    release_hold(operation);
+    return operation->ticket;
+  });
+}
+
+// Gives up what only these wait for and no drive has begun.
+std::uint64_t EngineImpl::cancel_reads(const std::vector<std::shared_ptr<Operation>>& prefetches) {
+  std::vector<std::pair<std::uint32_t, StoreJob>> jobs;
+  {
+    MutexLock lock(mutex_);
+    for (const auto& [host, promotion] : disk_->promotions) {
+      const bool only_these = std::all_of(
+          promotion->waiting.begin(), promotion->waiting.end(), [&prefetches](const auto& waiting) {
+            return std::find(prefetches.begin(), prefetches.end(), waiting.first) != prefetches.end();
+          });
+      if (!only_these || promotion->cancelled || !promotion->job) continue;
+      promotion->cancelled = true;  // nobody may join any more
+      jobs.emplace_back(promotion->volume, *promotion->job);
+    }
+  }
+  std::uint64_t cancelled = 0;
+  for (const auto& [volume, job] : jobs) cancelled += disk_->volumes[volume].store->cancel(job) ? 1 : 0;
+  return cancelled;
+}
+
+Result<std::uint64_t> EngineImpl::cancel_prefetch(const std::shared_ptr<Ticket>& ticket) {
+  std::vector<std::shared_ptr<Operation>> mine;
+  {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    for (const std::shared_ptr<Operation>& each : prefetches_) {
+      if (each->ticket == ticket) mine.push_back(each);
+    }
+  }
+  if (mine.empty() || !disk_) return std::uint64_t{0};
+  return cancel_reads(mine);
+}
+
+void EngineImpl::expire_prefetches() {
+  std::vector<std::shared_ptr<Operation>> late;
+  {
+    MutexLock lock(mutex_);
+    if (prefetches_.empty()) return;
+    const auto now = std::chrono::steady_clock::now();
+    for (const std::shared_ptr<Operation>& each : prefetches_) {
+      Pipeline& pipeline = *each->pipeline;
+      if (!pipeline.read_deadline || *pipeline.read_deadline > now) continue;
+      pipeline.read_deadline.reset();  // once
+      late.push_back(each);
+    }
+  }
+  if (!late.empty()) cancel_reads(late);
+}
+
+}  // namespace kvtier

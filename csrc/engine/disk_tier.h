@@ -1,0 +1,113 @@
+// The engine's disk tier: which block is in which slot of which drive, and what moves between host and
+// drives.
+//
+//   store ready --candidates--> admission, budget --reserve--> SlotStore::write --> on_written: hit by others
+//                                                                              '--> on_durable: tickets
+//   load, prefetch --host reserve, pin on disk--> SlotStore::read --> verified: host commit, loads go on
+//                                                              '--> not good: a miss; the slot is wiped
+//
+// One volume is one SlotStore. The TierIndex here is of disk slots; the engine's other one is of host slots.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <set>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "kvtier/core/status.h"
+#include "kvtier/engine/engine.h"
+#include "kvtier/engine/ticket.h"
+#include "kvtier/index/admission.h"
+#include "kvtier/index/tier_index.h"
+#include "kvtier/storage/slot_store.h"
+
+namespace kvtier {
+
+struct Operation;
+
+// The `durable` moment of one store: over when the fate of each of its blocks on disk is known. Guarded by
+// the engine's mutex.
+struct DurableTracker {
+  std::shared_ptr<Ticket> ticket;
+  std::uint64_t store_number = 0;
+  std::size_t waiting = 0;
+  Status failure;
+  bool complete = false;  // every block has been counted in
+};
+
+// A block on its way from host to disk. While it is written, the host slot is pinned.
+struct WriteBack {
+  enum class Step : std::uint8_t { queued, writing, written, over };
+  BlockKey key{};
+  EntryId host{0};
+  std::uint32_t host_generation = 0;  // of the entry's record: it may be another block's by the time
+  EntryId disk{0};                    // from `writing` on
+  Step step = Step::queued;
+  std::vector<std::shared_ptr<DurableTracker>> trackers;
+};
+
+// A block on its way from disk to host: the host slot is filling, the disk slot pinned.
+struct Promotion {
+  EntryId host{0};
+  EntryId disk{0};
+  std::uint32_t volume = 0;
+  std::optional<StoreJob> job;  // once submitted
+  ReadPriority priority = ReadPriority::prefetch;
+  bool cancelled = false;
+  // Who waits for it, and as which of its blocks.
+  std::vector<std::pair<std::shared_ptr<Operation>, std::uint32_t>> waiting;
+};
+
+// Bytes that may be written to the drives: a bucket that holds a day's worth and fills at that rate.
+class WriteBudget {
+ public:
+  WriteBudget(std::optional<std::uint64_t> bytes_per_day, std::int64_t now_us);
+  // Takes `bytes` if there are as many; without a limit, always.
+  bool take(std::uint64_t bytes, std::int64_t now_us);
+  std::uint64_t left_bytes() const { return static_cast<std::uint64_t>(left_); }
+
+ private:
+  std::optional<std::uint64_t> bytes_per_day_;
+  double left_ = 0;
+  double most_ = 0;
+  std::int64_t at_us_;
+};
+
+// Guarded by the engine's mutex, but `volumes` and `classes`, which do not change between start() and
+// close().
+struct DiskTier {
+  struct Volume {
+    std::string path;
+    std::unique_ptr<SlotStore> store;
+    OpenReport report;
+    std::uint32_t writing = 0;  // write-backs under way
+  };
+
+  DiskTier(const TierIndex::Options& options, Admission admission, std::optional<std::uint64_t> bytes_per_day,
+           std::uint32_t most_writing_now, std::int64_t now_us)
+      : index(options),
+        admission_policy(admission, index.index().capacity(), options.hash_seed),
+        budget(bytes_per_day, now_us),
+        most_writing(most_writing_now) {}
+
+  TierIndex index;
+  std::vector<Volume> volumes;
+  AdmissionPolicy admission_policy;
+  WriteBudget budget;
+  std::uint32_t most_writing;  // host slots pinned by write-backs at once
+
+  std::deque<std::shared_ptr<WriteBack>> candidates;
+  std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>>
+      by_host;  // queued or writing, by raw host EntryId
+  std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>> undurable;   // written, by raw disk EntryId
+  std::unordered_map<std::uint32_t, std::shared_ptr<Promotion>> promotions;  // by raw host EntryId
+  std::uint32_t writing = 0;
+  std::uint32_t doomed = 0;                // slots that are to be wiped before they are free
+  std::set<std::uint64_t> tracked_stores;  // numbers of those whose durable moment is not settled
+  std::uint32_t next_volume = 0;
+};
+
+}  // namespace kvtier

@@ -1,0 +1,310 @@
+// host -> disk: which blocks are written back, when, and what becomes of them.
+//
+// Blocks are candidates in the order in which they were stored, head first, so that a prefix is on disk
+// before what hangs on it; a block whose parent is not there is not written. Write-backs under way pin at
+// most an eighth of the host slots. A candidate is not pinned: if it is evicted before its turn, it is gone,
+// and nobody waited for a drive.
+#include <algorithm>
+
+#include "engine_impl.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::size_t kBlocksPerHold = 1024;
+constexpr std::size_t kWritesPerHold = 64;
+constexpr double kSecondsPerDay = 86400;
+
+}  // namespace
+
+WriteBudget::WriteBudget(std::optional<std::uint64_t> bytes_per_day, std::int64_t now_us)
+    : bytes_per_day_(bytes_per_day), at_us_(now_us) {
+  left_ = most_ = static_cast<double>(bytes_per_day.value_or(0));
+}
+
+bool WriteBudget::take(std::uint64_t bytes, std::int64_t now_us) {
+  if (!bytes_per_day_) return true;
+  const double rate_per_us = static_cast<double>(*bytes_per_day_) / (kSecondsPerDay * 1e6);
+  left_ = std::min(most_, left_ + rate_per_us * static_cast<double>(now_us - at_us_));
+  at_us_ = now_us;
+  if (left_ < static_cast<double>(bytes)) return false;
+  left_ -= static_cast<double>(bytes);
+  return true;
+}
+
+// After a store's blocks were committed: each becomes a candidate, and the ticket's durable moment waits for
+// all.
+void EngineImpl::track_store(const Operation& operation) {
+  const auto tracker = std::make_shared<DurableTracker>();
+  tracker->ticket = operation.ticket;
+  tracker->store_number = operation.store_number;
+  {
+    MutexLock lock(mutex_);
+    disk_->tracked_stores.insert(tracker->store_number);
+  }
+  // What was there already comes first: it is the head of the prompt.
+  for (std::size_t begin = 0; begin < operation.seen.size(); begin += kBlocksPerHold) {
+    MutexLock lock(mutex_);
+    for (std::size_t i = begin; i < std::min(begin + kBlocksPerHold, operation.seen.size()); ++i) {
+      Entry& entry = tier_.index().at(operation.seen[i].first);
+      if (entry.generation == operation.seen[i].second && entry.linked && entry.state == SlotState::ready) {
+        add_candidate(entry, tracker);
+      }
+    }
+  }
+  for (std::size_t begin = 0; begin < operation.entries.size(); begin += kBlocksPerHold) {
+    MutexLock lock(mutex_);
+    for (std::size_t i = begin; i < std::min(begin + kBlocksPerHold, operation.entries.size()); ++i) {
+      if (operation.outcomes[operation.blocks[i]] != BlockOutcome::stored) continue;
+      Entry& entry = tier_.index().at(operation.entries[i]);
+      // It may have been evicted since its commit, and its record be another's: then that one is offered too
+      // early.
+      if (entry.linked && entry.state == SlotState::ready) add_candidate(entry, tracker);
+    }
+  }
+  Settled settled;
+  {
+    MutexLock lock(mutex_);
+    tracker->complete = true;
+    end_tracked(*tracker, settled);
+  }
+  settle_durable(settled);
+  pump_write_backs();
+}
+
+void EngineImpl::add_candidate(Entry& entry, const std::shared_ptr<DurableTracker>& tracker) {
+  DiskTier& disk = *disk_;
+  if (Entry* on_disk = disk.index.index().find(entry.key, entry.group)) {
+    const auto found = disk.undurable.find(raw(disk.index.index().id(*on_disk)));
+    if (found != disk.undurable.end() && found->second->key == entry.key) {
+      found->second->trackers.push_back(tracker);
+      ++tracker->waiting;
+      return;
+    }
+    if (on_disk->state == SlotState::ready) {
+      tracker->ticket->add_durable(1);
+      return;
+    }
+  }
+  const EntryId id = tier_.index().id(entry);
+  std::shared_ptr<WriteBack>& slot = disk.by_host[raw(id)];
+  if (!slot || slot->host_generation != entry.generation) {
+    slot = std::make_shared<WriteBack>();  // one of a former block stays among the candidates and ends there
+    slot->key = entry.key;
+    slot->host = id;
+    slot->host_generation = entry.generation;
+    disk.candidates.push_back(slot);
+  }
+  slot->trackers.push_back(tracker);
+  ++tracker->waiting;
+}
+
+void EngineImpl::end_write_back(WriteBack& write_back, bool durable, std::uint64_t EngineStats::* counter,
+                                const Status& status, Settled& settled) {
+  if (write_back.step == WriteBack::Step::over) return;
+  write_back.step = WriteBack::Step::over;
+  ++(counters_.*counter);
+  for (const std::shared_ptr<DurableTracker>& tracker : write_back.trackers) {
+    if (durable) tracker->ticket->add_durable(1);
+    if (!status && tracker->failure) tracker->failure = status;
+    KVTIER_CHECK(tracker->waiting > 0);
+    --tracker->waiting;
+    end_tracked(*tracker, settled);
+  }
+  write_back.trackers.clear();
+  const auto found = disk_->by_host.find(raw(write_back.host));
+  if (found != disk_->by_host.end() && found->second.get() == &write_back) disk_->by_host.erase(found);
+  idle_.notify_all();
+}
+
+void EngineImpl::end_tracked(DurableTracker& tracker, Settled& settled) {
+  if (!tracker.complete || tracker.waiting > 0) return;
+  disk_->tracked_stores.erase(tracker.store_number);
+  settled.push_back(tracker.ticket);
+  idle_.notify_all();
+}
+
+void EngineImpl::settle_durable(const Settled& settled) {
+  for (const std::shared_ptr<Ticket>& ticket : settled) ticket->settle(Moment::durable);
+}
+
+// Starts as many write-backs as may run. From any thread, without the mutex.
+void EngineImpl::pump_write_backs() {
+  for (bool more = true; more;) {
+    std::vector<DiskWrite> writes;
+    Settled settled;
+    {
+      MutexLock lock(mutex_);
+      more = !closed_;
+      for (std::size_t n = 0; more && n < kWritesPerHold; ++n) more = next_write(writes, settled);
+    }
+    settle_durable(settled);
+    // A store that is out of service calls back in here, hence the mutex is free.
+    for (DiskWrite& each : writes) disk_->volumes[each.volume].store->write(std::move(each.write));
+  }
+}
+
+// The drive that has the least to do, of those that take writes; one with a free slot before one that must
+// evict.
+std::optional<std::uint32_t> EngineImpl::choose_volume(std::size_t class_index) {
+  DiskTier& disk = *disk_;
+  std::optional<std::uint32_t> best;
+  bool best_free = false;
+  const auto num_volumes = static_cast<std::uint32_t>(disk.volumes.size());
+  for (std::uint32_t i = 0; i < num_volumes; ++i) {
+    const std::uint32_t v = (disk.next_volume + i) % num_volumes;
+    if (!disk.volumes[v].store->can_write()) continue;
+    const bool free = disk.index.slots(v * disk.index.classes_per_volume() + class_index).has_free();
+    const bool better = !best || (free && !best_free) ||
+                        (free == best_free && disk.volumes[v].writing < disk.volumes[*best].writing);
+    if (!better) continue;
+    best = v;
+    best_free = free;
+  }
+  disk.next_volume = (disk.next_volume + 1) % std::max(num_volumes, 1U);
+  return best;
+}
+
+// Handles one candidate; false when there is none, or no more may run.
+bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
+  DiskTier& disk = *disk_;
+  if (disk.candidates.empty() || disk.writing >= disk.most_writing) return false;
+  const std::shared_ptr<WriteBack> write_back = std::move(disk.candidates.front());
+  disk.candidates.pop_front();
+  const auto decline = [&](std::uint64_t EngineStats::* counter) KVTIER_REQUIRES(mutex_) {
+    end_write_back(*write_back, /*durable=*/false, counter, Status::ok(), settled);
+    return true;
+  };
+  if (write_back->step != WriteBack::Step::queued) return true;
+  Entry& host = tier_.index().at(write_back->host);
+  if (host.generation != write_back->host_generation || !host.linked || host.state != SlotState::ready) {
+    return decline(&EngineStats::disk_gone);
+  }
+  if (Entry* there = disk.index.index().find(host.key, host.group)) {
+    // On disk since it became a candidate: by another's write, or found by the scan after an unclean end.
+    const auto found = disk.undurable.find(raw(disk.index.index().id(*there)));
+    if (there->state == SlotState::ready && found == disk.undurable.end()) {
+      end_write_back(*write_back, /*durable=*/true, &EngineStats::disk_durable, Status::ok(), settled);
+      return true;
+    }
+    return decline(&EngineStats::disk_gone);
+  }
+
+  const Entry* above = tier_.index().parent(host);
+  Entry* parent = above == nullptr ? nullptr : disk.index.index().find(above->key, above->group);
+  if (above != nullptr && parent == nullptr) return decline(&EngineStats::disk_declined_parent);
+  const std::size_t class_index = class_of_group_[raw(host.group)];
+  const std::optional<std::uint32_t> volume = choose_volume(class_index);
+  if (!volume) return decline(&EngineStats::disk_declined_busy);
+  const std::size_t disk_class = disk.index.class_of(host.group, *volume);
+  const Entry* victim =
+      disk.index.slots(disk_class).has_free() ? nullptr : disk.index.next_victim(disk_class);
+  if (!disk.admission_policy.admit(host.key, victim == nullptr ? nullptr : &victim->key)) {
+    return decline(&EngineStats::disk_declined_admission);
+  }
+  const GroupSpec& spec = config_.groups[raw(host.group)];
+  if (!disk.budget.take(spec.slot_stride_bytes(), clock_->now_us())) {
+    return decline(&EngineStats::disk_declined_budget);
+  }
+  const TierIndex::Reservation place =
+      disk.index.reserve(host.key, host.group, host.name_space, host.depth, parent, *volume);
+  if (place.outcome != ReserveOutcome::reserved) return decline(&EngineStats::disk_declined_full);
+
+  tier_.pin(host);
+  write_back->step = WriteBack::Step::writing;
+  write_back->disk = disk.index.index().id(*place.entry);
+  ++disk.writing;
+  ++disk.volumes[*volume].writing;
+
+  DiskWrite next;
+  next.volume = *volume;
+  next.write.place = {static_cast<std::uint32_t>(class_index), place.entry->slot};
+  next.write.block.key = host.key;
+  next.write.block.group = host.group;
+  if (above != nullptr) next.write.block.parent = above->key;
+  next.write.block.depth = host.depth;
+  next.write.block.name_space = namespace_tags_[raw(host.name_space)];
+  next.write.payload_bytes = spec.payload_bytes();
+  next.write.image = arena_->slot(class_index, host.slot);
+  next.write.on_written = [this, write_back](const Status& status) {
+    contained([&] { on_written(write_back, status); });
+  };
+  next.write.on_durable = [this, write_back](const Status& status) {
+    contained([&] { on_durable(write_back, status); });
+  };
+  writes.push_back(std::move(next));
+  return true;
+}
+
+void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status) {
+  Settled settled;
+  std::optional<std::uint32_t> wipe_on;
+  {
+    MutexLock lock(mutex_);
+    DiskTier& disk = *disk_;
+    Entry& entry = disk.index.index().at(write_back->disk);
+    tier_.unpin(tier_.index().at(write_back->host));
+    --disk.writing;
+    --disk.volumes[entry.volume].writing;
+    if (status && entry.linked) {
+      disk.index.commit(entry);
+      write_back->step = WriteBack::Step::written;
+      disk.undurable[raw(write_back->disk)] = write_back;
+      const auto found = disk.by_host.find(raw(write_back->host));
+      if (found != disk.by_host.end() && found->second == write_back) disk.by_host.erase(found);
+    } else {
+      // Dropped meanwhile, and counted as doomed there; or nobody knows what stands in the slot.
+      if (entry.linked) ++disk.doomed;
+      wipe_on = static_cast<std::uint32_t>(entry.volume);
+      disk.index.quarantine(entry);
+      const bool gone = status.is_ok();
+      end_write_back(*write_back, /*durable=*/false,
+                     gone ? &EngineStats::disk_gone : &EngineStats::disk_failed, status, settled);
+    }
+    idle_.notify_all();
+  }
+  settle_durable(settled);
+  if (wipe_on) wipe_doomed(*wipe_on, write_back->disk, /*pinned=*/false);
+  pump_write_backs();
+}
+
+void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const Status& status) {
+  Settled settled;
+  {
+    MutexLock lock(mutex_);
+    const auto found = disk_->undurable.find(raw(write_back->disk));
+    if (found != disk_->undurable.end() && found->second == write_back) disk_->undurable.erase(found);
+    end_write_back(*write_back, status.is_ok(),
+                   status ? &EngineStats::disk_durable : &EngineStats::disk_failed, status, settled);
+  }
+  settle_durable(settled);
+}
+
+// Blocks until the fate of every block of stores numbered below `up_to` is known.
+Status EngineImpl::wait_durable(std::uint64_t up_to, Deadline deadline) {
+  const auto waiting = [&]() KVTIER_REQUIRES(mutex_) {
+    return !disk_->tracked_stores.empty() && *disk_->tracked_stores.begin() < up_to;
+  };
+  while (true) {
+    {
+      MutexLock lock(mutex_);
+      if (!waiting()) return Status::ok();
+    }
+    // What is written needs its sync and the catalog, and those need not wait for their time. A drive that
+    // fails says so to each block's tracker.
+    for (const DiskTier::Volume& volume : disk_->volumes) {
+      const Status status = volume.store->flush(deadline);
+      if (status.code() == StatusCode::timeout) return status;
+    }
+    MutexLock lock(mutex_);
+    if (!waiting()) return Status::ok();
+    if (!deadline) {
+      idle_.wait(lock);
+    } else if (!idle_.wait_until(lock, *deadline) && waiting()) {
+      return Status::timeout("flush: blocks of " + std::to_string(disk_->tracked_stores.size()) +
+                             " stores are not durable yet; they go on");
+    }
+  }
+}
+
+}  // namespace kvtier

@@ -1,0 +1,220 @@
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "catalog_protocol.h"
+#include "helper_process.h"
+
+#include "kvtier/core/process.h"
+#include "kvtier/storage/catalog.h"
+#include "kvtier/storage/catalog_records.h"
+
+namespace kvtier {
+namespace {
+
+using catalog_protocol::Item;
+using catalog_protocol::ItemKind;
+using catalog_protocol::kPieceItems;
+using catalog_protocol::Op;
+using catalog_protocol::Reply;
+
+Item item_of(const CatalogRecord& record, ItemKind kind) {
+  const CatalogBytes bytes = encode_catalog_record(record);
+  Item item;
+  item.kind = kind;
+  item.key = bytes.key;
+  item.value = bytes.value;
+  return item;
+}
+
+ItemKind kind_of(CatalogChange::Kind kind) {
+  switch (kind) {
+    case CatalogChange::Kind::put: return ItemKind::put;
+    case CatalogChange::Kind::forget: return ItemKind::forget;
+    case CatalogChange::Kind::touch: break;
+  }
+  return ItemKind::touch;
+}
+
+std::uint64_t place_number(const CatalogRecord& record) {
+  return (std::uint64_t{record.place.class_index} << 32) | raw(record.place.slot);
+}
+
+// By place, each place once: of two blocks that claim one (a lying catalog), the later writing. In place,
+// since the records of a large store are hundreds of megabytes: sorts numbers, then moves each record once.
+void sort_by_place(std::vector<CatalogRecord>& records) {
+  struct Order {
+    std::uint64_t place;
+    std::uint32_t from;
+  };
+  std::vector<Order> order;
+  order.reserve(records.size());
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    order.push_back({place_number(records[i]), static_cast<std::uint32_t>(i)});
+  }
+  std::sort(order.begin(), order.end(), [&records](const Order& a, const Order& b) {
+    if (a.place != b.place) return a.place < b.place;
+    return records[a.from].generation > records[b.from].generation;
+  });
+  for (std::uint32_t start = 0; start < order.size(); ++start) {
+    if (order[start].from == start) continue;
+    const CatalogRecord first = records[start];
+    std::uint32_t to = start;
+    while (order[to].from != start) {
+      const std::uint32_t from = std::exchange(order[to].from, to);
+      records[to] = records[from];
+      to = from;
+    }
+    order[to].from = to;
+    records[to] = first;
+  }
+  const auto end = std::unique(
+      records.begin(), records.end(),
+      [](const CatalogRecord& a, const CatalogRecord& b) { return place_number(a) == place_number(b); });
+  records.erase(end, records.end());
+}
+
+// The Catalog that a helper process keeps. A failure of any kind ends that helper: what LMDB holds after one,
+// and what of a commit is in the file, is not known. reset_with() starts another.
+class HelperCatalog final : public Catalog {
+ public:
+  explicit HelperCatalog(HelperProcess::Arguments arguments) : arguments_(std::move(arguments)) {}
+
+  Status open() {
+    Result<std::unique_ptr<HelperProcess>> process = HelperProcess::start(arguments_);
+    if (!process) return process.status();
+    process_ = std::move(process).value();
+    static_cast<void>(call(Op::open, 0));  // what is wrong with the file, the first use says
+    return Status::ok();
+  }
+
+  Result<std::vector<CatalogRecord>> read_all() override {
+    KVTIER_RETURN_IF_ERROR(usable());
+    std::vector<CatalogRecord> records;
+    std::vector<Item> items;
+    for (Op op = Op::read_first;; op = Op::read_next) {
+      Result<Reply> reply = call(op, 0);
+      if (!reply) return reply.status();
+      if (reply->count > kPieceItems)
+        return give_up(Status::io("the catalog's helper gave more than it may"));
+      items.resize(reply->count);
+      if (Status read = process_->read_items(items); !read) return give_up(read);
+      for (const Item& item : items) {
+        std::optional<CatalogRecord> record = decode_catalog_record({item.key, item.value});
+        if (!record) {
+          return give_up(
+              Status(StatusCode::corruption, "the catalog has a record that this version never writes"));
+        }
+        records.push_back(*record);
+      }
+      if (reply->has_more == 0) break;
+    }
+    process_->empty_memory();
+    sort_by_place(records);
+    return records;
+  }
+
+  Status commit(std::span<const CatalogChange> changes) override {
+    if (Status status = usable(); !status) {
+      return status.code() == StatusCode::closed ? status
+                                                 : Status::io(status.message(), status.native_code());
+    }
+    const auto item = [changes](std::size_t i) {
+      return item_of(changes[i].record, kind_of(changes[i].kind));
+    };
+    const Status status = send(changes.size(), item, Op::apply_more, Op::apply_last);
+    // For who commits there is one failure: the catalog is gone, whatever killed it.
+    return status ? status : Status::io(status.message(), status.native_code());
+  }
+
+  Status reset_with(std::span<const CatalogRecord> records) override {
+    if (process_generation() != process_generation_) return forked();
+    if (process_) process_->kill();
+    process_.reset();
+    failure_ = Status::io("the catalog was not made anew");
+    Result<std::unique_ptr<HelperProcess>> process = HelperProcess::start(arguments_);
+    if (!process) return Status::io(process.status().message(), process.status().native_code());
+    process_ = std::move(process).value();
+    failure_ = Status::ok();
+    if (Result<Reply> made = call(Op::make_anew, 0); !made) {
+      return Status::io(made.status().message(), made.status().native_code());
+    }
+    // Piece by piece, each a transaction of its own: the file is not believed before it is complete.
+    const auto item = [records](std::size_t i) { return item_of(records[i], ItemKind::put); };
+    const Status status = send(records.size(), item, Op::apply_last, Op::apply_complete);
+    return status ? status : Status::io(status.message(), status.native_code());
+  }
+
+ private:
+  static Status forked() { return Status::closed("the catalog belongs to the parent process"); }
+
+  Status usable() const {
+    if (process_generation() != process_generation_) return forked();
+    return failure_;
+  }
+
+  Status give_up(Status why) {
+    failure_ = std::move(why);
+    process_->kill();
+    return failure_;
+  }
+
+  Result<Reply> call(Op op, std::uint64_t count) {
+    catalog_protocol::Request request;
+    request.op = op;
+    request.count = count;
+    Result<Reply> reply = process_->call(request);
+    if (!reply) return give_up(reply.status());
+    return reply;
+  }
+
+  template <typename ItemAt>
+  Status send(std::size_t total, const ItemAt& item_at, Op op, Op last_op) {
+    std::vector<Item> items;
+    std::size_t next = 0;
+    do {
+      const std::size_t count = std::min(total - next, kPieceItems);
+      items.clear();
+      for (std::size_t i = 0; i < count; ++i) items.push_back(item_at(next + i));
+      next += count;
+      if (Status written = process_->write_items(items); !written) return give_up(written);
+      if (Result<Reply> reply = call(next == total ? last_op : op, count); !reply) return reply.status();
+    } while (next < total);
+    process_->empty_memory();
+    return Status::ok();
+  }
+
+  const HelperProcess::Arguments arguments_;
+  const std::uint64_t process_generation_ = process_generation();
+  std::unique_ptr<HelperProcess> process_;
+  Status failure_;
+};
+
+}  // namespace
+
+std::uint64_t catalog_bound_bytes(std::uint64_t num_slots) { return kMinCatalogBytes + 1024 * num_slots; }
+
+Result<std::unique_ptr<Catalog>> open_catalog(const std::string& directory_path,
+                                              const CatalogOptions& options) {
+  if (options.max_bytes < kMinCatalogBytes) {
+    return Status::invalid_argument("CatalogOptions::max_bytes is " + std::to_string(options.max_bytes) +
+                                    "; at least " + std::to_string(kMinCatalogBytes) + " is allowed");
+  }
+  HelperProcess::Arguments arguments;
+  arguments.helper_path = options.helper_path;
+  if (arguments.helper_path.empty()) {
+    Result<std::string> found = find_catalog_helper();
+    if (!found) return found.status();
+    arguments.helper_path = std::move(found).value();
+  }
+  arguments.directory_path = directory_path;
+  arguments.max_bytes = options.max_bytes;
+  arguments.deadline = options.answer_within;
+  auto catalog = std::make_unique<HelperCatalog>(std::move(arguments));
+  KVTIER_RETURN_IF_ERROR(catalog->open());
+  return std::unique_ptr<Catalog>(std::move(catalog));
+}
+
+}  // namespace kvtier
