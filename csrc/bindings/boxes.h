@@ -55,6 +55,10 @@ class Held {
     return *object_;
   }
   const std::shared_ptr<EngineBox>& box() const { return box_; }
+  std::shared_ptr<T> shared() const {
+    box_->origin.check();
+    return object_;
+  }
 
  private:
   std::shared_ptr<EngineBox> box_;

@@ -23,7 +23,7 @@ using TensorTuple = std::tuple<std::uintptr_t, std::vector<AxisTuple>>;
 
 Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::uint64_t chunk_bytes,
                 unsigned copy_threads, std::shared_ptr<HostMemory> memory, std::shared_ptr<const Clock> clock,
-                std::optional<std::uint64_t> hash_seed) {
+                std::optional<std::uint64_t> hash_seed, std::optional<DiskOptions> disk) {
   auto box = std::make_shared<EngineBox>();
   EngineConfig config;
   config.groups = std::move(groups);
@@ -32,6 +32,7 @@ Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::ui
   config.memory = memory.get();
   config.clock = std::move(clock);
   config.hash_seed = hash_seed;
+  if (disk) config.disk = std::move(*disk);
   box->memory = std::move(memory);
   box->copy_threads = copy_threads;
   box->engine = take(without_gil([&] { return Engine::open(std::move(config)); }));
@@ -141,12 +142,25 @@ std::uint64_t over_keys(const Box& box, const KeyArray& keys) {
   return take(without_gil([&] { return (engine.*Method)(view); }));
 }
 
-// (settled, durable)
-std::pair<std::uint64_t, std::uint64_t> flush(const Box& box, std::optional<double> timeout) {
+// (settled, durable, dropped)
+std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> flush(const Box& box, std::optional<double> timeout) {
   Engine& engine = box->get();
   const Deadline deadline = deadline_in(timeout);
   const FlushResult result = take(without_gil([&] { return engine.flush(deadline); }));
-  return {result.settled, result.durable};
+  return {result.settled, result.durable, result.dropped};
+}
+
+std::shared_ptr<TicketBox> prefetch(const Box& box, const KeyArray& keys, std::optional<double> timeout) {
+  Engine& engine = box->get();
+  const std::span<const BlockKey> view = keys_of(keys);
+  const Deadline deadline = deadline_in(timeout);
+  return std::make_shared<TicketBox>(box, take(without_gil([&] { return engine.prefetch(view, deadline); })));
+}
+
+std::uint64_t cancel_prefetch(const Box& box, const TicketBox& ticket) {
+  Engine& engine = box->get();
+  const std::shared_ptr<Ticket> native = ticket.shared();
+  return take(without_gil([&] { return engine.cancel_prefetch(native); }));
 }
 
 void bind_group_spec(py::module_& m) {
@@ -222,7 +236,7 @@ void bind_engine(py::module_& m) {
   py::class_<EngineBox, Box>(m, "Engine")
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
-                  py::arg("hash_seed"))
+                  py::arg("hash_seed"), py::arg("disk"))
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())
@@ -245,6 +259,8 @@ void bind_engine(py::module_& m) {
              Engine& engine = box->get();
              return take(without_gil([&] { return engine.poll(); }));
            })
+      .def("prefetch", &prefetch, py::arg("keys").noconvert(), py::arg("timeout"))
+      .def("cancel_prefetch", &cancel_prefetch, py::arg("ticket"))
       .def("flush", &flush, py::arg("timeout"))
       .def("wait_until_whole",
            [](const Box& box) {

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, m) {
   bind_devices(m);
   bind_simulated(m);
   bind_ticket(m);
+  bind_disk(m);
   bind_engine(m);
   bind_ranks(m);
   bind_bench(m);

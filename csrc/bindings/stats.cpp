@@ -9,14 +9,52 @@ py::dict stats_dict(const EngineStats& stats);
 
 py::dict stats_dict(const EngineStats& s) {
   using namespace py::literals;  // NOLINT: "name"_a
-  py::list host;
-  for (const SlotClassStats& c : s.host) {
-    host.append(py::dict("slot_bytes"_a = c.slot_bytes, "capacity"_a = c.capacity, "usable"_a = c.usable,
-                         "free"_a = c.free, "filling"_a = c.filling, "ready"_a = c.ready,
-                         "leaving"_a = c.leaving));
+  const auto classes = [](const std::vector<SlotClassStats>& all) {
+    py::list list;
+    for (const SlotClassStats& c : all) {
+      list.append(py::dict("slot_bytes"_a = c.slot_bytes, "capacity"_a = c.capacity, "usable"_a = c.usable,
+                           "free"_a = c.free, "filling"_a = c.filling, "ready"_a = c.ready,
+                           "leaving"_a = c.leaving));
+    }
+    return list;
+  };
+  py::list disks;
+  for (const DiskStats& disk : s.disks) {
+    py::dict of_disk;
+    of_disk["classes"] = classes(disk.classes);
+#define KVTIER_FIELD(name) of_disk[#name] = disk.name
+    KVTIER_FIELD(path);
+    KVTIER_FIELD(capacity_bytes);
+    KVTIER_FIELD(allocated_bytes);
+    KVTIER_FIELD(bytes_read);
+    KVTIER_FIELD(bytes_written);
+    KVTIER_FIELD(bytes_prewritten);
+    KVTIER_FIELD(reads);
+    KVTIER_FIELD(reads_good);
+    KVTIER_FIELD(reads_failed);
+    KVTIER_FIELD(bad_blank);
+    KVTIER_FIELD(bad_foreign);
+    KVTIER_FIELD(bad_newer_version);
+    KVTIER_FIELD(bad_corrupt_header);
+    KVTIER_FIELD(bad_corrupt_payload);
+    KVTIER_FIELD(bad_stale);
+    KVTIER_FIELD(bad_unknown_key);
+    KVTIER_FIELD(writes);
+    KVTIER_FIELD(writes_failed);
+    KVTIER_FIELD(syncs);
+    KVTIER_FIELD(commits);
+    KVTIER_FIELD(catalog_resets);
+    KVTIER_FIELD(opened_from);
+    KVTIER_FIELD(queue);
+    KVTIER_FIELD(queue_problem);
+    KVTIER_FIELD(health);
+    KVTIER_FIELD(catalog_health);
+#undef KVTIER_FIELD
+    disks.append(std::move(of_disk));
   }
   py::dict d;
-  d["host"] = std::move(host);
+  d["host"] = classes(s.host);
+  d["disks"] = std::move(disks);
 #define KVTIER_FIELD(name) d[#name] = s.name
   KVTIER_FIELD(host_bytes);
   KVTIER_FIELD(host_prefaulted_bytes);
@@ -30,6 +68,7 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(transfers_running);
   KVTIER_FIELD(lookup_blocks);
   KVTIER_FIELD(lookup_hits_host);
+  KVTIER_FIELD(lookup_hits_disk);
   KVTIER_FIELD(lookup_misses_absent);
   KVTIER_FIELD(lookup_misses_pending);
   KVTIER_FIELD(lookup_misses_failed);
@@ -43,6 +82,23 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(load_missed);
   KVTIER_FIELD(load_pending);
   KVTIER_FIELD(load_failed);
+  KVTIER_FIELD(promote_good);
+  KVTIER_FIELD(promote_bad);
+  KVTIER_FIELD(promote_failed);
+  KVTIER_FIELD(promote_cancelled);
+  KVTIER_FIELD(promote_declined);
+  KVTIER_FIELD(disk_durable);
+  KVTIER_FIELD(disk_declined_admission);
+  KVTIER_FIELD(disk_declined_budget);
+  KVTIER_FIELD(disk_declined_busy);
+  KVTIER_FIELD(disk_declined_full);
+  KVTIER_FIELD(disk_declined_parent);
+  KVTIER_FIELD(disk_gone);
+  KVTIER_FIELD(disk_failed);
+  KVTIER_FIELD(disk_evictions);
+  KVTIER_FIELD(disk_waiting);
+  KVTIER_FIELD(promotions_running);
+  KVTIER_FIELD(write_budget_left_bytes);
   KVTIER_FIELD(bytes_stored);
   KVTIER_FIELD(bytes_loaded);
   KVTIER_FIELD(evictions);

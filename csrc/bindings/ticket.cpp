@@ -41,6 +41,7 @@ void bind_ticket(py::module_& m) {
       .def("failure", [](const TicketBox& ticket) { return error_object(ticket.get().failure()); })
       .def("outcomes", &outcomes)
       .def("valid_blocks", [](const TicketBox& ticket) { return ticket.get().valid_blocks(); })
+      .def("durable_blocks", [](const TicketBox& ticket) { return ticket.get().durable_blocks(); })
       .def("wait_stream", &wait_stream, py::arg("stream"))
       .def("wait_layer", &wait_layer, py::arg("layer"), py::arg("stream"))
       .def("done_fd", [](const TicketBox& ticket) { return take(ticket.get().done_fd()); });

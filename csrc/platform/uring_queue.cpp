@@ -158,23 +158,15 @@ Status UringQueue::start(UringLevel highest) {
   return Status::ok();
 }
 
-// A stranger cannot make the owner's completions happen. But there is none any more: either nothing is in
-// flight, or the owner's thread has ended, and the kernel has seen to it that all is.
+// The kernel hands completions to the owner only. Nobody else can tell when the requests that are in flight
+// end: then the ring is kept for ever, which is not what the caller was to do, but the least harm.
 UringQueue::~UringQueue() {
   if (!has_ring_) return;
-  if (owner_ && *owner_ != std::this_thread::get_id()) timed_wait_ = false;
   std::vector<IoCompletion> completions;
-  while (in_flight_ > 0 && broken_ == 0) {
-    gather(completions);
-    flush();
-    if (in_flight_ == 0 || broken_ != 0) break;
-    if (timed_wait_) {
-      sleep_in_ring(std::nullopt);
-    } else {
-      sleep_in_poll(std::nullopt);
-    }
+  const bool can_wait = owner_ == std::this_thread::get_id();
+  while (can_wait && in_flight_ > 0 && wait(completions, std::nullopt)) {
   }
-  io_uring_queue_exit(&ring_);
+  if (in_flight_ == 0) io_uring_queue_exit(&ring_);
 }
 
 void UringQueue::become_owner() {

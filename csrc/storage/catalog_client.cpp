@@ -20,6 +20,9 @@ using catalog_protocol::kPieceItems;
 using catalog_protocol::Op;
 using catalog_protocol::Reply;
 
+// In the file, keys of both databases and value; so many at most fit into it.
+constexpr std::uint64_t kMinRecordBytes = 2 * 34 + 88 + 8;
+
 Item item_of(const CatalogRecord& record, ItemKind kind) {
   const CatalogBytes bytes = encode_catalog_record(record);
   Item item;
@@ -99,6 +102,9 @@ class HelperCatalog final : public Catalog {
       if (!reply) return reply.status();
       if (reply->count > kPieceItems)
         return give_up(Status::io("the catalog's helper gave more than it may"));
+      // What a damaged file claims is not worth all of the memory.
+      if (op == Op::read_first)
+        records.reserve(std::min(reply->total, arguments_.max_bytes / kMinRecordBytes));
       items.resize(reply->count);
       if (Status read = process_->read_items(items); !read) return give_up(read);
       for (const Item& item : items) {
@@ -194,7 +200,7 @@ class HelperCatalog final : public Catalog {
 
 }  // namespace
 
-std::uint64_t catalog_bound_bytes(std::uint64_t num_slots) { return kMinCatalogBytes + 1024 * num_slots; }
+std::uint64_t catalog_bound_bytes(std::uint64_t num_slots) { return kMinCatalogBytes + 1536 * num_slots; }
 
 Result<std::unique_ptr<Catalog>> open_catalog(const std::string& directory_path,
                                               const CatalogOptions& options) {

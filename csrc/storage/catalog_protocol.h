@@ -47,8 +47,10 @@ struct Item {
 };
 static_assert(sizeof(Item) == 128 && std::is_trivially_copyable_v<Item>);
 
-// Items in the memfd at a time: 4 MiB. A commit or a reading of more takes several messages.
-inline constexpr std::size_t kPieceItems = 32768;
+// Items in the memfd at a time: 512 KiB, which stay in a core's cache on both sides (100,000 records in
+// pieces of 4 MiB took 60 ms to read, most of it page faults). A commit or a reading of more takes several
+// messages.
+inline constexpr std::size_t kPieceItems = 4096;
 
 enum class Op : std::uint32_t {
   open,           // opens or makes the file
@@ -73,8 +75,9 @@ struct Reply {
   Outcome outcome = Outcome::ok;
   std::int32_t native_code = 0;  // errno
   std::uint32_t has_more = 0;    // of read
-  std::uint64_t count = 0;       // of read
-  std::array<char, 232> text{};  // why; ends with a zero
+  std::uint64_t count = 0;       // of read: items in this piece
+  std::uint64_t total = 0;       // of read: items in all
+  std::array<char, 224> text{};  // why; ends with a zero
 };
 static_assert(sizeof(Reply) == 256);
 

@@ -5,7 +5,7 @@ tokens, and copied back asynchronously. Importing this package needs NumPy and n
 """
 
 from kvtier.arrays import RawTensor
-from kvtier.config import Config, parse_size
+from kvtier.config import Config, Disk, parse_size
 from kvtier.engine import (
     BlockOutcome,
     BlockState,
@@ -17,6 +17,7 @@ from kvtier.engine import (
     Match,
     Moment,
     Pages,
+    Prefetch,
     StoreResult,
     StoreTicket,
     Ticket,
@@ -37,7 +38,7 @@ from kvtier.errors import (
 )
 from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout
-from kvtier.metrics import HostClassStats, Stats
+from kvtier.metrics import DiskStats, SlotClassStats, Stats
 
 __all__ = [
     "BlockOutcome",
@@ -47,9 +48,10 @@ __all__ = [
     "ConfigError",
     "CorruptionError",
     "DeviceError",
+    "Disk",
+    "DiskStats",
     "Engine",
     "FlushResult",
-    "HostClassStats",
     "InternalError",
     "KVLayout",
     "KVTierError",
@@ -60,8 +62,10 @@ __all__ = [
     "Match",
     "Moment",
     "Pages",
+    "Prefetch",
     "RawTensor",
     "ResourceError",
+    "SlotClassStats",
     "Stats",
     "StorageError",
     "StoreResult",

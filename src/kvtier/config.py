@@ -1,5 +1,6 @@
 """Config: all that an engine is told when it is opened, from Python, a TOML file or the environment."""
 
+import hashlib
 import importlib
 import os
 import re
@@ -48,6 +49,44 @@ def parse_size(value: int | str, key: str = "size") -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Disk:
+    """One drive of the disk tier.
+
+    Attributes:
+        path: An absolute directory on the drive; made if it is not there. Several engines, models and tenants
+            may share it.
+        capacity: Hard bound of everything below it, bytes or as in "1TiB".
+    """
+
+    path: str
+    capacity: int | str
+
+    def __post_init__(self) -> None:
+        path: object = os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path
+        if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
+            raise ConfigError(f"disk path is {self.path!r}; allowed: an absolute path")
+        object.__setattr__(self, "path", path)
+        parse_size(self.capacity, "disk capacity")
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The capacity in bytes."""
+        return parse_size(self.capacity, "disk capacity")
+
+    @classmethod
+    def parse(cls, text: str) -> "Disk":
+        """Reads "PATH=CAPACITY", as in "/mnt/nvme0/kvtier=1TiB".
+
+        Raises:
+            ConfigError: Not of that form, or a value is not allowed.
+        """
+        path, equals, capacity = text.rpartition("=")
+        if not equals:
+            raise ConfigError(f'disk is {text!r}; allowed: "PATH=CAPACITY", as in "/mnt/nvme0/kvtier=1TiB"')
+        return cls(path, capacity)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What kvtier.open() needs to know.
@@ -62,6 +101,17 @@ class Config:
         world_size: Ranks on this host that share one cache, each with its part of every block.
         copy_threads: Threads of the CPU device, None for the default.
         chunk: The arena is prefaulted and registered in chunks of this size.
+        disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
+        disk_admission: Which blocks are written once the drives were full: "all", "second-use" (offered
+            before), or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
+        disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one capacity
+            a day, "unlimited" for no limit.
+        disk_second_process: What a second process with the same model and layout gets: "next", a store of its
+            own within the same capacity, or "refuse", a ResourceError.
+        disk_key: Encrypts what is written: the path of a file with 64 hexadecimal digits, or "env:NAME". Several,
+            separated by commas: the first encrypts, the others only decrypt, so that keys can be rotated.
+        disk_queue_depth: Requests in flight on each drive.
+        disk_commit_seconds: At most so long after a block was written it is durable.
     """
 
     groups: Sequence[KVLayout]
@@ -71,6 +121,13 @@ class Config:
     world_size: int = 1
     copy_threads: int | None = None
     chunk: int | str = "128MiB"
+    disk: Disk | Sequence[Disk] = ()
+    disk_admission: str = "second-use"
+    disk_write_budget: int | str | None = None
+    disk_second_process: str = "next"
+    disk_key: str | None = None
+    disk_queue_depth: int = 32
+    disk_commit_seconds: float = 0.5
 
     def __post_init__(self) -> None:
         groups = _checked_groups(self.groups)
@@ -94,6 +151,47 @@ class Config:
                 f"host is {self.host!r}; allowed: at least one block of every group, {one_of_each} bytes"
             )
         parse_size(self.chunk, "chunk")
+        self._check_disk()
+
+    def _check_disk(self) -> None:
+        disks: object = (self.disk,) if isinstance(self.disk, Disk) else self.disk
+        if not isinstance(disks, (list, tuple)) or not all(isinstance(disk, Disk) for disk in disks):
+            raise ConfigError(f"disk is {self.disk!r}; allowed: a Disk or a list of them")
+        if len({os.path.realpath(disk.path) for disk in disks}) < len(disks) or len(disks) > _MAX_DISKS:
+            raise ConfigError(
+                f"disk has {len(disks)} entries; allowed: at most {_MAX_DISKS}, each another path"
+            )
+        object.__setattr__(self, "disk", tuple(disks))
+        for key, allowed in (("disk_admission", _ADMISSIONS), ("disk_second_process", _SECOND_PROCESS)):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
+        if self.disk_write_budget not in (None, "unlimited"):
+            parse_size(self.disk_write_budget, "disk_write_budget")  # type: ignore[arg-type]
+        check_extent("disk_queue_depth", self.disk_queue_depth, 1, 1024)
+        seconds: object = self.disk_commit_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 60:
+            raise ConfigError(f"disk_commit_seconds is {seconds!r}; allowed: 0.001 to 60")
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The drives, as a tuple."""
+        return (self.disk,) if isinstance(self.disk, Disk) else tuple(self.disk)
+
+    @property
+    def disk_write_bytes_per_day(self) -> int | None:
+        """The write budget: None for one capacity, 0 for no limit."""
+        if self.disk_write_budget is None:
+            return None
+        return 0 if self.disk_write_budget == "unlimited" else parse_size(self.disk_write_budget)
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that two configs share only if their blocks on disk are interchangeable."""
+        digest = hashlib.sha256(b"kvtier.store.v1\0")
+        digest.update(len(self.model.encode()).to_bytes(8, "little") + self.model.encode())
+        digest.update(self.block_tokens.to_bytes(8, "little") + self.world_size.to_bytes(8, "little"))
+        for layout in self.groups:
+            digest.update(layout.fingerprint())
+        return digest.digest()
 
     @property
     def host_bytes(self) -> int:
@@ -118,10 +216,6 @@ class Config:
             ConfigError: A key is not known or missing, or a value is not allowed.
         """
         given = dict(values)
-        if "disk" in given:
-            raise ConfigError(
-                f"{source}: disk is given, but the disk tier is not in this version; leave it out"
-            )
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
@@ -134,6 +228,8 @@ class Config:
                 _layout_of(table, f"{source}: groups[{i}]") if isinstance(table, Mapping) else table
                 for i, table in enumerate(given["groups"])
             ]
+        if "disk" in given:
+            given["disk"] = _disks_of(given["disk"], f"{source}: disk")
         return cls(**given)
 
     @classmethod
@@ -149,7 +245,7 @@ class Config:
     def from_env(cls, environ: Mapping[str, str] | None = None, **defaults: Any) -> "Config":
         """Reads KVTIER_HOST, KVTIER_MODEL, KVTIER_BLOCK_TOKENS, KVTIER_COPY_THREADS and their like.
 
-        KVTIER_CONFIG names a TOML file. A variable beats the file, and the file beats `defaults`.
+        KVTIER_DISK is "PATH=CAPACITY", several separated by semicolons. KVTIER_CONFIG names a TOML file. A variable beats the file, and the file beats `defaults`.
 
         Args:
             environ: The variables; None for those of the process.
@@ -167,12 +263,10 @@ class Config:
         allowed = [field.name for field in fields(cls) if field.name != "groups"]
         for variable, text in given.items():
             key = variable.removeprefix(_ENV_PREFIX).lower()
-            if key == "disk":
-                raise ConfigError(f"{variable} is set, but the disk tier is not in this version; unset it")
             if key not in allowed:
                 names = ", ".join(_ENV_PREFIX + name.upper() for name in ["config", *allowed])
                 raise ConfigError(f"{variable} is not a variable of kvtier; allowed: {names}")
-            values[key] = _integer(variable, text) if key in _INTEGER_KEYS else text
+            values[key] = _read_variable(variable, key, text)
         return cls.from_mapping(values, "environment")
 
 
@@ -187,7 +281,41 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
     return tuple(groups)
 
 
-_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads")
+_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth")
+_ADMISSIONS = ("all", "second-use", "tiny-lfu")
+_SECOND_PROCESS = ("next", "refuse")
+_MAX_DISKS = 64
+
+
+def _disks_of(value: object, source: str) -> list[Disk]:
+    if isinstance(value, (str, Mapping, Disk)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{source} is {value!r}; allowed: tables with path and capacity")
+    disks = []
+    for i, each in enumerate(value):
+        if isinstance(each, Mapping) and set(each) == {"path", "capacity"}:
+            disks.append(Disk(each["path"], each["capacity"]))
+        elif isinstance(each, str):
+            disks.append(Disk.parse(each))
+        elif isinstance(each, Disk):
+            disks.append(each)
+        else:
+            raise ConfigError(f"{source}[{i}] is {each!r}; allowed: a table with path and capacity")
+    return disks
+
+
+def _read_variable(variable: str, key: str, text: str) -> Any:
+    if key in _INTEGER_KEYS:
+        return _integer(variable, text)
+    if key == "disk":
+        return [part for part in text.split(";") if part]
+    if key == "disk_commit_seconds":
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"{variable} is {text!r}; allowed: seconds") from None
+    return text
 
 
 def _integer(key: str, text: str) -> int:

@@ -23,8 +23,9 @@ import numpy.typing as npt
 from kvtier import _core
 from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
+from kvtier.disk_keys import read_keys
 from kvtier.errors import ConfigError, KVTierError
-from kvtier.handles import BlockState, Lease, Match, Pages, Tier
+from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
 from kvtier.metrics import Stats
@@ -51,6 +52,7 @@ __all__ = [
     "Match",
     "Moment",
     "Pages",
+    "Prefetch",
     "StoreResult",
     "StoreTicket",
     "Ticket",
@@ -92,6 +94,29 @@ def native_device(device: Any) -> _core.Device | None:
     raise ConfigError(f"device is {device!r}; allowed: None or a device of kvtier.testing")
 
 
+def disk_options(config: Config) -> _core.DiskOptions | None:
+    """Makes the core's description of the disk tier; None without one.
+
+    Raises:
+        ConfigError: A key for encryption cannot be read; the message never shows it.
+    """
+    if not config.disks:
+        return None
+    return _core.DiskOptions(
+        disks=[(disk.path, disk.capacity_bytes) for disk in config.disks],
+        fingerprint=config.fingerprint(),
+        second_process=getattr(
+            _core.SecondProcess, {"next": "next_store", "refuse": "refuse"}[config.disk_second_process]
+        ),
+        admission=getattr(_core.Admission, config.disk_admission.replace("-", "_")),
+        write_bytes_per_day=config.disk_write_bytes_per_day,
+        keys=read_keys(config.disk_key),
+        queue_depth=config.disk_queue_depth,
+        commit_seconds=config.disk_commit_seconds,
+        catalog_helper="",
+    )
+
+
 class Engine:
     """Keeps KV blocks below the framework's device memory and moves them. Made by kvtier.open().
 
@@ -124,6 +149,7 @@ class Engine:
             memory=getattr(memory, "native", memory),
             clock=clock,
             hash_seed=hash_seed,
+            disk=disk_options(config),
         )
         _open_engines.add(self)
 
@@ -256,6 +282,22 @@ class Engine:
         native = self._native.load(pages._native, array, ids, stream_handle(stream), first_block, batch)
         return LoadTicket(native, _core.Moment, self.config.block_tokens)
 
+    def prefetch(self, keys: Any, deadline: float | None = None) -> Prefetch:
+        """Brings blocks that are on disk alone into the host tier, behind all loads. Never waits.
+
+        To be called as soon as a request is known. Nothing holds the blocks in the host tier but their recency.
+
+        Args:
+            keys: Keys [n, 32] in prompt order.
+            deadline: Seconds from now; reads that have not begun by then are given up. None for never.
+
+        Raises:
+            ConfigError: Not keys, or not a number of seconds.
+            ClosedError: The engine is closed.
+        """
+        native = self._native.prefetch(key_array(keys), checked_timeout(deadline))
+        return Prefetch(self._native, native, _core.Moment.ready, len(self.config.groups))
+
     def touch(self, keys: Any) -> int:
         """Makes blocks the most recently used, the last key the oldest of them.
 
@@ -267,6 +309,8 @@ class Engine:
     def drop(self, keys: Any = None, namespace: str | None = None) -> int:
         """Forgets blocks: no lookup finds them when it returns. Running loads of them finish unharmed.
 
+        With a disk tier, waits without the GIL until the drives confirm that no restart finds them either.
+
         Args:
             keys: Keys [n, 32], or None.
             namespace: Or all that was stored under a namespace.
@@ -276,6 +320,7 @@ class Engine:
 
         Raises:
             ConfigError: Neither or both are given.
+            StorageError: The blocks are gone from memory, but a drive did not confirm it.
         """
         if (keys is None) == (namespace is None):
             raise ConfigError("drop() takes either keys or namespace")
@@ -293,6 +338,8 @@ class Engine:
 
     def flush(self, timeout: float | None = None) -> FlushResult:
         """Waits, without the GIL, until every store submitted before the call has settled.
+
+        With a disk tier, also until each of their blocks is durable or will never be.
 
         Args:
             timeout: Seconds, None for as long as it takes.
@@ -317,6 +364,8 @@ class Engine:
 
     def close(self, timeout: float | None = None) -> None:
         """Refuses new work, waits without the GIL until running transfers have ended, frees everything.
+
+        With a disk tier, what was stored is made durable first.
 
         Idempotent; ends leases and lets go of attached tensors.
 

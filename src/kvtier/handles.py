@@ -33,6 +33,10 @@ class Tier(IntEnum):
     NONE = 255
 
 
+# The core's states: miss, pending, ready in the host tier, ready on disk.
+_TIER_OF_STATE: States = np.array([Tier.NONE, Tier.NONE, Tier.HOST, Tier.DISK], dtype=np.uint8)
+
+
 class NativeLease(Protocol):
     """kvtier._core.Lease."""
 
@@ -56,6 +60,9 @@ class NativeEngine(Protocol):
 
     def pin(self, keys: Keys, max_blocks: int, ttl_us: int | None) -> NativeLease:
         """Pins the ready prefix."""
+
+    def cancel_prefetch(self, ticket: Any) -> int:
+        """Gives up reads that have not begun."""
 
 
 class Pages:
@@ -151,14 +158,16 @@ class Match:
         return self.ready_blocks * self._block_tokens
 
     def states(self, group: int = 0) -> States:
-        """A BlockState for each key [n] in one group; do not write into it."""
+        """A BlockState for each key [n] in one group. READY says that a load will get it, from any tier."""
+        states: States = np.minimum(self._native_states(group), np.uint8(BlockState.READY))
+        return states
+
+    def _native_states(self, group: int) -> States:
         return self._states[check_extent("group", group, 0, len(self._states) - 1)]
 
     def tiers(self, group: int = 0) -> States:
         """For each key [n] the fastest Tier that has it ready in one group, else Tier.NONE."""
-        ready = self.states(group) == BlockState.READY
-        tiers: States = np.where(ready, np.uint8(Tier.HOST), np.uint8(Tier.NONE))
-        return tiers
+        return _TIER_OF_STATE[self._native_states(group)]
 
     def pin(self, ttl: float | None = None) -> Lease:
         """Pins what is still ready of the prefix, in every group, and refreshes it. Never waits for copies.
@@ -174,3 +183,41 @@ class Match:
             raise ConfigError(f"ttl is {ttl!r}; allowed: None or seconds of 0 or more")
         ttl_us = None if ttl is None else int(min(ttl, 2.0**42) * 1e6)
         return Lease(self._engine.pin(self.keys, self.ready_blocks, ttl_us), self.keys)
+
+
+class Prefetch:
+    """Blocks on their way from disk to the host tier. Made by Engine.prefetch(). Threads: any.
+
+    Dropping it cancels nothing.
+    """
+
+    def __init__(self, engine: NativeEngine, native: Any, ready: Any, num_groups: int) -> None:
+        self._engine = engine
+        self._native = native
+        self._ready = ready  # the core's Moment.ready
+        self._num_groups = num_groups
+
+    def done(self) -> bool:
+        """Whether every block is in the host tier, or is not to be had. Never waits."""
+        return bool(self._native.settled(self._ready))
+
+    def wait(self, timeout: float | None = None) -> "Prefetch":
+        """Waits, without the GIL, until done(); Ctrl-C ends the wait.
+
+        Raises:
+            TimeoutError: The time is over. The reads go on.
+        """
+        self._native.wait(self._ready, checked_timeout(timeout))
+        return self
+
+    def ready_blocks(self) -> int:
+        """Blocks at the beginning that are in the host tier by now, in every group. Final once done()."""
+        return int(self._native.valid_blocks()) // self._num_groups
+
+    def cancel(self) -> int:
+        """Gives up what no drive has begun to read and nobody else waits for.
+
+        Returns:
+            Blocks, summed over groups, that are not read.
+        """
+        return self._engine.cancel_prefetch(self._native)

@@ -81,11 +81,14 @@ class FlushResult:
 
     Attributes:
         settled: Stores that ended meanwhile.
-        durable: Blocks that reached the disk; 0 without a disk tier.
+        durable: Blocks that became durable meanwhile; 0 without a disk tier.
+        dropped: Blocks that will not: declined by admission, write budget or a busy drive, evicted before
+            their turn, or failed.
     """
 
     settled: int
     durable: int
+    dropped: int
 
 
 class NativeTicket(Protocol):
@@ -105,6 +108,9 @@ class NativeTicket(Protocol):
 
     def valid_blocks(self) -> int:
         """Blocks at the beginning that are valid."""
+
+    def durable_blocks(self) -> int:
+        """Blocks of a store that survive a restart."""
 
     def wait_stream(self, stream: int) -> None:
         """Orders a stream behind the copies."""
@@ -243,6 +249,11 @@ class StoreTicket(Ticket):
     def __init__(self, native: NativeTicket, moments: Any, block_tokens: int) -> None:
         super().__init__(native, moments, block_tokens)
         self.durable = Moment(native, moments.durable)
+
+    @property
+    def durable_blocks(self) -> int:
+        """Blocks that survive a restart, those included that were durable before; final once `durable` is."""
+        return self._native.durable_blocks()
 
     def result(self) -> StoreResult:
         """Waits as wait(), then says what became of each block; a failed copy is a value, not raised."""

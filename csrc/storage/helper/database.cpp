@@ -177,7 +177,7 @@ void Database::end_reading() {
   reading_ = nullptr;
 }
 
-Failure Database::rewind() {
+Failure Database::rewind(std::uint64_t& total) {
   end_reading();
   if (Failure gone = check_still_ours(); !gone.is_ok()) return gone;
   mdb_filehandle_t fd = -1;
@@ -188,6 +188,9 @@ Failure Database::rewind() {
   }
   int error = mdb_txn_begin(env_, nullptr, MDB_RDONLY, &reading_);
   if (error == 0) error = mdb_cursor_open(reading_, blocks_, &cursor_);
+  MDB_stat stat{};
+  if (error == 0) error = mdb_stat(reading_, blocks_, &stat);
+  total = stat.ms_entries;
   return failure(error, "reading the catalog");
 }
 

@@ -37,8 +37,9 @@ class Database {
   Database& operator=(const Database&) = delete;
 
   Failure open(OpenMode mode);
-  // Fills `items` from the next record on; `count` < items.size() at the end. rewind() goes to the first.
-  Failure rewind();
+  // Fills `items` from the next record on; `count` < items.size() at the end. rewind() goes to the first and
+  // says how many there are.
+  Failure rewind(std::uint64_t& total);
   Failure read(std::span<protocol::Item> items, std::size_t& count);
   // In the transaction that is open, or a new one.
   Failure apply(std::span<const protocol::Item> items);

@@ -130,7 +130,7 @@ class Session {
       case Op::open: return database_.open(OpenMode::keep);
       case Op::make_anew: return database_.open(OpenMode::anew);
       case Op::read_first:
-        if (Failure failed = database_.rewind(); !failed.is_ok()) return failed;
+        if (Failure failed = database_.rewind(reply.total); !failed.is_ok()) return failed;
         return read(reply);
       case Op::read_next: return read(reply);
       case Op::apply_more:

@@ -328,17 +328,6 @@ TYPED_TEST_P(IoQueueConformance, the_maker_may_destroy_what_another_thread_owned
   this->queue_.reset();
 }
 
-// The kernel ends the requests of a thread that ends, well or with ECANCELED; the destructor must not hang.
-TYPED_TEST_P(IoQueueConformance, an_owner_may_end_with_requests_in_flight) {
-  const IoBuffer from(this->kBytes);
-  std::thread([&] {
-    std::vector<IoRequest> requests;
-    for (unsigned i = 0; i < this->kDepth; ++i) requests.push_back(this->write(i * this->kBytes, from, i));
-    this->queue_->submit(requests);
-  }).join();
-  this->queue_.reset();
-}
-
 TYPED_TEST_P(IoQueueConformance, registered_buffers_change_nothing_but_cost) {
   const IoBuffer one(2 * this->kBytes);
   const IoBuffer two(this->kBytes);
@@ -428,7 +417,7 @@ REGISTER_TYPED_TEST_SUITE_P(
     a_deadline_ends_the_wait_and_nothing_else, completions_are_appended, a_wake_before_the_wait_ends_it_once,
     no_wake_is_lost_among_completions, a_wake_ends_a_wait_that_sleeps,
     destruction_waits_for_what_is_in_flight, the_maker_may_destroy_what_another_thread_owned,
-    an_owner_may_end_with_requests_in_flight, registered_buffers_change_nothing_but_cost,
-    unsuitable_buffers_are_refused_and_all_else_goes_on, random_requests_leave_what_a_model_says);
+    registered_buffers_change_nothing_but_cost, unsuitable_buffers_are_refused_and_all_else_goes_on,
+    random_requests_leave_what_a_model_says);
 
 }  // namespace kvtier::conformance

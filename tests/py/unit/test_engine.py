@@ -150,7 +150,7 @@ def test_stats_have_every_field_of_the_core_and_add_up(engine: Engine, pages: Pa
     stats = engine.stats()
     native = engine._native.stats()
     assert set(native) == {field.name for field in dataclasses.fields(kvtier.Stats)}
-    assert set(native["host"][0]) == {field.name for field in dataclasses.fields(kvtier.HostClassStats)}
+    assert set(native["host"][0]) == {field.name for field in dataclasses.fields(kvtier.SlotClassStats)}
     misses = stats.lookup_misses_absent + stats.lookup_misses_pending + stats.lookup_misses_failed
     assert stats.lookup_blocks == stats.lookup_hits_host + misses == 4
     assert (stats.health, stats.bytes_stored) == ("ok", 2 * LAYOUT.block_bytes(8))

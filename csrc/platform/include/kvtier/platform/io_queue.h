@@ -44,10 +44,10 @@ struct IoCompletion {
   int error = 0;  // 0, or an errno
 };
 
-// Threads: wake() from any thread. The others from one, the owner: whoever calls submit() or wait() first.
-// What comes before that (register_buffers()) may be done by the maker, and so may the destructor, once
-// nothing is in flight or the owner's thread has ended. The kernel cancels (ECANCELED) what a thread that
-// ends leaves in flight. Blocks: wait(), the destructor.
+// Threads: wake() from any thread. The others from one thread, the owner: whoever calls submit() or wait()
+// first. The maker may register buffers before that, and may destroy the queue once nothing is in flight. The
+// owner's thread must not end before (the kernel then cancels requests, and tells nobody when they have
+// ended). Blocks: wait(), the destructor.
 class IoQueue {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;

@@ -59,9 +59,9 @@ struct CatalogOptions {
 };
 
 inline constexpr std::uint64_t kMinCatalogBytes = std::uint64_t{1} << 20;
-// A bound that a catalog of so many slots never meets: a megabyte, and 1024 bytes a slot, which is about
-// three times what it takes when every block was replaced and touched many times over (copy-on-write keeps
-// the pages of the transaction before).
+// A bound that a catalog of so many slots does not meet: a megabyte, and 1536 bytes a slot. A record takes
+// about 250; copy-on-write keeps the pages of the two transactions before, and when each of them rewrote
+// every block the file grew to 1150 a slot.
 std::uint64_t catalog_bound_bytes(std::uint64_t num_slots);
 
 // Opens or makes `directory_path`/catalog.mdb. A file that cannot be used is not an error here: read_all()

@@ -1,0 +1,302 @@
+// Batches: what was written becomes durable together.
+//
+//   writes complete --> unsynced_ --batch--> sync each file --> Catalog::commit --> on_durable, in order
+//
+// One batch at a time, at most commit_interval after its first write, or at once when somebody waits (a wipe,
+// a flush, the end). docs/durability.md says what each order is for.
+#include <algorithm>
+#include <system_error>
+
+#include "store_core.h"
+
+#include "kvtier/core/ordering.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::chrono::seconds kUsesInterval{10};
+constexpr std::chrono::seconds kCatalogRetry{30};
+
+}  // namespace
+
+void StoreCore::forget(const SlotPlace& place) {
+  CatalogChange change;
+  change.kind = CatalogChange::Kind::forget;
+  change.record.place = place;
+  changes_.push_back(change);
+}
+
+// --- barriers ---
+
+void StoreCore::barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatus on_done) {
+  for (const SlotPlace& place : places) KVTIER_CHECK(is_usable(place));
+  auto barrier = std::make_shared<Barrier>();
+  barrier->waits_for_scan = kind == BarrierKind::wipe;
+  barrier->to_wipe.assign(places.begin(), places.end());
+  barrier->on_done = std::move(on_done);
+  Status refused;
+  {
+    MutexLock lock(mutex_);
+    // A flush of a drive that is out of service says so through the writes that failed.
+    if (closing_ || (!accepts_writes_ && (kind == BarrierKind::wipe || !queue_status_))) {
+      refused = refusal(lock);
+    } else {
+      for (const SlotPlace& place : places) claim(place, lock);
+      barrier->id = jobs_.next_id();
+      messages_.emplace_back([this, barrier] { barriers_.push_back(barrier); });
+      attend(lock);
+      return;
+    }
+  }
+  if (barrier->on_done) barrier->on_done(refused);
+}
+
+bool StoreCore::start_wipe() {
+  if (!own_wipes_.empty()) {
+    const SlotPlace place = own_wipes_.front();
+    own_wipes_.pop_front();
+    const std::uint32_t op = begin_op(Purpose::wipe, place);
+    submit_op(op, IoOp::write, offset_of(place), zeros_.get(), kSlotHeaderBytes);
+    return true;
+  }
+  for (const auto& barrier : barriers_) {
+    if (barrier->waits_for_scan && !scan_done_.load()) continue;
+    while (!barrier->to_wipe.empty()) {
+      const SlotPlace place = barrier->to_wipe.front();
+      SlotState& state = table_.at(place);
+      if (state.busy) break;  // by the store itself, for a moment
+      barrier->to_wipe.pop_front();
+      if (state.content == SlotContent::untouchable) continue;
+      state.generation = Generation{0};
+      table_.set_content(place, SlotContent::writing);
+      const std::uint32_t op = begin_op(Purpose::wipe, place);
+      ops_[op].barrier = barrier;
+      ++barrier->wipes_in_flight;
+      submit_op(op, IoOp::write, offset_of(place), zeros_.get(), kSlotHeaderBytes);
+      return true;
+    }
+  }
+  return false;
+}
+
+void StoreCore::settle_wipe(Op& op, int error) {
+  const bool own = op.barrier == nullptr;
+  table_.at(op.place).generation = Generation{0};
+  table_.set_content(op.place, error == 0 ? SlotContent::unknown : SlotContent::doubtful);
+  Status status;
+  if (error == 0) {
+    dirty_[op.place.class_index] = true;
+    forget(op.place);
+    MutexLock lock(mutex_);
+    ++stats_.wipes;
+    stats_.bytes_written += kSlotHeaderBytes;
+  } else {
+    status = io_failure("wiping", op.place, error);
+  }
+  if (own) {
+    release_slot(op.place);
+  } else {
+    --op.barrier->wipes_in_flight;
+    if (op.barrier->status) op.barrier->status = status;
+  }
+  if (!status) write_trouble(status);
+}
+
+void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
+  for (const auto& barrier : barriers_) {
+    if (barrier->id > write && barrier->status) barrier->status = status;
+  }
+}
+
+bool StoreCore::is_ready(const Barrier& barrier) const {
+  if (!barrier.to_wipe.empty() || barrier.wipes_in_flight > 0) return false;
+  if (barrier.waits_for_scan && !scan_done_.load()) return false;
+  MutexLock lock(mutex_);
+  return !jobs_.has_open_write_before(barrier.id);
+}
+
+// --- a batch ---
+
+std::optional<StoreCore::TimePoint> StoreCore::commit_due() const {
+  if (batch_ != nullptr) return std::nullopt;
+  std::optional<TimePoint> due;
+  if (!unsynced_.empty()) {
+    due = first_unsynced_at_ + options_.commit_interval;
+  } else if (!changes_.empty()) {
+    due = last_batch_at_ + options_.commit_interval;
+  }
+  if (table_.has_uses()) due = std::min(due.value_or(TimePoint::max()), last_batch_at_ + kUsesInterval);
+  return due;
+}
+
+void StoreCore::start_batch_if_due(TimePoint now) {
+  if (batch_ != nullptr || !queue_status_) return;
+  auto batch = std::make_unique<Batch>();
+  // In order: a barrier that is not ready holds those behind it, which are rarely ready themselves.
+  while (!barriers_.empty() && is_ready(*barriers_.front())) {
+    batch->barriers.push_back(std::move(barriers_.front()));
+    barriers_.pop_front();
+  }
+  const auto due = commit_due();
+  bool last = false;
+  if (ending_ && !last_batch_done_) {
+    MutexLock lock(mutex_);
+    last = in_flight_.load() == 0 && completed_.empty() && jobs_.num_writes() == 0 && deferred_.empty() &&
+           barriers_.empty() && batch->barriers.empty() && own_wipes_.empty() && messages_.empty();
+  }
+  if (batch->barriers.empty() && !(due && *due <= now) && !last) return;
+  last_batch_done_ = last;
+  last_batch_at_ = now;
+  batch->writes.swap(unsynced_);
+  batch->changes.swap(changes_);
+  batch->sync_status.resize(files_.size());
+  for (std::uint32_t c = 0; c < files_.size(); ++c) {
+    if (dirty_[c] && ordering_enabled(OrderingPoint::disk_sync_before_commit)) batch->to_sync.push_back(c);
+    dirty_[c] = false;
+  }
+  batch_ = std::move(batch);
+  if (batch_->to_sync.empty()) commit_batch();
+}
+
+bool StoreCore::start_sync() {
+  if (batch_ == nullptr || batch_->to_sync.empty()) return false;
+  const SlotPlace place{batch_->to_sync.front(), SlotId{0}};
+  batch_->to_sync.pop_front();
+  ++batch_->syncs_in_flight;
+  const std::uint32_t op = begin_op(Purpose::sync, place);
+  submit_op(op, IoOp::sync, 0, nullptr, 0);
+  return true;
+}
+
+void StoreCore::settle_sync(const Op& op, int error) {
+  --batch_->syncs_in_flight;
+  {
+    MutexLock lock(mutex_);
+    ++stats_.syncs;
+  }
+  if (error != 0) {
+    const std::string file = "slots." + std::to_string(op.place.class_index) + " in " + name_;
+    batch_->sync_status[op.place.class_index] =
+        Status::io("syncing " + file + " failed: " + std::generic_category().message(error) + " (errno " +
+                       std::to_string(error) + ")",
+                   error);
+  }
+  if (batch_->to_sync.empty() && batch_->syncs_in_flight == 0) commit_batch();
+}
+
+// The files are synced, or have failed to be. What a failed sync should have covered is not durable and will
+// not become so: another sync that succeeds says nothing of it.
+void StoreCore::drop_unsynced() {
+  Batch& batch = *batch_;
+  Status failure;
+  for (const Status& status : batch.sync_status) {
+    if (!status) failure = status;
+  }
+  if (failure) return;
+  const auto failed = [&](const SlotPlace& place) { return !batch.sync_status[place.class_index]; };
+  for (Written& written : batch.writes) {
+    if (!failed(written.record.place)) continue;
+    written.status = batch.sync_status[written.record.place.class_index];
+    fail_barriers_after(written.id, written.status);
+  }
+  for (CatalogChange& change : batch.changes) {
+    const SlotPlace& place = change.record.place;
+    if (!failed(place)) continue;
+    change.kind = CatalogChange::Kind::forget;
+    const SlotContent content = table_.at(place).content;
+    if (content == SlotContent::unknown || content == SlotContent::written) {
+      table_.set_content(place, SlotContent::doubtful);
+    }
+  }
+  for (const auto& barrier : batch.barriers) {
+    if (barrier->status) barrier->status = failure;
+  }
+  if (ending_) close_status_ = failure;
+  write_trouble(failure);
+}
+
+void StoreCore::commit_batch() {
+  drop_unsynced();
+  const std::vector<CatalogChange> uses = table_.take_uses();
+  batch_->changes.insert(batch_->changes.end(), uses.begin(), uses.end());
+  if (catalog_lost_) {
+    if (TimePoint::clock::now() >= catalog_retry_at_) return reset_catalog();
+    return finish_batch(Status::ok());
+  }
+  if (batch_->changes.empty()) return finish_batch(Status::ok());
+  committer_.run([this, changes = batch_->changes] {
+    const Status status = catalog_.commit(changes);
+    post([this, status] { committed(status); });
+  });
+}
+
+void StoreCore::committed(const Status& status) {
+  if (batch_ == nullptr) return;
+  if (!status) {
+    set_catalog_health(status.message());
+    return reset_catalog();
+  }
+  {
+    MutexLock lock(mutex_);
+    ++stats_.commits;
+  }
+  finish_batch(Status::ok());
+}
+
+// Nothing is known of what the catalog has: it starts anew with everything that is synced.
+void StoreCore::reset_catalog() {
+  std::vector<CatalogRecord> records = table_.durable_records();
+  for (const Written& written : batch_->writes) {
+    const SlotState& state = table_.at(written.record.place);
+    const bool stands =
+        state.content == SlotContent::written && state.generation == written.record.generation;
+    if (stands && written.status) records.push_back(written.record);
+  }
+  committer_.run([this, records = std::move(records)] {
+    const Status reset = catalog_.reset_with(records);
+    const Status marked = reset ? Status::ok() : catalog_.mark_lost();
+    post([this, reset, marked] { catalog_was_reset(reset, marked); });
+  });
+}
+
+void StoreCore::catalog_was_reset(const Status& reset, const Status& marked) {
+  if (batch_ == nullptr) return;
+  catalog_lost_ = !reset;
+  catalog_retry_at_ = TimePoint::clock::now() + kCatalogRetry;
+  set_catalog_health(reset ? "ok" : "there is no catalog until it can be made again: " + reset.message());
+  if (reset) {
+    MutexLock lock(mutex_);
+    ++stats_.catalog_resets;
+  }
+  // Without a marker the old catalog may be believed by the next opening: not durable.
+  finish_batch(marked);
+}
+
+void StoreCore::finish_batch(const Status& status) {
+  const std::unique_ptr<Batch> batch = std::move(batch_);
+  last_batch_at_ = TimePoint::clock::now();
+  if (!status && ending_) close_status_ = status;
+  {
+    MutexLock lock(mutex_);
+    stats_.undurable_writes -= static_cast<std::uint32_t>(batch->writes.size());
+  }
+  for (const Written& written : batch->writes) {
+    const Status& outcome = written.status ? status : written.status;
+    const SlotPlace& place = written.record.place;
+    const SlotState& state = table_.at(place);
+    if (state.content == SlotContent::written && state.generation == written.record.generation) {
+      table_.set_content(place, outcome ? SlotContent::durable : SlotContent::doubtful);
+    }
+    if (written.on_durable) written.on_durable(outcome);
+  }
+  for (const auto& barrier : batch->barriers) {
+    if (barrier->on_done) barrier->on_done(barrier->status ? status : barrier->status);
+  }
+}
+
+void StoreCore::set_catalog_health(std::string health) {
+  MutexLock lock(mutex_);
+  stats_.catalog_health = std::move(health);
+}
+
+}  // namespace kvtier

@@ -1,0 +1,337 @@
+// The inside of SlotStore, in several files:
+//
+//   store_open.cpp    files, catalog, threads                    store_rebuild.cpp  without a catalog
+//   store_scan.cpp    headers after an unclean end
+//   store_io.cpp      the I/O thread's loop, its end             store_growth.cpp files grow and are
+//   prewritten store_jobs.cpp    reads and writes                           store_probe.cpp  out of service,
+//   and back store_commit.cpp  batches: sync, catalog, on_durable         slot_store.cpp   the public face
+//
+// Who owns what. Callers put jobs into queues under `mutex_` and wake the I/O thread. The I/O thread owns
+// everything that is not guarded: slot table, requests in flight, batches, growth, health; it takes no lock
+// while it seals, verifies or calls back. Two workers do what blocks, one task after another, and post what
+// came of it back to the I/O thread as a message: the committer (superblock, catalog), the grower (ledger,
+// fallocate).
+//
+// The I/O thread's round: messages; whatever is due; fill the drive's queue; wait; fill again, and only then
+// verify what was read, about a mebibyte at a time, so that the queue is deep while the processor works.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "aligned_buffers.h"
+#include "catalog_keeper.h"
+#include "header_scan.h"
+#include "job_queue.h"
+#include "slot_table.h"
+#include "store_health.h"
+#include "worker.h"
+
+#include "kvtier/core/mutex.h"
+#include "kvtier/core/process.h"
+#include "kvtier/platform/io_queue.h"
+#include "kvtier/storage/slot_store.h"
+
+namespace kvtier {
+
+class StoreCore : public std::enable_shared_from_this<StoreCore> {
+ public:
+  using TimePoint = std::chrono::steady_clock::time_point;
+  using OnFound = std::function<void(const CatalogRecord& found)>;
+  using OnStatus = std::function<void(const Status& status)>;
+  using OnGrown = std::function<void(std::uint32_t class_index, std::uint32_t usable)>;
+
+  StoreCore(std::unique_ptr<StoreLease> lease, SlotStoreOptions options, OnFound on_found);
+  ~StoreCore();
+
+  // store_open.cpp. In this order, once.
+  static Status validate(const StoreLease& lease, const SlotStoreOptions& options);
+  Status open_files(OpenReport& report);
+  Status find_blocks(OpenReport& report, std::vector<CatalogRecord>& blocks);
+  Status start(OpenReport& report);
+
+  // The public face; see SlotStore.
+  StoreJob write(SlotWrite write) KVTIER_EXCLUDES(mutex_);
+  StoreJob read(SlotRead read) KVTIER_EXCLUDES(mutex_);
+  // What it waits for besides the writes before it.
+  enum class BarrierKind : std::uint8_t { wipe, flush };  // a wipe waits for the scan
+  void barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatus on_done) KVTIER_EXCLUDES(mutex_);
+  void note_use(const SlotPlace& place);
+  bool cancel(StoreJob job) KVTIER_EXCLUDES(mutex_);
+  void hurry(StoreJob job) KVTIER_EXCLUDES(mutex_);
+  bool can_write() const KVTIER_EXCLUDES(mutex_);
+  bool can_read() const KVTIER_EXCLUDES(mutex_);
+  void set_on_grown(OnGrown callback) KVTIER_EXCLUDES(mutex_);
+  StoreStats stats() const KVTIER_EXCLUDES(mutex_);
+  std::uint32_t usable_slots(std::uint32_t class_index) const { return usable_[class_index].load(); }
+  bool scan_done() const { return scan_done_.load(); }
+  const StoreId& id() const { return superblock_.store; }
+
+  // Asks the I/O thread to end; waits for it. Errors: timeout.
+  Status close(std::optional<TimePoint> deadline) KVTIER_EXCLUDES(mutex_);
+  // The I/O thread goes on alone, and with its last completion all ends by itself.
+  void abandon() { thread_.detach(); }
+  void join() { thread_.join(); }
+  bool in_forked_child() const { return process_generation() != generation_; }
+
+ private:
+  enum class Purpose : std::uint8_t {
+    read,
+    write,
+    wipe,  // zeros over a header, for the owner or for the store itself
+    scan,  // a header, to see what is there
+    sync,  // of a batch
+    prewrite,
+    probe,
+  };
+  // What a wipe() or flush() waits for.
+  struct Barrier {
+    StoreJob id{0};  // writes with a smaller one come before it
+    std::deque<SlotPlace> to_wipe;
+    std::size_t wipes_in_flight = 0;
+    bool waits_for_scan = false;
+    Status status;  // the first failure
+    OnStatus on_done;
+  };
+  // A request in flight. Its index is the request's tag.
+  struct Op {
+    Purpose purpose = Purpose::read;
+    SlotPlace place;  // sync: only the class
+    std::uint64_t bytes = 0;
+    Generation generation{0};  // read: expected; write: new
+    ReadJob read;
+    WriteJob write;
+    AlignedBuffer buffer;              // the image on the drive where it is not the owner's; a scanned header
+    std::shared_ptr<Barrier> barrier;  // wipe; null for the store's own
+  };
+  // A write that has completed and is not durable yet.
+  struct Written {
+    StoreJob id{0};
+    CatalogRecord record;
+    OnStatus on_durable;
+    Status status;
+  };
+  struct Batch {
+    std::vector<Written> writes;
+    std::vector<std::shared_ptr<Barrier>> barriers;
+    std::vector<CatalogChange> changes;
+    std::deque<std::uint32_t> to_sync;  // classes
+    std::size_t syncs_in_flight = 0;
+    std::vector<Status> sync_status;  // by class
+  };
+  // A part of a file that is being made ready.
+  struct Segment {
+    std::uint32_t class_index = 0;
+    std::uint32_t end_slot = 0;
+    std::uint64_t begin_offset = 0, next_offset = 0, end_offset = 0;
+    std::size_t in_flight = 0;
+    Status status;
+  };
+  struct Probe {
+    enum class Stage : std::uint8_t { write, sync, read };
+    Stage stage = Stage::write;
+    SlotPlace place;
+    bool has_slot = false;  // that may be written to; else it is a sync and a read
+    bool wrote = false;
+    bool in_flight = false;
+  };
+  enum class Begun : std::uint8_t { no, pending, yes };
+
+  // Room for the superblock, the locks and the directories themselves.
+  static constexpr std::uint64_t kOverheadBytes = std::uint64_t{256} << 10;
+  static constexpr std::uint64_t kPrewriteBytes = std::uint64_t{1} << 20;  // a piece, and the zeros there are
+
+  // --- store_open.cpp ---
+  Status shrink_to_grant(std::uint64_t granted);
+  Result<std::unique_ptr<IoQueue>> make_queue(std::string* why_not) const;
+  void adopt(const std::vector<CatalogRecord>& records, OpenReport& report);
+  void adopt_reset(const Status& reset);
+  bool is_sound(const CatalogRecord& record) const;
+  void plan_background_scan();
+  std::vector<CatalogRecord> ordered_blocks() const;
+
+  // --- store_rebuild.cpp ---
+  Status rebuild(OpenReport& report);
+  Status read_headers(IoQueue& queue, HeaderScan& scan);
+  Status wipe_headers(IoQueue& queue, const std::vector<SlotPlace>& places);
+
+  // --- store_io.cpp ---
+  void run();
+  void take_messages() KVTIER_EXCLUDES(mutex_);
+  void do_what_is_due();
+  void fill();
+  bool start_next();
+  std::uint32_t begin_op(Purpose purpose, const SlotPlace& place);
+  void submit_op(std::uint32_t op, IoOp io_op, std::uint64_t offset, std::byte* data, std::uint64_t bytes);
+  void submit_staged();
+  void wait_for_completions() KVTIER_EXCLUDES(mutex_);
+  TimePoint next_deadline() const;
+  void settle_some();
+  void settle(const IoCompletion& completion);
+  void queue_broke(const Status& why);
+  void post(std::function<void()> message) KVTIER_EXCLUDES(mutex_);
+  void cancel_what_has_not_begun() KVTIER_EXCLUDES(mutex_);
+  bool is_idle() const KVTIER_EXCLUDES(mutex_);
+  void shut_down() KVTIER_EXCLUDES(mutex_);
+  void fail_unfinished(const Status& status);
+
+  // --- store_jobs.cpp ---
+  bool start_read(ReadPriority priority) KVTIER_EXCLUDES(mutex_);
+  void settle_read(Op& op, int error);
+  Verdict verify(const Op& op) const;
+  void end_read(const ReadJob& job, const ReadOutcome& outcome, std::uint64_t bytes) KVTIER_EXCLUDES(mutex_);
+  bool start_write() KVTIER_EXCLUDES(mutex_);
+  bool begin_writing();
+  void settle_write(Op& op, int error);
+  void fail_write(const WriteJob& job, const Status& status) KVTIER_EXCLUDES(mutex_);
+  void fail_queued_jobs(const Status& status) KVTIER_EXCLUDES(mutex_);
+  void release_slot(const SlotPlace& place);
+  bool is_usable(const SlotPlace& place) const;
+  std::uint64_t offset_of(const SlotPlace& place) const {
+    return options_.classes[place.class_index].slot_stride_bytes * raw(place.slot);
+  }
+  static std::uint64_t image_bytes(std::uint64_t payload_bytes) {
+    return round_up(kSlotHeaderBytes + payload_bytes, kSlotAlignment);
+  }
+  Status io_failure(const char* what, const SlotPlace& place, int error) const;
+
+  // --- store_commit.cpp ---
+  bool start_wipe();
+  void settle_wipe(Op& op, int error);
+  void fail_barriers_after(StoreJob write, const Status& status);
+  bool is_ready(const Barrier& barrier) const KVTIER_EXCLUDES(mutex_);
+  void forget(const SlotPlace& place);
+  std::optional<TimePoint> commit_due() const;
+  void start_batch_if_due(TimePoint now);
+  bool start_sync();
+  void settle_sync(const Op& op, int error);
+  void commit_batch();
+  void drop_unsynced();
+  void committed(const Status& status);
+  void reset_catalog();
+  void catalog_was_reset(const Status& reset, const Status& marked);
+  void finish_batch(const Status& status);
+  void set_catalog_health(std::string health) KVTIER_EXCLUDES(mutex_);
+
+  // --- store_scan.cpp ---
+  bool scan_is_urgent() const;
+  bool start_scan();
+  void settle_scan(Op& op, int error);
+  void finish_scan();
+
+  // --- store_growth.cpp ---
+  void grow_if_due(TimePoint now);
+  void grown(std::uint32_t class_index, std::uint32_t slots, const Status& status);
+  bool start_prewrite();
+  void settle_prewrite(const Op& op, int error);
+  void growth_stopped(const Status& why);
+
+  // --- store_probe.cpp ---
+  void write_trouble(const Status& why);
+  void read_trouble(const SlotPlace& place, const Status& why);
+  void publish_health(Service before) KVTIER_EXCLUDES(mutex_);
+  void probe_if_due(TimePoint now);
+  std::optional<SlotPlace> probe_place() const;
+  bool start_probe();
+  void settle_probe(int error);
+  void log(const std::string& what) const;
+
+  const SlotStoreOptions options_;
+  const OnFound on_found_;
+  const std::uint64_t generation_ = process_generation();
+  std::unique_ptr<StoreLease> lease_;
+  const std::string name_;  // the lease's
+  Superblock superblock_;   // as on the drive
+  const SlotImages images_;
+  std::vector<std::unique_ptr<BlockFile>> files_;  // by class
+  CatalogKeeper catalog_;                          // the opener's, then the committer's
+  std::vector<std::atomic<std::uint32_t>> usable_;
+  std::atomic<bool> scan_done_{true};
+  std::atomic<std::uint32_t> in_flight_{0};
+
+  // --- shared ---
+  mutable Mutex mutex_;
+  CondVar ended_changed_;
+  JobQueue jobs_ KVTIER_GUARDED_BY(mutex_);
+  std::vector<std::function<void()>> messages_ KVTIER_GUARDED_BY(mutex_);
+  bool attention_ KVTIER_GUARDED_BY(mutex_) = false;  // something new for the I/O thread
+  bool sleeping_ KVTIER_GUARDED_BY(mutex_) = false;   // it must be woken
+  bool closing_ KVTIER_GUARDED_BY(mutex_) = false;
+  std::optional<Status> ended_ KVTIER_GUARDED_BY(mutex_);  // what close() returns
+  bool accepts_writes_ KVTIER_GUARDED_BY(mutex_) = true;
+  bool accepts_reads_ KVTIER_GUARDED_BY(mutex_) = true;
+  // While a scan runs: slots that the owner has written or wiped meanwhile, by class.
+  std::vector<std::vector<bool>> claimed_ KVTIER_GUARDED_BY(mutex_);
+  StoreStats stats_ KVTIER_GUARDED_BY(mutex_);
+  OnGrown on_grown_ KVTIER_GUARDED_BY(mutex_);
+  void attend(const MutexLock& lock) KVTIER_REQUIRES(mutex_);
+  void claim(const SlotPlace& place, const MutexLock& lock) KVTIER_REQUIRES(mutex_);
+  Status refusal(const MutexLock& lock) const KVTIER_REQUIRES(mutex_);
+
+  // --- the I/O thread's (the opener's before it starts) ---
+  std::unique_ptr<IoQueue> queue_;
+  Status queue_status_;  // not ok: the queue is broken
+  bool ending_ = false;  // closing_, as of this round
+  std::uint32_t depth_ = 0;
+  std::vector<Op> ops_;
+  std::vector<std::uint32_t> free_ops_;
+  std::vector<IoRequest> staged_;
+  std::uint64_t staged_work_bytes_ = 0;  // sealed for them
+  std::deque<IoCompletion> completed_;
+  std::vector<IoCompletion> arrivals_;
+  std::uint32_t writes_in_flight_ = 0;
+  std::uint32_t write_limit_ = 0;
+  unsigned turn_ = 0;
+  SlotTable table_;
+  BufferPool bounce_;
+  BufferPool headers_{kSlotHeaderBytes};
+  AlignedBuffer zeros_;
+
+  std::uint32_t open_counter_ = 0;  // of this opening, once begun
+  std::uint64_t sequence_ = 0;
+  Begun begun_ = Begun::no;
+  std::deque<WriteJob> deferred_;  // their slots are busy
+
+  std::vector<Written> unsynced_;
+  std::vector<CatalogChange> changes_;
+  std::vector<bool> dirty_;  // files that must be synced, by class
+  TimePoint first_unsynced_at_{};
+  TimePoint last_batch_at_{};
+  std::deque<std::shared_ptr<Barrier>> barriers_;
+  std::deque<SlotPlace> own_wipes_;
+  std::unique_ptr<Batch> batch_;
+  bool catalog_lost_ = false;
+  TimePoint catalog_retry_at_{};
+  bool last_batch_done_ = false;  // of closing
+  Status close_status_;
+
+  std::unique_ptr<HeaderScan> scan_;
+  std::unordered_set<BlockName, BlockNameHash> known_;  // while it runs: blocks that stand in other slots
+  std::uint32_t scans_in_flight_ = 0;
+
+  std::vector<std::uint32_t> file_slots_;  // by class, those that the file has room for
+  bool oversized_ = false;                 // at open: some file was longer than it may be
+  bool growing_ = false;                   // the grower is at it
+  std::unique_ptr<Segment> segment_;
+  std::uint32_t prewrites_in_flight_ = 0;
+  std::optional<TimePoint> growth_retry_at_;
+  std::chrono::milliseconds growth_pause_{0};
+
+  StoreHealth health_;
+  std::unique_ptr<Probe> probe_;
+  AlignedBuffer probe_buffer_;
+
+  Worker committer_;
+  Worker grower_;
+  std::thread thread_;
+};
+
+}  // namespace kvtier

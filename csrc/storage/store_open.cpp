@@ -1,0 +1,293 @@
+// How a store finds itself: its files, its blocks, its threads.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <numeric>
+#include <system_error>
+#include <unordered_map>
+
+#include "store_core.h"
+
+namespace kvtier {
+namespace {
+
+constexpr std::uint32_t kMaxOpenCounter = (1U << (64 - kSequenceBits)) - 1;
+
+Status make_buffered(const BlockFile& file) {
+  const int flags = ::fcntl(file.fd(), F_GETFL);
+  if (flags < 0 || ::fcntl(file.fd(), F_SETFL, flags & ~O_DIRECT) != 0) {
+    return Status::io("cannot leave direct I/O: " + std::generic_category().message(errno), errno);
+  }
+  return Status::ok();
+}
+
+std::uint64_t max_stride(const SlotStoreOptions& options) {
+  std::uint64_t most = 0;
+  for (const StoreClass& store_class : options.classes) most = std::max(most, store_class.slot_stride_bytes);
+  return most;
+}
+
+}  // namespace
+
+StoreCore::StoreCore(std::unique_ptr<StoreLease> lease, SlotStoreOptions options, OnFound on_found)
+    : options_(std::move(options)),
+      on_found_(std::move(on_found)),
+      lease_(std::move(lease)),
+      name_(lease_->name()),
+      superblock_(lease_->superblock()),
+      images_(superblock_.fingerprint, superblock_.store, options_.cipher),
+      catalog_(
+          [this]() -> Result<std::unique_ptr<Catalog>> {
+            if (options_.make_catalog) return options_.make_catalog(lease_->directory());
+            return open_catalog(lease_->directory().path(), options_.catalog);
+          },
+          lease_->directory()),
+      usable_(options_.classes.size()),
+      table_(options_.classes.size()),
+      bounce_(max_stride(options_)),
+      dirty_(options_.classes.size()),
+      file_slots_(options_.classes.size()),
+      health_(options_.first_probe) {}
+
+StoreCore::~StoreCore() = default;
+
+Status StoreCore::validate(const StoreLease& lease, const SlotStoreOptions& options) {
+  if (options.classes.empty()) return Status::invalid_argument("a slot store needs at least one size class");
+  std::vector<std::uint64_t> strides;
+  for (const StoreClass& store_class : options.classes) {
+    const std::uint64_t stride = store_class.slot_stride_bytes;
+    if (stride <= kSlotHeaderBytes || stride % kSlotAlignment != 0) {
+      return Status::invalid_argument("slot_stride_bytes = " + std::to_string(stride) +
+                                      ": allowed are multiples of 4096 above 4096");
+    }
+    strides.push_back(stride);
+  }
+  if (strides != lease.superblock().class_strides) {
+    return Status::invalid_argument("the size classes are not those of the store " + lease.name());
+  }
+  if (options.queue_depth < 1 || options.queue_depth > 4096) {
+    return Status::invalid_argument("queue_depth = " + std::to_string(options.queue_depth) +
+                                    ": allowed are 1 to 4096");
+  }
+  if (lease.superblock().open_counter >= kMaxOpenCounter) {
+    return Status::unsupported("the store " + lease.name() + " was opened " +
+                               std::to_string(kMaxOpenCounter) +
+                               " times, which is as often as its generations can tell");
+  }
+  return Status::ok();
+}
+
+Status StoreCore::open_files(OpenReport& report) {
+  std::uint64_t held = kOverheadBytes + options_.catalog.max_bytes;
+  report.direct_io = options_.use_direct_io;
+  for (std::uint32_t c = 0; c < options_.classes.size(); ++c) {
+    Result<std::unique_ptr<BlockFile>> file =
+        BlockFile::open(lease_->directory(), "slots." + std::to_string(c));
+    if (!file) return file.status();
+    const bool direct = file.value()->is_direct() && file.value()->alignment() <= kSlotAlignment;
+    report.direct_io = report.direct_io && direct;
+    if (file.value()->is_direct() && !(direct && options_.use_direct_io)) {
+      KVTIER_RETURN_IF_ERROR(make_buffered(*file.value()));
+    }
+    const Result<std::uint64_t> size = file.value()->size_bytes();
+    if (!size) return size.status();
+    file_slots_[c] = static_cast<std::uint32_t>(std::min<std::uint64_t>(
+        size.value() / options_.classes[c].slot_stride_bytes, options_.classes[c].num_slots));
+    if (size.value() > std::uint64_t{file_slots_[c]} * options_.classes[c].slot_stride_bytes) {
+      oversized_ = true;
+    }
+    held += file_slots_[c] * options_.classes[c].slot_stride_bytes;
+    files_.push_back(std::move(file.value()));
+  }
+  const Result<std::uint64_t> granted = lease_->reserve(held);
+  if (!granted) return granted.status();
+  KVTIER_RETURN_IF_ERROR(shrink_to_grant(granted.value()));
+  for (std::uint32_t c = 0; c < files_.size(); ++c) {
+    table_.grow(c, file_slots_[c]);
+    usable_[c].store(file_slots_[c]);
+  }
+  zeros_ = make_aligned_buffer(kPrewriteBytes);
+  probe_buffer_ = make_aligned_buffer(kSlotHeaderBytes);
+  if (zeros_ == nullptr || probe_buffer_ == nullptr)
+    return Status::resource("no memory for the store's buffers");
+  MutexLock lock(mutex_);
+  stats_.capacity_bytes = lease_->reserved_bytes();
+  return Status::ok();
+}
+
+// The directory's capacity, or the number of slots, may be less than it was: the files' ends go, and what
+// stood there.
+Status StoreCore::shrink_to_grant(std::uint64_t granted) {
+  const auto bytes_of = [this](std::uint32_t c) {
+    return std::uint64_t{file_slots_[c]} * options_.classes[c].slot_stride_bytes;
+  };
+  std::uint64_t held = kOverheadBytes + options_.catalog.max_bytes;
+  for (std::uint32_t c = 0; c < files_.size(); ++c) held += bytes_of(c);
+  while (held > granted) {
+    std::uint32_t longest = 0;
+    for (std::uint32_t c = 1; c < files_.size(); ++c) longest = bytes_of(c) > bytes_of(longest) ? c : longest;
+    if (file_slots_[longest] == 0) break;
+    const std::uint64_t stride = options_.classes[longest].slot_stride_bytes;
+    const std::uint64_t excess =
+        std::min<std::uint64_t>((held - granted + stride - 1) / stride, file_slots_[longest]);
+    file_slots_[longest] -= static_cast<std::uint32_t>(excess);
+    held -= excess * stride;
+    oversized_ = true;
+  }
+  if (!oversized_) return Status::ok();
+  for (std::uint32_t c = 0; c < files_.size(); ++c) {
+    const Result<std::uint64_t> size = files_[c]->size_bytes();
+    if (!size) return size.status();
+    if (size.value() > bytes_of(c) && ::ftruncate(files_[c]->fd(), static_cast<off_t>(bytes_of(c))) != 0) {
+      return Status::io("cannot shorten slots." + std::to_string(c) + " in " + name_ + ": " +
+                            std::generic_category().message(errno),
+                        errno);
+    }
+  }
+  return Status::ok();
+}
+
+Result<std::unique_ptr<IoQueue>> StoreCore::make_queue(std::string* why_not) const {
+  if (options_.make_queue) return options_.make_queue(options_.queue_depth);
+  IoQueueOptions queue;
+  queue.depth = options_.queue_depth;
+  return make_io_queue(queue, why_not);
+}
+
+// --- blocks ---
+
+Status StoreCore::find_blocks(OpenReport& report, std::vector<CatalogRecord>& blocks) {
+  open_counter_ = superblock_.open_counter;
+  Result<std::vector<CatalogRecord>> records = catalog_.open();
+  const bool has_slots = std::any_of(file_slots_.begin(), file_slots_.end(), [](auto n) { return n > 0; });
+  if (!has_slots || lease_->is_new()) {
+    report.source = OpenReport::Source::fresh;
+    if (!records || !records.value().empty()) {
+      adopt_reset(catalog_.reset_with({}));
+    }
+  } else if (records && !records.value().empty()) {
+    report.source = OpenReport::Source::catalog;
+    adopt(records.value(), report);
+    if (!superblock_.clean) plan_background_scan();
+  } else {
+    report.source = OpenReport::Source::headers;
+    report.why_rebuilt = records ? "the catalog is empty" : records.status().message();
+    KVTIER_RETURN_IF_ERROR(rebuild(report));
+    adopt_reset(catalog_.reset_with(table_.durable_records()));
+  }
+  ++open_counter_;
+  blocks = ordered_blocks();
+  return Status::ok();
+}
+
+// Without a catalog that works the marker must stand before anything is said to be durable.
+void StoreCore::adopt_reset(const Status& reset) {
+  if (reset) {
+    MutexLock lock(mutex_);
+    ++stats_.catalog_resets;
+    return;
+  }
+  catalog_lost_ = catalog_.mark_lost().is_ok();
+  set_catalog_health("there is no catalog until it can be made again: " + reset.message());
+}
+
+bool StoreCore::is_sound(const CatalogRecord& record) const {
+  const SlotPlace& place = record.place;
+  return is_usable(place) && table_.at(place).content == SlotContent::unknown &&
+         record.generation != Generation{0} &&
+         record.payload_bytes <= options_.classes[place.class_index].slot_stride_bytes - kSlotHeaderBytes;
+}
+
+void StoreCore::adopt(const std::vector<CatalogRecord>& records, OpenReport& report) {
+  for (const CatalogRecord& record : records) {
+    if (!is_sound(record)) {
+      ++report.discarded;
+      continue;
+    }
+    table_.set_record(record, SlotContent::durable);
+    const auto counter = static_cast<std::uint64_t>(record.generation) >> kSequenceBits;
+    open_counter_ = std::max(open_counter_, static_cast<std::uint32_t>(counter));
+  }
+}
+
+void StoreCore::plan_background_scan() {
+  scan_ = std::make_unique<HeaderScan>();
+  for (std::uint32_t c = 0; c < files_.size(); ++c) {
+    for (std::uint32_t slot = 0; slot < file_slots_[c]; ++slot) {
+      const SlotState& state = table_.at({c, SlotId{slot}});
+      if (state.content == SlotContent::durable) {
+        known_.insert({state.key, state.group});
+      } else {
+        scan_->add({c, SlotId{slot}});
+      }
+    }
+  }
+  MutexLock lock(mutex_);
+  for (const std::uint32_t slots : file_slots_) claimed_.emplace_back(slots);
+  scan_done_.store(false);
+}
+
+// Least recently used first, but every parent before its children.
+std::vector<CatalogRecord> StoreCore::ordered_blocks() const {
+  std::vector<CatalogRecord> records = table_.durable_records();
+  std::sort(records.begin(), records.end(), [](const CatalogRecord& a, const CatalogRecord& b) {
+    if (a.last_use_s != b.last_use_s) return a.last_use_s < b.last_use_s;
+    if (a.block.depth != b.block.depth) return a.block.depth < b.block.depth;
+    return a.generation < b.generation;
+  });
+  std::unordered_map<BlockName, std::size_t, BlockNameHash> at;
+  at.reserve(records.size());
+  for (std::size_t i = 0; i < records.size(); ++i)
+    at.emplace(BlockName{records[i].block.key, records[i].block.group}, i);
+
+  std::vector<CatalogRecord> ordered;
+  ordered.reserve(records.size());
+  std::vector<bool> placed(records.size());
+  std::vector<std::size_t> chain;
+  for (std::size_t i = 0; i < records.size(); ++i) {
+    // Up to the first ancestor that stands already; a cycle, which only a lie can make, ends at itself.
+    for (std::size_t block = i; !placed[block];) {
+      placed[block] = true;
+      chain.push_back(block);
+      const BlockIdentity& identity = records[block].block;
+      if (!identity.parent) break;
+      const auto parent = at.find(BlockName{*identity.parent, identity.group});
+      if (parent == at.end()) break;
+      block = parent->second;
+    }
+    for (; !chain.empty(); chain.pop_back()) ordered.push_back(records[chain.back()]);
+  }
+  return ordered;
+}
+
+// --- threads ---
+
+Status StoreCore::start(OpenReport& report) {
+  Result<std::unique_ptr<IoQueue>> queue = make_queue(&report.queue_problem);
+  if (!queue) return queue.status();
+  queue_ = std::move(queue.value());
+  if (!options_.buffers.empty()) {
+    if (const Status status = queue_->register_buffers(options_.buffers); !status) {
+      report.buffers_problem = status.message();
+    }
+  }
+  report.queue = queue_->description();
+  depth_ = queue_->depth();
+  ops_.resize(depth_);
+  for (std::uint32_t i = depth_; i-- > 0;) free_ops_.push_back(i);
+  write_limit_ = std::max(1U, depth_ - depth_ / 8);  // what is read on demand need not wait for room
+  last_batch_at_ = TimePoint::clock::now();
+  KVTIER_RETURN_IF_ERROR(committer_.start("kvtier-commit"));
+  KVTIER_RETURN_IF_ERROR(grower_.start("kvtier-grow"));
+  try {
+    thread_ = std::thread([self = shared_from_this()] { self->run(); });
+  } catch (const std::system_error& error) {
+    return Status::resource(std::string("cannot start the disk's thread: ") + error.what(),
+                            error.code().value());
+  }
+  return Status::ok();
+}
+
+}  // namespace kvtier
