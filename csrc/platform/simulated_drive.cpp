@@ -339,7 +339,8 @@ void SimulatedDrive::power_loss() {
   state.unacknowledged.clear();
   std::uint64_t num_cached = 0;
   for (const auto& [id, file] : state.files) num_cached += file ? file->num_cached() : 0;
-  std::uint64_t torn = num_cached > 0 ? state.random.below(num_cached) : 0;
+  std::uint64_t torn =
+      num_cached > 0 && state.random.chance(0.75) ? state.random.below(num_cached) : num_cached;
   for (const auto& [id, file] : state.files) {
     if (file == nullptr) continue;
     const std::size_t here = file->num_cached();

@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "io_transfer.h"
+#include "registered_buffers.h"
 
 #include "kvtier/platform/block_file.h"
 
@@ -71,12 +72,6 @@ Status failure(StatusCode code, int error, const std::string& what) {
           error};
 }
 
-struct Buffer {
-  std::byte* begin;
-  std::byte* end;
-  int index;
-};
-
 template <typename Time>
 Time kernel_time(std::optional<IoQueue::TimePoint> deadline) {
   const auto left = deadline.value_or(IoQueue::TimePoint{}) - IoQueue::TimePoint::clock::now();
@@ -112,7 +107,6 @@ class UringQueue final : public IoQueue {
  private:
   void become_owner();
   void prepare(std::uint32_t slot);
-  int buffer_of(const IoRequest& piece) const;
   void flush();
   void gather(std::vector<IoCompletion>& completions);
   void sleep_in_ring(std::optional<TimePoint> deadline);
@@ -134,7 +128,7 @@ class UringQueue final : public IoQueue {
   std::uint32_t in_flight_ = 0;
   std::vector<IoTransfer> slots_;
   std::vector<std::uint32_t> free_;
-  std::vector<Buffer> buffers_;  // by address
+  RegisteredBuffers buffers_;
 };
 
 Status UringQueue::start(UringLevel highest) {
@@ -182,20 +176,11 @@ io_uring_sqe* UringQueue::next_entry() {
   return entry;
 }
 
-int UringQueue::buffer_of(const IoRequest& piece) const {
-  const auto after = std::upper_bound(buffers_.begin(), buffers_.end(), piece.data,
-                                      [](const std::byte* data, const Buffer& b) { return data < b.begin; });
-  if (after == buffers_.begin()) return -1;
-  const Buffer& buffer = *std::prev(after);
-  if (piece.data >= buffer.end) return -1;
-  return piece.bytes <= static_cast<std::uint64_t>(buffer.end - piece.data) ? buffer.index : -1;
-}
-
 void UringQueue::prepare(std::uint32_t slot) {
   const IoRequest piece = slots_[slot].next_piece();
   io_uring_sqe* entry = next_entry();
   const auto bytes = static_cast<unsigned>(piece.bytes);
-  const int buffer = piece.op == IoOp::sync ? -1 : buffer_of(piece);
+  const int buffer = piece.op == IoOp::sync ? -1 : buffers_.index_of({piece.data, piece.bytes});
   switch (piece.op) {
     case IoOp::read:
       if (buffer >= 0) {
@@ -339,7 +324,7 @@ void UringQueue::wake() {
 Status UringQueue::register_buffers(std::span<const std::span<std::byte>> buffers) {
   KVTIER_CHECK(in_flight_ == 0);
   if (!buffers_.empty()) {
-    buffers_.clear();
+    buffers_ = {};
     if (const int result = io_uring_unregister_buffers(&ring_); result < 0) {
       return failure(StatusCode::resource, -result, "cannot unregister I/O buffers");
     }
@@ -347,15 +332,11 @@ Status UringQueue::register_buffers(std::span<const std::span<std::byte>> buffer
   if (buffers.empty()) return Status::ok();
 
   std::vector<iovec> vectors;
-  std::vector<Buffer> registered;
   for (const std::span<std::byte> buffer : buffers) {
     if (buffer.empty() || buffer.size() > kMaxBufferBytes) {
       return Status::invalid_argument("a registered I/O buffer has 1 byte to 1 GiB, not " +
                                       std::to_string(buffer.size()));
     }
-    registered.push_back({.begin = buffer.data(),
-                          .end = buffer.data() + buffer.size(),
-                          .index = static_cast<int>(vectors.size())});
     vectors.push_back({.iov_base = buffer.data(), .iov_len = buffer.size()});
   }
   const int result = io_uring_register_buffers(&ring_, vectors.data(), static_cast<unsigned>(vectors.size()));
@@ -365,9 +346,7 @@ Status UringQueue::register_buffers(std::span<const std::span<std::byte>> buffer
                        ? "cannot register I/O buffers (is the memlock limit, ulimit -l, too low?)"
                        : "cannot register I/O buffers");
   }
-  std::sort(registered.begin(), registered.end(),
-            [](const Buffer& a, const Buffer& b) { return a.begin < b.begin; });
-  buffers_ = std::move(registered);
+  buffers_ = RegisteredBuffers(buffers);
   return Status::ok();
 }
 

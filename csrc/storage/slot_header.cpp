@@ -23,8 +23,10 @@ T get(ConstHeaderBytes bytes) {
   return value;
 }
 
+// By memcmp with itself one byte on: a loop over the reserved bytes took 2 us, longer than both checksums of
+// a 4 KiB payload.
 bool is_zero(std::span<const std::byte> bytes) {
-  return std::ranges::all_of(bytes, [](std::byte b) { return b == std::byte{0}; });
+  return bytes.front() == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
 }
 
 template <Field field>

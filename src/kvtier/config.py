@@ -64,7 +64,7 @@ class Disk:
 
     def __post_init__(self) -> None:
         path: object = os.fspath(self.path) if isinstance(self.path, os.PathLike) else self.path
-        if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
+        if not isinstance(path, str) or not Path(path).is_absolute() or "\0" in path:
             raise ConfigError(f"disk path is {self.path!r}; allowed: an absolute path")
         object.__setattr__(self, "path", path)
         parse_size(self.capacity, "disk capacity")
@@ -104,12 +104,12 @@ class Config:
         disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
         disk_admission: Which blocks are written once the drives were full: "all", "second-use" (offered
             before), or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
-        disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one capacity
-            a day, "unlimited" for no limit.
-        disk_second_process: What a second process with the same model and layout gets: "next", a store of its
-            own within the same capacity, or "refuse", a ResourceError.
-        disk_key: Encrypts what is written: the path of a file with 64 hexadecimal digits, or "env:NAME". Several,
-            separated by commas: the first encrypts, the others only decrypt, so that keys can be rotated.
+        disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one
+            capacity a day, "unlimited" for no limit.
+        disk_second_process: What a second process with the same model and layout gets: "next", a store of
+            its own within the same capacity, or "refuse", a ResourceError.
+        disk_key: Encrypts what is written: the path of a file with 64 hexadecimal digits, or "env:NAME".
+            Several, separated by commas: the first encrypts, the others only decrypt (for rotation).
         disk_queue_depth: Requests in flight on each drive.
         disk_commit_seconds: At most so long after a block was written it is durable.
     """
@@ -245,7 +245,8 @@ class Config:
     def from_env(cls, environ: Mapping[str, str] | None = None, **defaults: Any) -> "Config":
         """Reads KVTIER_HOST, KVTIER_MODEL, KVTIER_BLOCK_TOKENS, KVTIER_COPY_THREADS and their like.
 
-        KVTIER_DISK is "PATH=CAPACITY", several separated by semicolons. KVTIER_CONFIG names a TOML file. A variable beats the file, and the file beats `defaults`.
+        KVTIER_DISK is "PATH=CAPACITY", several separated by semicolons. KVTIER_CONFIG names a TOML file. A
+        variable beats the file, and the file beats `defaults`.
 
         Args:
             environ: The variables; None for those of the process.

@@ -285,7 +285,7 @@ class Engine:
     def prefetch(self, keys: Any, deadline: float | None = None) -> Prefetch:
         """Brings blocks that are on disk alone into the host tier, behind all loads. Never waits.
 
-        To be called as soon as a request is known. Nothing holds the blocks in the host tier but their recency.
+        To be called as soon as a request is known. Nothing holds the blocks there but their recency.
 
         Args:
             keys: Keys [n, 32] in prompt order.

@@ -7,7 +7,9 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class SlotClassStats:
-    """One size class of a tier (of the disk tier: on one drive): free + filling + ready + leaving = capacity (I1), in slots.
+    """One size class of a tier (of the disk tier: on one drive), in slots.
+
+    free + filling + ready + leaving = capacity (I1).
 
     Attributes:
         slot_bytes: Bytes of a slot, header included.
@@ -33,8 +35,8 @@ class DiskStats:
     """One drive of the disk tier.
 
     Every `bad_` counts images that were read and did not prove to be what was looked for; all were misses.
-    `health` and `catalog_health` are "ok", or say why; a drive comes back by itself. `opened_from` is "fresh",
-    "catalog" or "headers", the last with the reason. `queue` says how requests reach the drive.
+    `health` and `catalog_health` are "ok", or say why; a drive comes back by itself. `opened_from` is
+    "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the drive.
     """
 
     path: str

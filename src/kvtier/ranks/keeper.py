@@ -280,6 +280,10 @@ class _SettledTicket:
         """See NativeTicket."""
         return 0
 
+    def durable_blocks(self) -> int:
+        """See NativeTicket."""
+        return 0
+
     def wait_stream(self, stream: int) -> None:
         """See NativeTicket."""
 

@@ -53,10 +53,11 @@ class FileLockTest : public ::testing::Test {
   }
 
   TempDirectory temp_;
-  Directory root_ = std::move(*Directory::open_or_create(temp_.path()));
+  Directory root_ = std::move(Directory::open_or_create(temp_.path())).value();
 };
 
-// A process that locks, says so, and then does what it is told by one letter: 'u'nlock, 'x' exit.
+// A process that locks, says so, and then does what it is told by one letter: 'u'nlock, 'f'ork
+// a child that lives as long as the Holder.
 class Holder {
  public:
   explicit Holder(const Directory& directory) {
@@ -65,7 +66,11 @@ class Holder {
     EXPECT_EQ(::pipe2(down.data(), O_CLOEXEC), 0);
     EXPECT_EQ(::pipe2(up.data(), O_CLOEXEC), 0);
     pid_ = ::fork();
-    if (pid_ == 0) run(directory, down[0], up[1]);
+    if (pid_ == 0) {
+      ::close(down[1]);
+      ::close(up[0]);
+      run(directory, down[0], up[1]);
+    }
     ::close(down[0]);
     ::close(up[1]);
     commands_ = FileHandle(down[1]);
@@ -92,8 +97,13 @@ class Holder {
   [[noreturn]] static void run(const Directory& directory, int commands, int answers) {
     Result<std::unique_ptr<FileLock>> lock = FileLock::try_lock(directory, "lock");
     char c = lock && lock.value() != nullptr ? 'l' : '!';
-    while (::write(answers, &c, 1) == 1 && ::read(commands, &c, 1) == 1 && c != 'x') {
+    while (::write(answers, &c, 1) == 1 && ::read(commands, &c, 1) == 1) {
       if (c == 'u') lock.value().reset();
+      if (c == 'f' && ::fork() == 0) {
+        while (::read(commands, &c, 1) == 1) {
+        }
+        ::_exit(0);
+      }
     }
     ::_exit(0);
   }
@@ -178,11 +188,8 @@ TEST_F(FileLockTest, waiting_ends_when_another_process_gives_it_up) {
 
 TEST_F(FileLockTest, waiting_ends_when_another_process_is_killed_though_its_child_has_its_descriptors) {
   Holder holder(root_);
-  const pid_t heir = ::fork();  // of ours; what counts is that somebody waits while a process dies
-  if (heir == 0) {
-    ::pause();
-    ::_exit(0);
-  }
+  holder.tell('f');
+  ASSERT_EQ(holder.answer(), 'f');
   std::thread waiter([&] {
     const Result<std::unique_ptr<FileLock>> lock = FileLock::lock(root_, "lock", Clock::now() + seconds(60));
     EXPECT_TRUE(lock.is_ok()) << lock.status().message();
@@ -190,8 +197,6 @@ TEST_F(FileLockTest, waiting_ends_when_another_process_is_killed_though_its_chil
   std::this_thread::sleep_for(milliseconds(20));
   holder.kill();
   waiter.join();
-  ::kill(heir, SIGKILL);
-  ::waitpid(heir, nullptr, 0);
 }
 
 TEST_F(FileLockTest, waiting_ends_when_another_thread_gives_it_up) {
@@ -221,20 +226,16 @@ TEST_F(FileLockTest, waiting_ends_at_the_deadline) {
 // took.
 TEST_F(FileLockTest, waiters_that_give_up_do_not_end_the_lock_of_another_thread) {
   const Holder holder(root_);
-  std::thread waiter([&] {
-    EXPECT_EQ(FileLock::lock(root_, "lock", Clock::now() + milliseconds(150)).status().code(),
-              StatusCode::timeout);
-  });
+  std::atomic<bool> waiter_has_it{false};
+  std::thread waiter(
+      [&] { waiter_has_it = FileLock::lock(root_, "lock", Clock::now() + milliseconds(150)).is_ok(); });
   std::this_thread::sleep_for(milliseconds(30));
   // Taken as soon as it is free, by one thread or the other; most often by this one, which asks all the time.
   std::unique_ptr<FileLock> lock;
   holder.tell('u');
-  while (lock == nullptr) {
-    lock = try_lock();
-    if (lock == nullptr && Clock::now().time_since_epoch().count() == 0) break;
-  }
+  while (lock == nullptr && !waiter_has_it) lock = try_lock();
   waiter.join();
-  EXPECT_TRUE(is_locked_for_others());
+  EXPECT_EQ(is_locked_for_others(), lock != nullptr);
 }
 
 TEST_F(FileLockTest, one_at_a_time_among_threads_and_processes) {

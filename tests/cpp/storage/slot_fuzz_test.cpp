@@ -170,7 +170,7 @@ TEST_F(SlotFuzz, no_image_is_believed_that_was_not_sealed_I3) {
   const std::uint64_t first = environment_number("KVTIER_FUZZ_SEED", 1);
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   std::uint64_t rounds = 0;
-  for (; rounds < 20'000 || std::chrono::steady_clock::now() < end; ++rounds) {
+  for (; rounds < 20'000 / kLoopDivisor || std::chrono::steady_clock::now() < end; ++rounds) {
     check(Mutator(seeds_, first + rounds).next());
     if (HasFatalFailure()) FAIL() << "KVTIER_FUZZ_SEED=" << first + rounds << " begins with this image";
   }

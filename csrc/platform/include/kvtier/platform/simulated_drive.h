@@ -2,8 +2,8 @@
 //
 // Writes are kept in memory ("the drive's cache") and reach the file only by a sync, or at the drive's whim.
 // Reads see them. power_loss() ends the drive: of what was not synced, and of writes still in flight, a
-// random part reaches the files, whichever came first, and one of those torn: a random part of its sectors of
-// 512 or 4096 bytes. Then the files are what a new start would find.
+// random part reaches the files, whichever came first, and mostly one is torn: a random part of its sectors
+// of 512 or 4096 bytes. Then the files are what a new start would find.
 //
 // What happens to a request is drawn at its submission, so one sequence of requests meets the same faults
 // whenever the owner waits.

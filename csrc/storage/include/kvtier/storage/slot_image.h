@@ -2,7 +2,7 @@
 // docs/formats/slot.md is the byte table; tests/golden/ holds images of every version.
 //
 // The same image stands in host and disk slots, so that a block moves by one read or one write. Nothing on a
-// drive is believed: verify() recomputes both checksums and compares whatever the caller knows (I3).
+// drive is believed: open() recomputes both checksums and compares whatever the caller knows (I3).
 #pragma once
 
 #include <array>
@@ -60,9 +60,9 @@ struct SlotHeader {
 enum class Verdict : std::uint8_t {
   good,
   blank,            // all zeros where the header stands: a slot that was never written, or wiped
-  foreign,          // not ours: no magic, or another store, fingerprint, place
+  foreign,          // not ours: no magic; another store, fingerprint, place; plain where the store encrypts
   newer_version,    // written by a later kvtier; must be left untouched
-  corrupt_header,   // its checksum does not hold
+  corrupt_header,   // its checksum does not hold, or it says what its version does not allow
   corrupt_payload,  // the payload's does not (or the cipher's tag)
   stale,            // a sound image of another block or generation than was asked for
   unknown_key,      // encrypted under a master key that is not given
@@ -98,20 +98,23 @@ class SlotImages {
   // Whether sealing and opening change the payload: then the image on the drive needs a buffer of its own.
   bool encrypts() const { return cipher_ != nullptr; }
 
-  // Fills in the header at `image` for the payload behind it, checksums included (about 10 GB/s). Bytes
-  // between payload and stride are not touched and are proved by nothing. With a cipher: reads the payload
-  // behind `plain` and writes header and ciphertext to `image` (the two differ); without, `plain` == `image`.
-  // Errors (with a cipher only): resource when OpenSSL cannot draw a salt or allocate; `image` is then
-  // undefined and must not be written.
+  // Fills in the header at `image` for the payload behind it, checksums included (20 GB/s from memory,
+  // encrypted 4). Bytes between payload and stride are not touched and are proved by nothing. With a cipher:
+  // reads the payload behind `plain` and writes header and ciphertext to `image` (the two differ); without,
+  // `plain` == `image`. Requires a generation other than 0. Errors (with a cipher only): resource when
+  // OpenSSL cannot draw a salt or allocate; `image` is then undefined and must not be written.
   Status seal(std::byte* image, const std::byte* plain, const SlotHeader& header) const;
 
-  // Judges an image that was read for `place`. Verifies header and payload; with `expected`, also key, group
-  // and generation, else `stale`. On good, `header` (if not null) is what it says, and the payload stands in
-  // clear behind `plain` (== image without a cipher). Never reads beyond image_bytes (the slot's stride).
+  // Judges an image that was read for `place`. Verifies header and payload; with `expected_key` (null: any
+  // block), also key, group and generation, else `stale`. docs/formats/slot.md has the order of the checks.
+  // On good, `header` (if not null) is what it says, and the payload stands in clear behind `plain` (== image
+  // without a cipher); with a cipher and a wrong tag it is wiped there. The header at `plain` is not touched.
+  // Requires image_bytes >= kSlotHeaderBytes. Never reads beyond image_bytes (the slot's stride).
   Verdict open(std::byte* plain, const std::byte* image, std::uint64_t image_bytes, const SlotPlace& place,
                const BlockKey* expected_key, GroupId expected_group, Generation expected_generation,
                SlotHeader* header) const;
-  // The header alone (kSlotHeaderBytes), for rebuilding a catalog: payload unproved.
+  // The header alone (kSlotHeaderBytes), for rebuilding a catalog: payload unproved, and that it fits its
+  // slot.
   Verdict read_header(const std::byte* header_bytes, const SlotPlace& place, SlotHeader* header) const;
 
  private:

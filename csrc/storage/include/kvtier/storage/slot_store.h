@@ -85,7 +85,8 @@ struct SlotStoreOptions {
   std::vector<std::span<std::byte>> buffers;
   CatalogOptions catalog;
   bool use_direct_io = true;  // false: buffered, for file systems without it and for tests
-  std::chrono::milliseconds first_probe{1000};  // out of service: tried again after this, then twice it ... 60 s
+  std::chrono::milliseconds first_probe{
+      1000};  // out of service: tried again after this, then twice it ... 60 s
   // For tests: the seams. Null: the real ones.
   std::function<Result<std::unique_ptr<IoQueue>>(std::uint32_t depth)> make_queue;
   std::function<Result<std::unique_ptr<Catalog>>(const Directory&)> make_catalog;
@@ -106,8 +107,9 @@ struct OpenReport {
 
 struct StoreStats {
   std::uint64_t reads = 0, reads_good = 0, reads_failed = 0, writes = 0, writes_failed = 0, wipes = 0;
-  // By Verdict. A slot that the store knows to hold nothing is `blank` without a request. reads = reads_failed +
-  // the sum of these; verdicts[good] = reads_good. What was cancelled, or came after close(), is in none.
+  // By Verdict. A slot that the store knows to hold nothing is `blank` without a request. reads =
+  // reads_failed + the sum of these; verdicts[good] = reads_good. What was cancelled, or came after close(),
+  // is in none.
   std::uint64_t verdicts[8] = {};
   std::uint64_t bytes_read = 0, bytes_written = 0;  // physical, prewriting included in bytes_prewritten
   std::uint64_t bytes_prewritten = 0;

@@ -1,0 +1,46 @@
+// RegisteredBuffers: which of the buffers that the kernel knows a request lies in.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
+#include <span>
+#include <vector>
+
+namespace kvtier {
+
+class RegisteredBuffers {
+ public:
+  RegisteredBuffers() = default;
+  // In the order in which the kernel was told of them.
+  explicit RegisteredBuffers(std::span<const std::span<std::byte>> buffers) {
+    for (const std::span<std::byte> buffer : buffers) {
+      buffers_.push_back({.bytes = buffer, .index = static_cast<int>(buffers_.size())});
+    }
+    std::sort(buffers_.begin(), buffers_.end(),
+              [](const Buffer& a, const Buffer& b) { return a.bytes.data() < b.bytes.data(); });
+  }
+
+  bool empty() const { return buffers_.empty(); }
+
+  // The kernel's number of the buffer that has all of it, or -1.
+  int index_of(std::span<const std::byte> bytes) const {
+    const auto after =
+        std::upper_bound(buffers_.begin(), buffers_.end(), bytes.data(),
+                         [](const std::byte* data, const Buffer& b) { return data < b.bytes.data(); });
+    if (after == buffers_.begin()) return -1;
+    const Buffer& buffer = *std::prev(after);
+    const auto skipped = static_cast<std::size_t>(bytes.data() - buffer.bytes.data());
+    return skipped <= buffer.bytes.size() && bytes.size() <= buffer.bytes.size() - skipped ? buffer.index
+                                                                                           : -1;
+  }
+
+ private:
+  struct Buffer {
+    std::span<std::byte> bytes;
+    int index = 0;
+  };
+  std::vector<Buffer> buffers_;  // by address
+};
+
+}  // namespace kvtier
