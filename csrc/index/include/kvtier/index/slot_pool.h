@@ -3,8 +3,8 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/core/types.h"
 
 namespace kvtier {
@@ -56,8 +56,8 @@ class SlotPool {
  private:
   void set(SlotId slot, SlotState to);
 
-  std::vector<SlotState> states_;
-  std::vector<SlotId> recycled_;   // freed slots, last one first: its lines are the warmest
+  HugeVector<SlotState> states_;
+  HugeVector<SlotId> recycled_;    // freed slots, last one first: its lines are the warmest
   std::uint32_t next_unused_ = 0;  // slots from here to usable_ were never taken
   std::uint32_t usable_ = 0;
   std::uint32_t counts_[4] = {};
