@@ -138,7 +138,7 @@ void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink
       if (id_of[i] != kEmpty) __builtin_prefetch(&entries_[id_of[i]]);
     }
   };
-  const auto answer = [&](std::size_t begin, const std::uint32_t* id_of) {
+  const auto answer = [&](std::size_t begin, const std::uint32_t* id_of) KVTIER_NO_THREAD_SAFETY_ANALYSIS {
     const std::span<const BlockKey> batch = keys_of(begin);
     for (std::size_t i = 0; i < batch.size(); ++i) {
       Entry* entry = nullptr;
