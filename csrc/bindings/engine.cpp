@@ -85,16 +85,23 @@ void close(const Box& box, std::optional<double> timeout) {
   owners.clear();
 }
 
+// An array of the vector's own bytes; nothing is copied.
+py::array_t<std::uint8_t> array_over(std::vector<BlockState> states) {
+  auto owned = std::make_unique<std::vector<BlockState>>(std::move(states));
+  const auto size = static_cast<py::ssize_t>(owned->size());
+  const auto* data = reinterpret_cast<const std::uint8_t*>(owned->data());
+  const py::capsule owner(owned.get(), [](void* p) { delete static_cast<std::vector<BlockState>*>(p); });
+  static_cast<void>(owned.release());
+  return py::array_t<std::uint8_t>(size, data, owner);
+}
+
 // (ready_blocks, one array of BlockState per group)
 py::tuple lookup(const Box& box, const KeyArray& keys) {
   Engine& engine = box->get();
   const std::span<const BlockKey> view = keys_of(keys);
-  const Match match = take(without_gil([&] { return engine.lookup(view); }));
+  Match match = take(without_gil([&] { return engine.lookup(view); }));
   py::list states;
-  for (const std::vector<BlockState>& of_group : match.states) {
-    states.append(py::array_t<std::uint8_t>(static_cast<py::ssize_t>(of_group.size()),
-                                            reinterpret_cast<const std::uint8_t*>(of_group.data())));
-  }
+  for (std::vector<BlockState>& of_group : match.states) states.append(array_over(std::move(of_group)));
   return py::make_tuple(match.ready_blocks, std::move(states));
 }
 

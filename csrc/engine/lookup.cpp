@@ -1,5 +1,6 @@
 // What does not move bytes: lookup, leases, touch, drop.
 #include <algorithm>
+#include <cstring>
 
 #include "engine_impl.h"
 
@@ -9,6 +10,22 @@ namespace {
 // Keys handled per hold of the mutex: about 100 us, so that a completion never waits long for a lookup.
 constexpr std::size_t kKeysPerHold = 4096;
 constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's now and this do not overflow
+
+// How many of the first `limit` states are ready without a gap. Eight at a time: a lookup of 64K keys would
+// spend a twentieth of its time here.
+std::size_t ready_run(const std::vector<BlockState>& states, std::size_t limit) {
+  static_assert(sizeof(BlockState) == 1);
+  // `ready` and `on_disk` are the states with this bit (is_ready()).
+  constexpr std::uint64_t kAllReady = 0x0101010101010101ULL * static_cast<std::uint8_t>(BlockState::ready);
+  std::size_t i = 0;
+  for (; i + sizeof kAllReady <= limit; i += sizeof kAllReady) {
+    std::uint64_t eight;
+    std::memcpy(&eight, &states[i], sizeof eight);
+    if ((eight & kAllReady) != kAllReady) break;
+  }
+  while (i < limit && is_ready(states[i])) ++i;
+  return i;
+}
 
 }  // namespace
 
@@ -24,9 +41,7 @@ std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>&
       windows = true;
       continue;
     }
-    const auto miss =
-        std::find_if_not(states[g].begin(), states[g].begin() + static_cast<std::ptrdiff_t>(limit), ready);
-    limit = static_cast<std::size_t>(miss - states[g].begin());
+    limit = ready_run(states[g], limit);
   }
   if (!windows) return limit;
 
@@ -47,7 +62,10 @@ std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>&
 Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
   Match match;
   match.num_keys = keys.size();
-  match.states.assign(config_.groups.size(), std::vector<BlockState>(keys.size(), BlockState::miss));
+  match.states.reserve(config_.groups.size());
+  for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+    match.states.emplace_back(keys.size(), BlockState::miss);  // in place: a model to copy from costs as much
+  }
   const std::uint64_t readable = disk_ ? readable_volumes() : 0;
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));

@@ -7,6 +7,10 @@
 #include <immintrin.h>
 #endif
 
+// A function that only prefetches has no effect in the eyes of gcc, which drops calls of it, unless it was
+// inlined before that is found out.
+#define KVTIER_HINT __attribute__((always_inline)) inline
+
 namespace kvtier {
 namespace {
 
@@ -15,49 +19,96 @@ constexpr std::size_t kBlock = 256;  // the unit of the loops below; all non-tem
 constexpr std::size_t kPage =
     4096;  // where the hardware prefetcher stops, whatever the size of the real pages
 constexpr std::size_t kLanes = 8;
+// How far ahead a lane asks: with all lanes a quarter of a second-level cache. (32 KiB runs, one core, of the
+// contiguous rate: 0.92 with a page, 0.96 with this.)
+constexpr std::size_t kLaneAhead = std::size_t{32} << 10;
+// Runs whose sources follow each other are taken side by side if they are of these lengths: shorter ones
+// are so close that one stream serves them all, longer ones are streams of their own.
+constexpr std::size_t kMinContiguousLaneBytes = std::size_t{16} << 10;
+constexpr std::size_t kMaxContiguousLaneBytes = std::size_t{128} << 10;
 
-// Copies `blocks` * kBlock bytes to a destination aligned to a line. Not fenced.
-using StreamBlocks = void (*)(std::byte* destination, const std::byte* source, std::size_t blocks);
+// Asks for 256 bytes, into the second-level cache: the first level has too few outstanding misses to hide a
+// walk of the page tables, and prefetches into it left scattered 4 KiB runs at half the rate.
+KVTIER_HINT void prefetch_block(const std::byte* from) {
+  for (std::size_t line = 0; line < kBlock; line += kLine) __builtin_prefetch(from + line, 0, 2);
+}
 
-void copy_blocks(std::byte* to, const std::byte* from, std::size_t blocks) {
+// Copies `blocks` * kBlock bytes to a destination aligned to a line, and beside each of the first
+// `ahead_blocks` <= `blocks` of them asks for a block of `ahead`. Not fenced.
+using StreamBlocks = void (*)(std::byte* to, const std::byte* from, std::size_t blocks,
+                              const std::byte* ahead, std::size_t ahead_blocks);
+
+void copy_blocks(std::byte* to, const std::byte* from, std::size_t blocks, const std::byte*, std::size_t) {
   std::memcpy(to, from, blocks * kBlock);
 }
 
 #if defined(__x86_64__)
 
+__attribute__((target("avx512f"))) inline void stream_block_avx512(std::byte* to, const std::byte* from) {
+  const __m512i a = _mm512_loadu_si512(from);
+  const __m512i b = _mm512_loadu_si512(from + 64);
+  const __m512i c = _mm512_loadu_si512(from + 128);
+  const __m512i d = _mm512_loadu_si512(from + 192);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), a);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 64), b);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 128), c);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 192), d);
+}
+
+__attribute__((target("avx2"))) inline void stream_block_avx2(std::byte* to, const std::byte* from) {
+  for (std::size_t i = 0; i < kBlock; i += kLine) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), b);
+  }
+}
+
+inline void stream_line_sse2(std::byte* to, const std::byte* from) {
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16));
+  const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 32));
+  const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 48));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), a);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to + 16), b);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to + 32), c);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to + 48), d);
+}
+
 __attribute__((target("avx512f"))) void stream_avx512(std::byte* to, const std::byte* from,
-                                                      std::size_t blocks) {
+                                                      std::size_t blocks, const std::byte* ahead,
+                                                      std::size_t ahead_blocks) {
+  blocks -= ahead_blocks;
+  for (; ahead_blocks != 0; --ahead_blocks, to += kBlock, from += kBlock, ahead += kBlock) {
+    prefetch_block(ahead);
+    stream_block_avx512(to, from);
+  }
   for (; blocks != 0; --blocks, to += kBlock, from += kBlock) {
-    const __m512i a = _mm512_loadu_si512(from);
-    const __m512i b = _mm512_loadu_si512(from + 64);
-    const __m512i c = _mm512_loadu_si512(from + 128);
-    const __m512i d = _mm512_loadu_si512(from + 192);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), a);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 64), b);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 128), c);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 192), d);
+    stream_block_avx512(to, from);
   }
 }
 
-__attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from, std::size_t blocks) {
-  for (std::size_t lines = blocks * (kBlock / kLine); lines != 0; --lines, to += kLine, from += kLine) {
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), a);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), b);
+__attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from, std::size_t blocks,
+                                                 const std::byte* ahead, std::size_t ahead_blocks) {
+  blocks -= ahead_blocks;
+  for (; ahead_blocks != 0; --ahead_blocks, to += kBlock, from += kBlock, ahead += kBlock) {
+    prefetch_block(ahead);
+    stream_block_avx2(to, from);
+  }
+  for (; blocks != 0; --blocks, to += kBlock, from += kBlock) {
+    stream_block_avx2(to, from);
   }
 }
 
-void stream_sse2(std::byte* to, const std::byte* from, std::size_t blocks) {
-  for (std::size_t lines = blocks * (kBlock / kLine); lines != 0; --lines, to += kLine, from += kLine) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16));
-    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 32));
-    const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 48));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), a);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 16), b);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 32), c);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 48), d);
+void stream_sse2(std::byte* to, const std::byte* from, std::size_t blocks, const std::byte* ahead,
+                 std::size_t ahead_blocks) {
+  blocks -= ahead_blocks;
+  for (; ahead_blocks != 0; --ahead_blocks, to += kBlock, from += kBlock, ahead += kBlock) {
+    prefetch_block(ahead);
+    for (std::size_t i = 0; i < kBlock; i += kLine) stream_line_sse2(to + i, from + i);
+  }
+  for (; blocks != 0; --blocks, to += kBlock, from += kBlock) {
+    for (std::size_t i = 0; i < kBlock; i += kLine) stream_line_sse2(to + i, from + i);
   }
 }
 
@@ -73,10 +124,17 @@ StreamBlocks stream_blocks_of(StreamIsa isa) {
   return copy_blocks;
 }
 
+// What is left behind the blocks of a run: whole lines past the caches, the rest through them.
+void copy_rest(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine) stream_line_sse2(to, from);
+  if (bytes != 0) std::memcpy(to, from, bytes);
+}
+
 #else
 
 void fence() {}
 StreamBlocks stream_blocks_of(StreamIsa) { return copy_blocks; }
+void copy_rest(std::byte* to, const std::byte* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 
 #endif
 
@@ -84,16 +142,24 @@ void copy_cached(const CopyRun& run) {
   if (run.bytes != 0) std::memcpy(run.destination, run.source, run.bytes);
 }
 
-// Into the second-level cache: the first level has too few outstanding misses to hide a walk of the page
-// tables, and prefetches into it left scattered 4 KiB runs at half the rate.
-void prefetch_block(const std::byte* from) {
-  for (std::size_t line = 0; line < kBlock; line += kLine) __builtin_prefetch(from + line, 0, 2);
-}
-// Fetches one line of a page that will be written soon, for the sake of its address translation.
-void touch(const std::byte* page) { __builtin_prefetch(page, 0, 3); }
+// Fetches one line of a page that will be written soon, for the sake of its address translation, and of the
+// bytes around a run that does not begin or end with a line.
+KVTIER_HINT void touch(const std::byte* page) { __builtin_prefetch(page, 0, 3); }
 
 const std::byte* source_of(const CopyRun& run) { return static_cast<const std::byte*>(run.source); }
 std::byte* destination_of(const CopyRun& run) { return static_cast<std::byte*>(run.destination); }
+
+// Bytes of the run before the first whole line of its destination.
+std::size_t head_of(const CopyRun& run) {
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(run.destination) % kLine;
+  return std::min(run.bytes, before);
+}
+
+// Touches a page's worth of a run's destination: where it begins and, if lines are shared, where it ends.
+KVTIER_HINT void touch_destination(const CopyRun& run, std::size_t offset) {
+  touch(destination_of(run) + offset);
+  if (head_of(run) != 0) touch(destination_of(run) + std::min(run.bytes, offset + kPage) - 1);
+}
 
 // Walks the pages of a list of runs, two pages ahead of a copy that begins with the first.
 class Lookahead {
@@ -106,7 +172,7 @@ class Lookahead {
   const std::byte* advance() {
     if (run_ == end_) return nullptr;
     const std::byte* source = source_of(*run_) + offset_;
-    touch(destination_of(*run_) + offset_);
+    touch_destination(*run_, offset_);
     step();
     return source;
   }
@@ -125,66 +191,75 @@ class Lookahead {
   std::size_t offset_ = 0;
 };
 
-// The first of `runs`, looking ahead into the others. Run after run is best where the source is contiguous
-// from run to run, as a slot image is. Asking for the first KiB of the page after next is enough: it sets the
-// hardware prefetcher to work there.
+// The first of `runs`, looking ahead into the others. Run after run is best for one long run, and for short
+// ones whose source is contiguous from run to run, as a slot image is. Asking for the first KiB of the page
+// after next is enough: it sets the hardware prefetcher to work there.
 void stream_first(StreamBlocks stream_blocks, std::span<const CopyRun> runs) {
-  constexpr std::size_t kWarmBytes = 1024;
+  constexpr std::size_t kWarmBlocks = 1024 / kBlock;
   Lookahead ahead(runs);
   std::byte* to = destination_of(runs[0]);
   const std::byte* from = source_of(runs[0]);
   std::size_t left = runs[0].bytes;
 
-  const std::size_t head = std::min(left, (kLine - reinterpret_cast<std::uintptr_t>(to) % kLine) % kLine);
-  std::memcpy(to, from, head);
-  to += head;
-  from += head;
-  left -= head;
-  while (left >= kBlock) {
-    const std::size_t piece = std::min(left, kPage) / kBlock * kBlock;
-    const std::byte* next = ahead.advance();
-    const std::size_t warm = next == nullptr ? 0 : std::min(piece, kWarmBytes);
-    for (std::size_t i = 0; i < warm; i += kBlock) {
-      prefetch_block(next + i);
-      stream_blocks(to + i, from + i, 1);
-    }
-    stream_blocks(to + warm, from + warm, (piece - warm) / kBlock);
-    to += piece;
-    from += piece;
-    left -= piece;
+  if (const std::size_t head = head_of(runs[0]); head != 0) {
+    std::memcpy(to, from, head);
+    to += head;
+    from += head;
+    left -= head;
   }
-  std::memcpy(to, from, left);
+  while (left >= kBlock) {
+    const std::size_t blocks = std::min(left, kPage) / kBlock;
+    const std::byte* next = ahead.advance();
+    stream_blocks(to, from, blocks, next, next == nullptr ? 0 : std::min(blocks, kWarmBlocks));
+    to += blocks * kBlock;
+    from += blocks * kBlock;
+    left -= blocks * kBlock;
+  }
+  copy_rest(to, from, left);
 }
 
-// Whether `runs` begins with kLanes runs for stream_lanes(): alike, whole blocks, sources scattered.
+// Whether `runs` begins with kLanes runs for stream_lanes(): alike, and better off so than one by one.
 bool fits_lanes(std::span<const CopyRun> runs) {
   if (runs.size() < kLanes) return false;
   const std::size_t bytes = runs[0].bytes;
-  if (bytes < kStreamingRunBytes || bytes % kBlock != 0 || source_of(runs[1]) == source_of(runs[0]) + bytes)
-    return false;
-  return std::ranges::all_of(runs.first(kLanes), [bytes](const CopyRun& run) {
-    return run.bytes == bytes && reinterpret_cast<std::uintptr_t>(run.destination) % kLine == 0;
+  const std::size_t head = head_of(runs[0]);
+  if (bytes < kStreamingRunBytes || bytes < head + kBlock) return false;
+  const bool contiguous = source_of(runs[1]) == source_of(runs[0]) + bytes;
+  if (contiguous && (bytes < kMinContiguousLaneBytes || bytes > kMaxContiguousLaneBytes)) return false;
+  return std::ranges::all_of(runs.first(kLanes), [bytes, head](const CopyRun& run) {
+    return run.bytes == bytes && head_of(run) == head;
   });
 }
 
 // Eight runs side by side: best where sources are scattered, since it keeps eight streams of the hardware
 // prefetcher and all walkers of the page tables busy (4 KiB runs: 9 GB/s one by one, 18 like this). Each lane
-// asks for what comes a page later, in its own run or in the one of `next` that it takes afterwards; null
-// where the list ends. Asking is only a hint: those runs need not be of the same kind.
+// asks for what comes kLaneAhead bytes later, in its own run or in the one of `next` that it takes
+// afterwards; null where the list ends. Asking is only a hint: those runs need not be of the same kind.
 void stream_lanes(StreamBlocks stream_blocks, const CopyRun* runs, const CopyRun* next) {
-  const std::size_t bytes = runs[0].bytes;
-  const std::size_t distance = std::min(kPage, bytes);
-  for (std::size_t offset = 0; offset < bytes; offset += kBlock) {
-    const bool crosses = offset + distance >= bytes;
+  const std::size_t head = head_of(runs[0]);
+  const std::size_t body = (runs[0].bytes - head) / kBlock * kBlock;
+  const std::size_t distance = std::min(kLaneAhead, body);
+  for (std::size_t lane = 0; head != 0 && lane < kLanes; ++lane) {
+    std::memcpy(runs[lane].destination, runs[lane].source, head);
+  }
+  for (std::size_t offset = 0; offset < body; offset += kBlock) {
+    const bool crosses = offset + distance >= body;
     const CopyRun* soon = crosses ? next : runs;
-    const std::size_t soon_offset = offset + distance - (crosses ? bytes : 0);
+    const std::size_t soon_offset = offset + distance - (crosses ? body : 0);
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const std::byte* ahead = nullptr;
       if (soon != nullptr) {
-        prefetch_block(source_of(soon[lane]) + soon_offset);
-        if (soon_offset % kPage == 0) touch(destination_of(soon[lane]) + soon_offset);
+        ahead = source_of(soon[lane]) + soon_offset;
+        if (soon_offset % kPage == 0) touch_destination(soon[lane], soon_offset);
       }
-      stream_blocks(destination_of(runs[lane]) + offset, source_of(runs[lane]) + offset, 1);
+      stream_blocks(destination_of(runs[lane]) + head + offset, source_of(runs[lane]) + head + offset, 1,
+                    ahead, ahead == nullptr ? 0 : 1);
     }
+  }
+  if (head + body == runs[0].bytes) return;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    copy_rest(destination_of(runs[lane]) + head + body, source_of(runs[lane]) + head + body,
+              runs[lane].bytes - head - body);
   }
 }
 

@@ -18,9 +18,11 @@
 namespace kvtier {
 namespace {
 
-// Runs handed to the device at once: enough to keep it busy, few enough that planning the next batch
-// overlaps with copying this one.
-constexpr std::size_t kRunsPerCopy = 4096;
+// Runs handed to the device at once. The first batch is small, so that the copies begin early; each further
+// one is twice as long, since planning it overlaps with copying the one before, and every end of a batch
+// costs: its threads wait for each other there, and what they had prefetched is lost.
+constexpr std::size_t kRunsOfFirstCopy = 4096;
+constexpr std::size_t kMaxRunsPerCopy = 65536;
 
 // How often, and how long during a graph capture, the waiter asks the device for a proof (transfers.h).
 constexpr int kProofAttempts = 10;
@@ -272,16 +274,18 @@ class DeviceTransfers final : public Transfers {
     KVTIER_RETURN_IF_ERROR(order_after_framework(request, stream, transfer));
 
     std::vector<CopyRun> runs;
+    std::size_t most = kRunsOfFirstCopy;
     for (std::uint32_t layer = 0; layer < num_layers; layer += step) {
       const std::uint32_t layer_end = std::min(layer + step, num_layers);
       const std::size_t pieces = request.map->pieces_of_layers(layer, layer_end).size();
-      const std::size_t blocks_per_copy =
-          std::max<std::size_t>(1, kRunsPerCopy / std::max<std::size_t>(1, pieces));
-      const std::span<const BlockMove> moves = request.moves;
-      for (std::size_t begin = 0; begin < moves.size(); begin += blocks_per_copy) {
+      std::span<const BlockMove> moves = request.moves;
+      while (!moves.empty()) {
+        const std::size_t fit = std::max<std::size_t>(1, most / std::max<std::size_t>(1, pieces));
+        const std::size_t blocks = std::min(fit, moves.size());
         runs.clear();
-        plan(*request.map, moves.subspan(begin, std::min(blocks_per_copy, moves.size() - begin)),
-             request.pages, request.direction, layer, layer_end, runs);
+        plan(*request.map, moves.first(blocks), request.pages, request.direction, layer, layer_end, runs);
+        moves = moves.subspan(blocks);
+        most = std::min(2 * most, kMaxRunsPerCopy);
         KVTIER_RETURN_IF_ERROR(device_.copy(stream, runs, request.direction));
         transfer.reached_stream = transfer.reached_copies = true;
       }

@@ -8,6 +8,7 @@ neighbours.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from kvtier.engine import copy_limit
 from kvtier.errors import ConfigError, ResourceError
 
 METHODS = ("memcpy", "streaming")
+_HUGE_PAGE = 2 << 20
 TARGETS = {"store": "ratio >= 0.95", "load": "ratio >= 0.95"}
 
 
@@ -113,7 +115,8 @@ def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix:
         copy_threads=threads,
     )
     with kvtier.open(config) as engine:
-        memory = np.empty((shape.num_layers, 2, 2 * num_blocks, 16, shape.num_kv_heads, 128), np.uint16)
+        dims = (shape.num_layers, 2, 2 * num_blocks, 16, shape.num_kv_heads, 128)
+        memory = _aligned(2 * math.prod(dims)).view(np.uint16).reshape(dims)
         memory[:] = rng.integers(0, 1 << 16, memory.shape[1:], np.uint16)
         memory ^= np.arange(shape.num_layers, dtype=np.uint16).reshape(-1, 1, 1, 1, 1, 1)
         ids = rng.permutation(2 * num_blocks)
@@ -125,15 +128,28 @@ def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix:
             source_ids=ids[:num_blocks],
             target_ids=ids[num_blocks:],
             keys=rng.integers(0, 256, (num_blocks, 32), np.uint8),
-            limit_source=rng.integers(0, 256, moved, np.uint8),
-            limit_target=np.ones(moved, np.uint8),
+            limit_source=_aligned(moved),
+            limit_target=_aligned(moved),
         )
+        bench.limit_source[:] = rng.integers(0, 256, moved, np.uint8)
+        bench.limit_target[:] = 1
         try:
             for _ in range(args.rounds + 1):
                 _round(bench)
         finally:
             _record(bench, moved, suffix, report)
         bench.pages.detach()
+
+
+def _aligned(size: int) -> Any:
+    """Bytes that begin with a huge page, as device memory does.
+
+    NumPy's own arrays begin 16 bytes behind the start of a page: every page of KV would share its first and
+    its last cache line with its neighbours.
+    """
+    room = np.empty(size + _HUGE_PAGE, np.uint8)
+    begin = -room.ctypes.data % _HUGE_PAGE
+    return room[begin : begin + size]
 
 
 def _round(bench: _Bench) -> None:

@@ -146,9 +146,9 @@ void check_runs(const std::vector<std::size_t>& sizes, std::size_t pitch, std::s
 }
 
 TEST(CopyRuns, scattered_runs_of_one_size_are_exact) {
-  for (const std::size_t bytes : {255, 256, 512, 768, 1024, 4000, 4096, 4352, 8192, 18432}) {
+  for (const std::size_t bytes : {255, 256, 319, 512, 768, 1024, 4000, 4096, 4352, 8192, 18432, 36864}) {
     for (const std::size_t count : {1, 7, 8, 9, 15, 16, 17, 25, 40}) {  // around whole groups of lanes
-      for (const std::size_t misalignment : {0, 1}) {
+      for (const std::size_t misalignment : {0, 1, 16, 63}) {
         ASSERT_NO_FATAL_FAILURE(check_runs(std::vector<std::size_t>(count, bytes), round_up(bytes + 64, 64),
                                            misalignment, static_cast<unsigned>(bytes + count)));
       }
@@ -170,19 +170,24 @@ TEST(CopyRuns, mixtures_of_all_sizes_are_exact) {
 }
 
 TEST(CopyRuns, contiguous_sources_into_scattered_pages_are_exact) {
-  constexpr std::size_t kRuns = 50;
-  constexpr std::size_t kBytes = 4096;
-  const std::vector<std::byte> slot = random_bytes(kRuns * kBytes, 6);
-  Pages pages(kRuns * kBytes);
-  std::vector<std::byte> expected(kRuns * kBytes);
-  std::vector<CopyRun> runs;
-  for (std::size_t i = 0; i < kRuns; ++i) {
-    const std::size_t to = (i * 17 % kRuns) * kBytes;
-    runs.push_back({pages.data() + to, slot.data() + i * kBytes, kBytes});
-    std::copy_n(slot.data() + i * kBytes, kBytes, expected.data() + to);
+  // Taken one by one, side by side and one by one again; pages may begin anywhere in a line.
+  for (const std::size_t bytes : {4096, 16384, 36864, 131072, 135168}) {
+    for (const std::size_t misalignment : {0, 16}) {
+      constexpr std::size_t kRuns = 20;
+      const std::vector<std::byte> slot = random_bytes(kRuns * bytes, 6);
+      Pages pages(kRuns * bytes + 64);
+      std::vector<std::byte> expected(pages.size(), kUntouched);
+      std::vector<CopyRun> runs;
+      for (std::size_t i = 0; i < kRuns; ++i) {
+        const std::size_t to = (i * 7 % kRuns) * bytes + misalignment;
+        runs.push_back({pages.data() + to, slot.data() + i * bytes, bytes});
+        std::copy_n(slot.data() + i * bytes, bytes, expected.data() + to);
+      }
+      copy_runs(runs, CopyMethod::streaming);
+      EXPECT_TRUE(std::equal(expected.begin(), expected.end(), pages.data()))
+          << bytes << " bytes, misaligned by " << misalignment;
+    }
   }
-  copy_runs(runs, CopyMethod::streaming);
-  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), pages.data()));
 }
 
 TEST(CopyRuns, empty_lists_and_empty_runs_are_nothing) {

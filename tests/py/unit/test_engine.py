@@ -60,6 +60,48 @@ def test_lookup_reports_states_tiers_and_the_ready_prefix(engine: Engine, pages:
         match.states(1)
 
 
+def test_states_outlive_their_match_and_are_its_own(engine: Engine, pages: Pages) -> None:
+    keys = keys_of(5)
+    engine.store(keys[:2], pages, range(4)).wait()
+    states = engine.lookup(keys).states(0)
+    gc.collect()
+    for _ in range(100):  # whatever took over the memory of a freed one would show
+        engine.lookup(keys_of(5, seed=3))
+    assert states.tolist() == [BlockState.READY] * 2 + [BlockState.MISS] * 3
+    assert engine.lookup(keys[:0]).states(0).shape == (0,)
+
+
+@pytest.mark.parametrize("present", [0, 7, 8, 9, 15, 16, 4096, 4105])
+def test_the_ready_prefix_ends_at_any_length(present: int) -> None:
+    layout = KVLayout(1, 1, 16, "uint8", 1)
+    config = Config(groups=[layout], block_tokens=1, host="64MiB", model="m@1")
+    keys = np.random.default_rng(present).integers(0, 256, (present + 20, 32), np.uint8)
+    with kvtier.open(config) as opened:
+        pages = opened.attach([np.ones((len(keys), 2, 1, 1, 16), np.uint8)])
+        others = [*range(present), *range(present + 1, present + 20)]  # all but one
+        opened.store(keys[others], pages, others).wait()
+        assert opened.lookup(keys).ready_blocks == present
+
+
+def test_transfers_of_many_batches_are_byte_exact() -> None:
+    layout = KVLayout(64, 2, 8, "float16", 4)  # 128 runs for a block of one page
+    config = Config(groups=[layout], block_tokens=4, host="256MiB", model="m@1")
+    blocks = 500
+    rng = np.random.default_rng(4)
+    memory = rng.integers(0, 1 << 16, (64, 2, 2 * blocks, 4, 2, 8), np.uint16)
+    keys = rng.integers(0, 256, (blocks, 32), np.uint8)
+    ids = rng.permutation(2 * blocks)
+    source, target = ids[:blocks], ids[blocks:]
+    with kvtier.open(config) as opened:
+        pages = opened.attach(list(memory.view(np.float16)), axes="KPTHD")
+        expected = memory[:, :, source].copy()
+        assert opened.store(keys, pages, source).result().stored == blocks
+        memory[:, :, source] = 0
+        assert opened.load(keys, pages, target).result().valid_blocks == blocks
+    assert np.array_equal(memory[:, :, target], expected)
+    assert not memory[:, :, source].any()
+
+
 def test_stored_again_is_present_and_missing_is_missed(engine: Engine, pages: Pages) -> None:
     keys = keys_of(3)
     assert engine.store(keys[:2], pages, range(4)).result().stored == 2

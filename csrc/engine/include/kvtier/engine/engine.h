@@ -83,6 +83,7 @@ enum class BlockState : std::uint8_t {
   ready = 2,    // in the host tier
   on_disk = 3,  // in the disk tier alone, or on its way from there to the host tier
 };
+// Whether a load gets it, from any tier.
 constexpr bool is_ready(BlockState state) { return state >= BlockState::ready; }
 
 // What lookup() found. Advisory: nothing holds the blocks until they are pinned or loaded.

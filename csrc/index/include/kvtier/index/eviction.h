@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "kvtier/core/huge_vector.h"
+
 namespace kvtier {
 
 // A record of the Index. Reused after erase(); see Entry::generation.
@@ -73,7 +75,7 @@ class LruPolicy final : public EvictionPolicy {
   void compact_waiting();
   void drop_stale_waiting();
 
-  std::vector<Node> nodes_;       // sentinel.younger is the oldest, sentinel.older the youngest
+  HugeVector<Node> nodes_;        // sentinel.younger is the oldest, sentinel.older the youngest
   std::vector<Waiting> waiting_;  // a heap, oldest first; entries that left it meanwhile are skipped
   std::size_t in_heap_ = 0;       // entries in the heap, without the stale
   std::uint64_t uses_ = 0;

@@ -2,9 +2,9 @@
 //
 // One record is one cache line: key, state and slot are read with a single miss. The table beside it is
 // open-addressed, {tag, id} pairs at a load of at most one half, probed linearly. A batch of lookups is
-// software-pipelined: first all buckets are prefetched, then all records, then compared, so that the
-// misses of a batch overlap (the technique: group prefetching, Chen et al., ICDE 2004). Everything is
-// allocated for `capacity` at the start; nothing is ever rehashed under the engine mutex.
+// software-pipelined: while the records of one batch are compared, those of the next and the buckets of the
+// one behind it are on their way (the technique: group prefetching, Chen et al., ICDE 2004). Everything is
+// allocated for `capacity` at the start, in huge pages; nothing is ever rehashed under the engine mutex.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <vector>
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/core/mutex.h"
 #include "kvtier/core/types.h"
 #include "kvtier/index/eviction.h"
@@ -45,8 +45,9 @@ class Index {
 
   // The linked entry of (key, group), or null.
   Entry* find(const BlockKey& key, GroupId group);
-  // Calls sink(i, Entry* or null) for every key, in order.
-  // The sink may need the owner's mutex, which the analysis cannot see here.
+  // Calls sink(i, Entry* or null) for every key, in order. It looks ahead, so the sink may change entries,
+  // but must not insert, unlink or erase any. The sink may need the owner's mutex, which the analysis cannot
+  // see here.
   template <typename Sink>
   void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
 
@@ -83,17 +84,17 @@ class Index {
     std::uint32_t id;   // raw EntryId, or kEmpty
   };
   static constexpr std::uint32_t kEmpty = 0xffffffffU;
-  static constexpr std::size_t kBatch = 32;  // misses kept in flight
+  static constexpr std::size_t kBatch = 16;  // as many misses of each kind are kept in flight
 
   std::uint64_t hash(const BlockKey& key, GroupId group) const;
   std::size_t home(std::uint64_t h) const { return static_cast<std::size_t>(h) & mask_; }
   static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
   Entry* release_parent(Entry& child);
 
-  std::vector<Entry> entries_;
-  std::vector<std::uint32_t> parent_generations_;
-  std::vector<std::uint32_t> free_records_;
-  std::vector<Bucket> table_;
+  HugeVector<Entry> entries_;
+  HugeVector<std::uint32_t> parent_generations_;
+  HugeVector<std::uint32_t> free_records_;
+  HugeVector<Bucket> table_;
   std::size_t mask_;
   std::size_t used_ = 0;  // records [0, used_) were used at least once
   std::size_t size_ = 0;
@@ -118,28 +119,46 @@ inline std::uint64_t Index::hash(const BlockKey& key, GroupId group) const {
 
 template <typename Sink>
 void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) {
-  std::uint64_t hashes[kBatch];
-  std::uint32_t ids[kBatch];
-  for (std::size_t begin = 0; begin < keys.size(); begin += kBatch) {
-    const std::size_t n = std::min(kBatch, keys.size() - begin);
-    for (std::size_t i = 0; i < n; ++i) {
-      hashes[i] = hash(keys[begin + i], group);
-      __builtin_prefetch(&table_[home(hashes[i])]);
+  // Three steps a batch, and in each turn one step of three batches: what a step asks for has the time of two
+  // other batches' steps to arrive.
+  std::uint64_t hashes[2][kBatch];
+  std::uint32_t ids[2][kBatch];
+  const auto keys_of = [keys](std::size_t begin) {
+    return keys.subspan(begin, std::min(kBatch, keys.size() - begin));
+  };
+  const auto ask_for_buckets = [&](std::span<const BlockKey> batch, std::uint64_t* hash_of) {
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      hash_of[i] = hash(batch[i], group);
+      __builtin_prefetch(&table_[home(hash_of[i])]);
     }
+  };
+  const auto ask_for_records = [&](std::size_t n, const std::uint64_t* hash_of, std::uint32_t* id_of) {
     for (std::size_t i = 0; i < n; ++i) {
       // The first bucket with the right tag is nearly always the one; the compare below decides.
-      std::size_t at = home(hashes[i]);
-      while (table_[at].id != kEmpty && table_[at].tag != tag(hashes[i])) at = (at + 1) & mask_;
-      ids[i] = table_[at].id;
-      if (ids[i] != kEmpty) __builtin_prefetch(&entries_[ids[i]]);
+      std::size_t at = home(hash_of[i]);
+      while (table_[at].id != kEmpty && table_[at].tag != tag(hash_of[i])) at = (at + 1) & mask_;
+      id_of[i] = table_[at].id;
+      if (id_of[i] != kEmpty) __builtin_prefetch(&entries_[id_of[i]]);
     }
-    for (std::size_t i = 0; i < n; ++i) {
+  };
+  const auto answer = [&](std::size_t begin, const std::uint32_t* id_of) KVTIER_NO_THREAD_SAFETY_ANALYSIS {
+    const std::span<const BlockKey> batch = keys_of(begin);
+    for (std::size_t i = 0; i < batch.size(); ++i) {
       Entry* entry = nullptr;
-      if (ids[i] != kEmpty) {
-        entry = &entries_[ids[i]];
-        if (!(entry->key == keys[begin + i] && entry->group == group)) entry = find(keys[begin + i], group);
+      if (id_of[i] != kEmpty) {
+        entry = &entries_[id_of[i]];
+        if (!(entry->key == batch[i] && entry->group == group)) entry = find(batch[i], group);
       }
       sink(begin + i, entry);
+    }
+  };
+
+  const std::size_t num_batches = (keys.size() + kBatch - 1) / kBatch;
+  for (std::size_t turn = 0; turn < num_batches + 2; ++turn) {
+    if (turn < num_batches) ask_for_buckets(keys_of(turn * kBatch), hashes[turn % 2]);
+    if (turn >= 2) answer((turn - 2) * kBatch, ids[turn % 2]);
+    if (turn >= 1 && turn <= num_batches) {
+      ask_for_records(keys_of((turn - 1) * kBatch).size(), hashes[(turn - 1) % 2], ids[(turn - 1) % 2]);
     }
   }
 }

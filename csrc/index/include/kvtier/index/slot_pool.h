@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/core/types.h"
 
 namespace kvtier {
@@ -61,9 +62,9 @@ class SlotPool {
  private:
   void set(SlotId slot, SlotState to);
 
-  std::vector<SlotState> states_;
+  HugeVector<SlotState> states_;
   // Freed slots, last one first: its lines are the warmest. One that take_at() took may still stand here.
-  std::vector<SlotId> recycled_;
+  HugeVector<SlotId> recycled_;
   std::vector<bool> is_recycled_;  // so that none stands there twice
   std::uint32_t next_unused_ = 0;  // slots from here to usable_ were never taken by take()
   std::uint32_t usable_ = 0;
