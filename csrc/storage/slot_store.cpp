@@ -92,7 +92,7 @@ Result<SlotStore::Opened> SlotStore::open(std::unique_ptr<StoreLease> lease, Slo
   const auto core = std::make_shared<StoreCore>(std::move(lease), std::move(options), std::move(on_found));
   Opened opened;
   KVTIER_RETURN_IF_ERROR(core->open_files(opened.report));
-  KVTIER_RETURN_IF_ERROR(core->find_blocks(opened.report, opened.blocks));
+  KVTIER_RETURN_IF_ERROR(core->find_blocks(opened));
   KVTIER_RETURN_IF_ERROR(core->start(opened.report));
   opened.store = std::make_unique<OpenStore>(core);
   return opened;

@@ -204,7 +204,7 @@ Result<bool> StoreAccounts::remove_oldest(const StoreName& except) {
       return true;
     }
     // First what makes it a store: half of one must not be opened.
-    Status removed = store.value().remove_file(kSuperblockFile);
+    Status removed = store.value().remove_tree(kSuperblockFile);
     if (removed) removed = store.value().sync();
     if (removed) removed = shared_.stores.remove_tree(name);
     if (!removed) {

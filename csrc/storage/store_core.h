@@ -55,7 +55,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // store_open.cpp. In this order, once.
   static Status validate(const StoreLease& lease, const SlotStoreOptions& options);
   Status open_files(OpenReport& report);
-  Status find_blocks(OpenReport& report, std::vector<CatalogRecord>& blocks);
+  Status find_blocks(SlotStore::Opened& opened);
   Status start(OpenReport& report);
 
   // The public face; see SlotStore.
@@ -159,7 +159,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::vector<CatalogRecord> ordered_blocks() const;
 
   // --- store_rebuild.cpp ---
-  Status rebuild(OpenReport& report);
+  Status rebuild(SlotStore::Opened& opened);
   Status read_headers(IoQueue& queue, HeaderScan& scan);
   Status wipe_headers(IoQueue& queue, const std::vector<SlotPlace>& places);
 

@@ -127,7 +127,7 @@ class Lease final : public StoreLease {
 // Empties it but for its lock, the superblock first, and gives it a new identity.
 Result<Superblock> make_anew(const Directory& store, const Fingerprint& fingerprint,
                              std::span<const std::uint64_t> class_strides) {
-  KVTIER_RETURN_IF_ERROR(store.remove_file(kSuperblockFile));
+  KVTIER_RETURN_IF_ERROR(store.remove_tree(kSuperblockFile));  // whatever it is
   KVTIER_RETURN_IF_ERROR(store.sync());
   const Result<std::vector<std::string>> names = store.list();
   if (!names) return names.status();

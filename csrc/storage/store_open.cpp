@@ -158,7 +158,8 @@ Result<std::unique_ptr<IoQueue>> StoreCore::make_queue(std::string* why_not) con
 
 // --- blocks ---
 
-Status StoreCore::find_blocks(OpenReport& report, std::vector<CatalogRecord>& blocks) {
+Status StoreCore::find_blocks(SlotStore::Opened& opened) {
+  OpenReport& report = opened.report;
   open_counter_ = superblock_.open_counter;
   Result<std::vector<CatalogRecord>> records = catalog_.open();
   const bool has_slots = std::any_of(file_slots_.begin(), file_slots_.end(), [](auto n) { return n > 0; });
@@ -174,11 +175,11 @@ Status StoreCore::find_blocks(OpenReport& report, std::vector<CatalogRecord>& bl
   } else {
     report.source = OpenReport::Source::headers;
     report.why_rebuilt = records ? "the catalog is empty" : records.status().message();
-    KVTIER_RETURN_IF_ERROR(rebuild(report));
+    KVTIER_RETURN_IF_ERROR(rebuild(opened));
     adopt_reset(catalog_.reset_with(table_.durable_records()));
   }
   ++open_counter_;
-  blocks = ordered_blocks();
+  opened.blocks = ordered_blocks();
   return Status::ok();
 }
 

@@ -13,7 +13,8 @@ constexpr std::uint64_t kProgressEvery = 4096;  // slots
 
 }  // namespace
 
-Status StoreCore::rebuild(OpenReport& report) {
+Status StoreCore::rebuild(SlotStore::Opened& opened) {
+  OpenReport& report = opened.report;
   HeaderScan scan;
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     for (std::uint32_t slot = 0; slot < file_slots_[c]; ++slot) scan.add({c, SlotId{slot}});
@@ -25,6 +26,7 @@ Status StoreCore::rebuild(OpenReport& report) {
   report.discarded += outcome.discarded;
   open_counter_ = std::max(open_counter_, outcome.highest_open_counter);
   for (const SlotPlace& place : outcome.untouchable) table_.set_content(place, SlotContent::untouchable);
+  opened.unusable = outcome.untouchable;
   for (const CatalogRecord& record : outcome.found) {
     if (is_sound(record)) {
       table_.set_record(record, SlotContent::durable);

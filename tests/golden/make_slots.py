@@ -266,6 +266,7 @@ def corpus() -> dict[str, bytes]:
         "corrupt_header-header_bytes": plain_image(300, header_bytes=512),
         "corrupt_header-generation_0": plain_image(300, generation=0),
         "corrupt_header-has_parent_2": plain_image(300, has_parent=2),
+        "corrupt_header-has_parent_2_of_a_root": plain_image(300, has_parent=2, parent=bytes(32)),
         "corrupt_header-parent_of_a_root": plain_image(300, has_parent=0),
         "corrupt_header-codec_2": plain_image(300, codec=2),
         "corrupt_header-plain_with_salt": plain_image(300, salt=SALT),

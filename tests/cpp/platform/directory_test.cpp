@@ -24,7 +24,7 @@ using Names = std::vector<std::string>;
 
 std::vector<std::byte> bytes(const std::string& text) {
   std::vector<std::byte> result(text.size());
-  std::memcpy(result.data(), text.data(), text.size());
+  if (!text.empty()) std::memcpy(result.data(), text.data(), text.size());
   return result;
 }
 

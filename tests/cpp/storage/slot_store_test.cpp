@@ -36,7 +36,9 @@ class SlotStoreModes : public testing::TestWithParam<Mode> {
     options.use_direct_io = GetParam().direct;
     if (GetParam().encrypted) options.cipher = master;
     if (GetParam().queue == Mode::Queue::threads) {
-      options.make_queue = [](std::uint32_t depth) { return make_thread_queue({.depth = depth, .threads = 3}); };
+      options.make_queue = [](std::uint32_t depth) {
+        return make_thread_queue({.depth = depth, .threads = 3});
+      };
     } else if (GetParam().queue == Mode::Queue::simulated) {
       options.make_queue = [this](std::uint32_t depth) -> Result<std::unique_ptr<IoQueue>> {
         return drive.make_queue(depth);

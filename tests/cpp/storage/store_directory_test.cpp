@@ -227,7 +227,7 @@ TEST_F(StoreDirectoryTest, a_smaller_capacity_grants_less) {
 
 TEST_F(StoreDirectoryTest, stores_that_nobody_has_open_make_room_oldest_first) {
   auto directory = open(16 * kMiB);
-  for (const unsigned char number : {3, 1, 2}) {
+  for (const unsigned char number : std::vector<unsigned char>{3, 1, 2}) {
     auto lease = acquire(*directory, number);
     ASSERT_EQ(lease->reserve(4 * kMiB).value(), 4 * kMiB);
     occupy("stores/" + lease->name() + "/slots.0", 4 * kMiB);

@@ -72,7 +72,8 @@ class Image {
   std::byte* data() const { return memory_.get(); }
   void fill(const Block& block, std::uint64_t payload = kPayload) const {
     for (std::uint64_t i = 0; i + 8 <= payload; i += 8) {
-      const std::uint64_t word = mixed((std::uint64_t{block.number} << 40U) ^ (std::uint64_t{block.version} << 20U) ^ i);
+      const std::uint64_t word =
+          mixed((std::uint64_t{block.number} << 40U) ^ (std::uint64_t{block.version} << 20U) ^ i);
       std::memcpy(data() + kSlotHeaderBytes + i, &word, 8);
     }
   }

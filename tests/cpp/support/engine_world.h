@@ -284,6 +284,7 @@ struct WorldOptions {
   std::uint32_t pages = 32;
   Layout layout = Layout::one_tensor;
   std::uint32_t chunk_slots = 0;  // 0: the default chunk
+  DiskOptions disk;
 };
 
 class World {
@@ -296,6 +297,7 @@ class World {
       config.host_bytes += options.blocks * spec.slot_stride_bytes();
     config.clock = clock;
     config.hash_seed = options.seed.value_or(7);
+    config.disk = options.disk;
     if (options.chunk_slots > 0)
       config.chunk_bytes = options.chunk_slots * options.groups[0].slot_stride_bytes();
     engine = Engine::open(std::move(config)).value();
@@ -393,8 +395,15 @@ inline void expect_consistent(const EngineStats& stats) {
     EXPECT_EQ(c.free + c.filling + c.ready + c.leaving, c.capacity);
     EXPECT_LE(c.usable, c.capacity);
   }
-  EXPECT_EQ(stats.lookup_blocks, stats.lookup_hits_host + stats.lookup_misses_absent +
-                                     stats.lookup_misses_pending + stats.lookup_misses_failed);
+  for (const DiskStats& disk : stats.disks) {
+    for (const SlotClassStats& c : disk.classes) {
+      EXPECT_EQ(c.free + c.filling + c.ready + c.leaving, c.capacity);
+      EXPECT_LE(c.usable, c.capacity);
+    }
+  }
+  EXPECT_EQ(stats.lookup_blocks, stats.lookup_hits_host + stats.lookup_hits_disk +
+                                     stats.lookup_misses_absent + stats.lookup_misses_pending +
+                                     stats.lookup_misses_failed);
   EXPECT_LE(stats.pinned_blocks, stats.pins);
 }
 

@@ -175,6 +175,9 @@ class SlotStore {
 struct SlotStore::Opened {
   std::unique_ptr<SlotStore> store;
   std::vector<CatalogRecord> blocks;  // least recently used first, parents before their children where known
+  // Slots that hold images of a newer version, found by a rebuild: left alone, so never to be used. Writes to
+  // them (and to such that the background scan finds) fail with `unsupported`, wipes pass them over.
+  std::vector<SlotPlace> unusable;
   OpenReport report;
 };
 

@@ -1,0 +1,426 @@
+// The disk tier through the engine: write-back, promotion, restart, dropping, and drives that fail.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "support/engine_world.h"
+#include "support/temp_directory.h"
+
+#include "kvtier/platform/simulated_drive.h"
+
+namespace kvtier::support {
+namespace {
+
+constexpr std::uint64_t kCapacity = std::uint64_t{32} << 20;
+
+// A directory, a simulated drive and the catalog's history, which outlive the engines opened on them.
+struct Drive {
+  explicit Drive(const DriveFaults& faults = {}) : drive(faults) {}
+
+  DiskOptions options() {
+    DiskOptions disk;
+    disk.disks = {{directory.path() + "/disk", kCapacity}};
+    disk.commit_interval = std::chrono::milliseconds(1);
+    disk.write_bytes_per_day = 0;
+    disk.admission = Admission::all;
+    disk.adjust = [this](SlotStoreOptions& options, std::size_t) {
+      options.use_direct_io = false;
+      options.make_queue = [this](std::uint32_t depth) -> Result<std::unique_ptr<IoQueue>> {
+        return drive.make_queue(depth);
+      };
+      options.make_catalog = [this](const Directory&) -> Result<std::unique_ptr<Catalog>> {
+        return catalogs.open(catalogs.num_versions() - 1);
+      };
+      if (slots > 0) options.classes[0].num_slots = slots;
+    };
+    return disk;
+  }
+
+  TempDirectory directory;
+  SimulatedDrive drive;
+  CatalogHistory catalogs;
+  std::uint32_t slots = 0;  // of the first class; 0: as the capacity says
+};
+
+WorldOptions world_on(Drive& drive, std::uint32_t blocks = 8) {
+  WorldOptions options;
+  options.blocks = blocks;
+  options.disk = drive.options();
+  return options;
+}
+
+FlushResult flush(World& world) { return world.engine->flush(in_seconds(30)).value(); }
+
+// Fills the host tier with others, so that what it held is on disk alone.
+void push_out(World& world, std::uint32_t blocks = 8) {
+  done(world.store(0, range(1000, 1000 + blocks), range(0, blocks)));
+  flush(world);
+}
+
+TEST(Disk, flushed_blocks_are_found_by_the_next_engine_with_the_same_bytes) {
+  Drive drive;
+  {
+    World world(world_on(drive));
+    const auto ticket = world.store(0, range(0, 6), range(0, 6));
+    done(ticket);
+    EXPECT_EQ(flush(world).durable, 6U);
+    EXPECT_EQ(ticket->durable_blocks(), 6U);
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  }
+  World world(world_on(drive));
+  EXPECT_EQ(world.states(range(0, 7)),
+            (std::vector{BlockState::on_disk, BlockState::on_disk, BlockState::on_disk, BlockState::on_disk,
+                         BlockState::on_disk, BlockState::on_disk, BlockState::miss}));
+  world.scribble(0);
+  const auto ticket = world.load(0, range(0, 7), range(0, 7));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 7), range(0, 7)));
+  EXPECT_EQ(ticket->valid_blocks(), 6U);
+  world.quiesce();
+  EXPECT_EQ(world.states({3})[0], BlockState::ready);
+  expect_at_rest(world.stats());
+  EXPECT_EQ(world.stats().promote_good, 6U);
+}
+
+TEST(Disk, close_makes_durable_what_was_stored) {
+  Drive drive;
+  {
+    World world(world_on(drive));
+    world.store(0, range(0, 8), range(0, 8));
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  }
+  World world(world_on(drive));
+  EXPECT_EQ(world.lookup(range(0, 8)).ready_blocks, 8U);
+}
+
+TEST(Disk, a_load_takes_some_blocks_from_host_and_some_from_disk) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    DriveFaults faults;
+    faults.seed = seed;
+    Drive drive(faults);
+    WorldOptions options = world_on(drive, 12);
+    options.seed = seed;
+    World world(options);
+    done(world.store(0, range(0, 8), range(0, 8)));
+    flush(world);
+    push_out(world, 12);
+    done(world.load(0, {2, 3, 6}, {2, 3, 6}));
+    world.scribble(0);
+    const auto ticket = world.load(0, range(0, 8), range(8, 16));
+    EXPECT_TRUE(world.right(0, *ticket, range(0, 8), range(8, 16)));
+    EXPECT_EQ(ticket->outcomes(), all(8, BlockOutcome::loaded)) << "seed " << seed;
+    world.quiesce();
+    expect_at_rest(world.stats());
+  }
+}
+
+TEST(Disk, loads_that_want_the_same_blocks_share_their_reads) {
+  Drive drive;
+  WorldOptions options = world_on(drive);
+  World world(options);
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  const std::uint64_t before = world.stats().disks[0].reads;
+  DriveFaults slow;
+  slow.delay = 1;
+  slow.never_completes = true;
+  drive.drive.set_faults(slow);
+  const auto first = world.load(0, range(0, 4), range(0, 4));
+  const auto second = world.load(0, range(0, 4), range(4, 8));
+  EXPECT_FALSE(first->done());
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  EXPECT_TRUE(world.right(0, *first, range(0, 4), range(0, 4)));
+  EXPECT_TRUE(world.right(0, *second, range(0, 4), range(4, 8)));
+  EXPECT_EQ(first->valid_blocks(), 4U);
+  EXPECT_EQ(second->valid_blocks(), 4U);
+  EXPECT_EQ(world.stats().disks[0].reads - before, 4U);
+}
+
+TEST(Disk, a_prefetch_brings_blocks_to_the_host_tier) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  const auto ticket = world.engine->prefetch(keys(range(0, 5)), std::nullopt).value();
+  EXPECT_TRUE(ticket->wait(Moment::ready, in_seconds(30)));
+  EXPECT_EQ(ticket->valid_blocks(), 4U);
+  EXPECT_EQ(world.states(range(0, 4)), (std::vector<BlockState>(4, BlockState::ready)));
+  expect_at_rest(world.stats());
+}
+
+TEST(Disk, a_late_prefetch_gives_up_what_no_drive_has_begun) {
+  Drive drive;
+  WorldOptions options = world_on(drive, 64);
+  options.pages = 64;
+  options.disk.queue_depth = 2;
+  World world(options);
+  done(world.store(0, range(0, 40), range(0, 40)));
+  flush(world);
+  push_out(world, 64);
+  DriveFaults stuck;
+  stuck.delay = 1;
+  stuck.never_completes = true;
+  drive.drive.set_faults(stuck);
+  const auto ticket = world.engine->prefetch(keys(range(0, 40)), in_seconds(0)).value();
+  static_cast<void>(world.engine->poll());
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  EXPECT_TRUE(ticket->wait(Moment::ready, in_seconds(30)));
+  const EngineStats stats = world.stats();
+  EXPECT_GE(stats.promote_cancelled, 30U);
+  EXPECT_EQ(stats.promote_cancelled + stats.promote_good, 40U);
+  expect_at_rest(stats);
+}
+
+TEST(Disk, dropped_blocks_stay_away_after_a_restart_whatever_the_catalog_says) {
+  for (const bool rebuild : {false, true}) {
+    Drive drive;
+    {
+      World world(world_on(drive));
+      done(world.store(0, range(0, 4), range(0, 4)));
+      done(world.store(0, range(10, 14), range(4, 8), 0, {}, "tenant"));
+      flush(world);
+      EXPECT_EQ(world.engine->drop(keys({1, 2})).value(), 2U);
+      EXPECT_EQ(world.engine->drop_namespace("tenant").value(), 4U);
+      drive.drive.power_loss();
+      static_cast<void>(world.engine->close(in_seconds(30)));
+    }
+    Drive after;
+    std::filesystem::remove_all(after.directory.path() + "/disk");
+    std::filesystem::copy(drive.directory.path(), after.directory.path(),
+                          std::filesystem::copy_options::recursive);
+    WorldOptions options = world_on(after);
+    auto adjust = options.disk.adjust;
+    options.disk.adjust = [&drive, adjust, rebuild](SlotStoreOptions& store, std::size_t disk) {
+      adjust(store, disk);
+      store.make_catalog = [&drive, rebuild](const Directory&) -> Result<std::unique_ptr<Catalog>> {
+        return drive.catalogs.open(rebuild ? 0 : drive.catalogs.num_versions() - 1);
+      };
+    };
+    World world(options);
+    EXPECT_EQ(world.states({0, 1, 2, 3}),
+              (std::vector{BlockState::on_disk, BlockState::miss, BlockState::miss, BlockState::on_disk}));
+    EXPECT_EQ(world.states(range(10, 14)), std::vector<BlockState>(4, BlockState::miss));
+  }
+}
+
+TEST(Disk, what_does_not_verify_is_a_miss_and_its_slot_comes_back) {
+  DriveFaults faults;
+  Drive drive(faults);
+  World world(world_on(drive));
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  faults.bit_flip = 1;
+  drive.drive.set_faults(faults);
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(0, 4)));
+  drive.drive.set_faults({});
+  EXPECT_LT(ticket->valid_blocks(), 4U);
+  world.quiesce();
+  ASSERT_TRUE(world.engine->drop(keys({9999})));  // waits for the wipes
+  const EngineStats stats = world.stats();
+  EXPECT_EQ(stats.promote_bad + stats.promote_good, 4U);
+  EXPECT_GT(stats.promote_bad, 0U);
+  EXPECT_EQ(stats.disks[0].classes[0].leaving, 0U);
+  expect_at_rest(stats);
+}
+
+TEST(Disk, every_failing_request_is_a_miss_and_slots_are_conserved) {
+  std::uint64_t requests = 1;
+  for (std::uint64_t n = 0; n < requests; ++n) {
+    Drive drive;
+    World world(world_on(drive));
+    const std::uint64_t before = drive.drive.requests();
+    DriveFaults faults;
+    faults.fail_nth = n;
+    drive.drive.set_faults(faults);
+    done(world.store(0, range(0, 5), range(0, 5)));
+    flush(world);
+    push_out(world);
+    const auto ticket = world.load(0, range(0, 5), range(0, 5));
+    EXPECT_TRUE(world.right(0, *ticket, range(0, 5), range(0, 5))) << "request " << n;
+    static_cast<void>(world.engine->drop(keys({0, 3})));
+    world.quiesce();
+    EXPECT_EQ(world.states({0, 3}), std::vector<BlockState>(2, BlockState::miss));
+    expect_at_rest(world.stats());
+    EXPECT_TRUE(world.engine->close(in_seconds(30))) << "request " << n;
+    if (n == 0) requests = std::min<std::uint64_t>(drive.drive.requests() - before, 60);
+  }
+  EXPECT_GT(requests, 10U);
+}
+
+TEST(Disk, a_drive_that_never_answers_delays_only_those_who_wait_for_it) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  DriveFaults stuck;
+  stuck.delay = 1;
+  stuck.never_completes = true;
+  drive.drive.set_faults(stuck);
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_EQ(
+      ticket->wait(Moment::ready, std::chrono::steady_clock::now() + std::chrono::milliseconds(50)).code(),
+      StatusCode::timeout);
+  // The host tier serves on, and nothing that the drive may still write into is given to others.
+  done(world.load(0, {1005}, {10}));
+  EXPECT_EQ(world.engine->close(std::chrono::steady_clock::now() + std::chrono::milliseconds(50)).code(),
+            StatusCode::timeout);
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(0, 4)));
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+}
+
+TEST(Disk, a_layer_wise_load_refuses_what_is_on_disk_alone) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, range(0, 2), range(0, 2)));
+  flush(world);
+  push_out(world);
+  EXPECT_EQ(world.try_load(0, range(0, 2), range(0, 2), 0, 1).status().code(), StatusCode::unsupported);
+  world.quiesce();
+  EXPECT_EQ(world.stats().promote_good, 0U);
+}
+
+TEST(Disk, a_lease_keeps_blocks_on_a_full_disk) {
+  Drive drive;
+  drive.slots = 12;
+  WorldOptions options = world_on(drive);
+  World world(options);
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  const auto lease = world.pin(range(0, 4));
+  ASSERT_EQ(lease->num_blocks(), 4U);
+  for (std::uint32_t n = 0; n < 5; ++n) {
+    done(world.store(0, range(2000 + 8 * n, 2008 + 8 * n), range(0, 8)));
+    flush(world);
+  }
+  EXPECT_GT(world.stats().disk_evictions, 20U);
+  world.scribble(0);
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(0, 4)));
+  EXPECT_EQ(ticket->valid_blocks(), 4U);
+  lease->release();
+  world.quiesce();
+  expect_at_rest(world.stats());
+}
+
+TEST(Disk, once_full_a_block_is_written_at_its_second_use) {
+  Drive drive;
+  drive.slots = 8;
+  WorldOptions options = world_on(drive);
+  options.disk.admission = Admission::second_use;
+  World world(options);
+  done(world.store(0, range(0, 8), range(0, 8)));
+  EXPECT_EQ(flush(world).durable, 8U);
+  done(world.store(0, range(100, 104), range(0, 4)));
+  EXPECT_EQ(flush(world).dropped, 4U);
+  EXPECT_EQ(world.stats().disk_declined_admission, 1U);  // and the others hang on it
+  done(world.store(0, range(100, 104), range(0, 4)));
+  EXPECT_GT(flush(world).durable, 0U);
+}
+
+TEST(Disk, without_a_usable_drive_the_engine_runs_on_its_host_tier_and_says_so) {
+  Drive drive;
+  std::ofstream(drive.directory.path() + "/disk") << "a file";
+  WorldOptions options = world_on(drive);
+  options.disk.disks[0].path = drive.directory.path() + "/none/disk";
+  World world(options);
+  done(world.store(0, range(0, 4), range(0, 4)));
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(0, 4)));
+  ASSERT_EQ(world.stats().disks.size(), 1U);
+  EXPECT_NE(world.stats().disks[0].health.find("left out"), std::string::npos);
+}
+
+TEST(Disk, two_drives_share_the_blocks_and_each_stands_for_itself) {
+  Drive drive;
+  WorldOptions options = world_on(drive, 32);
+  options.disk.disks.push_back({drive.directory.path() + "/other", kCapacity});
+  CatalogHistory catalogs[2];
+  auto adjust = options.disk.adjust;
+  options.disk.adjust = [&catalogs, adjust](SlotStoreOptions& store, std::size_t disk) {
+    adjust(store, disk);
+    store.make_catalog = [&catalogs, disk](const Directory&) -> Result<std::unique_ptr<Catalog>> {
+      return catalogs[disk].open(catalogs[disk].num_versions() - 1);
+    };
+  };
+  {
+    World world(options);
+    done(world.store(0, range(0, 32), range(0, 32)));
+    flush(world);
+    const EngineStats stats = world.stats();
+    ASSERT_EQ(stats.disks.size(), 2U);
+    EXPECT_GE(stats.disks[0].classes[0].ready, 8U);
+    EXPECT_GE(stats.disks[1].classes[0].ready, 8U);
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  }
+  World world(options);
+  const auto ticket = world.load(0, range(0, 32), range(0, 32));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 32), range(0, 32)));
+  EXPECT_EQ(ticket->valid_blocks(), 32U);
+}
+
+TEST(Disk, right_bytes_or_a_miss_under_random_faults_on_both_sides) {
+  for (std::uint64_t seed = 0; seed < 30; ++seed) {
+    DriveFaults faults;
+    faults.seed = seed;
+    Drive drive(faults);
+    drive.slots = 20;
+    WorldOptions options = world_on(drive, 10);
+    options.seed = seed;
+    World world(options);
+    faults.read_error = 0.03;
+    faults.bit_flip = 0.03;
+    faults.misplaced = 0.01;
+    faults.lost_write = 0.02;
+    faults.delay = 0.1;
+    drive.drive.set_faults(faults);
+    Random random(seed);
+    std::uint64_t loaded = 0;
+    for (int step = 0; step < 40; ++step) {
+      const std::uint32_t first = random.below(24);
+      const Numbers blocks = range(first, first + 1 + random.below(6));
+      const auto n = static_cast<std::uint32_t>(blocks.size());
+      switch (random.below(5)) {
+        case 0:
+        case 1: done(world.store(0, blocks, range(0, n))); break;
+        case 2:
+        case 3: {
+          const auto ticket = world.load(0, blocks, range(16, 16 + n));
+          EXPECT_TRUE(world.right(0, *ticket, blocks, range(16, 16 + n)))
+              << "seed " << seed << " step " << step;
+          for (const BlockOutcome outcome : ticket->outcomes())
+            loaded += outcome == BlockOutcome::loaded ? 1 : 0;
+          break;
+        }
+        default:
+          if (random.percent(30)) {
+            static_cast<void>(world.engine->drop(keys(blocks)));
+          } else {
+            static_cast<void>(world.engine->prefetch(keys(blocks), std::nullopt));
+          }
+      }
+    }
+    drive.drive.set_faults({});
+    drive.drive.release_delayed();
+    world.quiesce();
+    flush(world);
+    static_cast<void>(world.engine->drop(keys({9999})));
+    expect_at_rest(world.stats());
+    EXPECT_GT(loaded, 10U) << "seed " << seed;
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  }
+}
+
+}  // namespace
+}  // namespace kvtier::support
