@@ -25,8 +25,8 @@ inline AlignedBuffer make_aligned_buffer(std::uint64_t bytes) {
   return buffer;
 }
 
-// Buffers of one size, made when they are first needed and used again. At most as many as requests are in
-// flight at once. Threads: one.
+// Buffers of one size, made when they are first needed and used again. At most as many as requests are under
+// way at once. Threads: one.
 class BufferPool {
  public:
   explicit BufferPool(std::uint64_t buffer_bytes) : buffer_bytes_(buffer_bytes) {}

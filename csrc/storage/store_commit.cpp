@@ -66,7 +66,10 @@ bool StoreCore::start_wipe() {
       SlotState& state = table_.at(place);
       if (state.busy) break;  // by the store itself, for a moment
       barrier->to_wipe.pop_front();
-      if (state.content == SlotContent::untouchable) continue;
+      if (state.content == SlotContent::untouchable) {
+        revisit_ = true;  // it may have been the last that the barrier waited for
+        continue;
+      }
       state.generation = Generation{0};
       table_.set_content(place, SlotContent::writing);
       const std::uint32_t op = begin_op(Purpose::wipe, place);

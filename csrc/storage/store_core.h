@@ -101,7 +101,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     Status status;  // the first failure
     OnStatus on_done;
   };
-  // A request in flight. Its index is the request's tag.
+  // A request, from its submission until it was settled. Its index is the request's tag. There are twice as
+  // many as the drive may have: it works on while those that have arrived are verified.
   struct Op {
     Purpose purpose = Purpose::read;
     SlotPlace place;  // sync: only the class
@@ -279,8 +280,10 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // --- the I/O thread's (the opener's before it starts) ---
   std::unique_ptr<IoQueue> queue_;
   Status queue_status_;  // not ok: the queue is broken
-  bool ending_ = false;  // closing_, as of this round
+  bool ending_ = false;   // closing_, as of this round
+  bool revisit_ = false;  // something became due while the queue was filled
   std::uint32_t depth_ = 0;
+  std::uint32_t requests_ = 0;  // that the drive has, staged ones included; at most depth_
   std::vector<Op> ops_;
   std::vector<std::uint32_t> free_ops_;
   std::vector<IoRequest> staged_;

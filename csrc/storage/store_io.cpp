@@ -69,7 +69,7 @@ void StoreCore::do_what_is_due() {
 // --- the drive's queue ---
 
 void StoreCore::fill() {
-  while (queue_status_.is_ok() && !free_ops_.empty() && start_next()) {
+  while (queue_status_.is_ok() && requests_ < depth_ && !free_ops_.empty() && start_next()) {
     if (staged_work_bytes_ >= kWorkBytes) submit_staged();
   }
   submit_staged();
@@ -91,6 +91,7 @@ std::uint32_t StoreCore::begin_op(Purpose purpose, const SlotPlace& place) {
   ops_[index] = Op{};
   ops_[index].purpose = purpose;
   ops_[index].place = place;
+  ++requests_;
   in_flight_.fetch_add(1);
   return index;
 }
@@ -126,7 +127,8 @@ StoreCore::TimePoint StoreCore::next_deadline() const {
 void StoreCore::wait_for_completions() {
   std::optional<TimePoint> deadline = next_deadline();
   if (*deadline == TimePoint::max()) deadline.reset();
-  if (!completed_.empty()) deadline = TimePoint::clock::now();
+  if (!completed_.empty() || revisit_) deadline = TimePoint::clock::now();
+  revisit_ = false;
   {
     MutexLock lock(mutex_);
     if (attention_) deadline = TimePoint::clock::now();
@@ -138,6 +140,7 @@ void StoreCore::wait_for_completions() {
     sleeping_ = false;
   }
   completed_.insert(completed_.end(), arrivals_.begin(), arrivals_.end());
+  requests_ -= static_cast<std::uint32_t>(arrivals_.size());
   arrivals_.clear();
   if (!status && queue_status_) queue_broke(status);
 }

@@ -276,8 +276,8 @@ Status StoreCore::start(OpenReport& report) {
   }
   report.queue = queue_->description();
   depth_ = queue_->depth();
-  ops_.resize(depth_);
-  for (std::uint32_t i = depth_; i-- > 0;) free_ops_.push_back(i);
+  ops_.resize(2 * std::size_t{depth_});
+  for (std::uint32_t i = 2 * depth_; i-- > 0;) free_ops_.push_back(i);
   write_limit_ = std::max(1U, depth_ - depth_ / 8);  // what is read on demand need not wait for room
   last_batch_at_ = TimePoint::clock::now();
   KVTIER_RETURN_IF_ERROR(committer_.start("kvtier-commit"));

@@ -167,6 +167,13 @@ class Config:
                 raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
         if self.disk_write_budget not in (None, "unlimited"):
             parse_size(self.disk_write_budget, "disk_write_budget")  # type: ignore[arg-type]
+        places: object = self.disk_key
+        if places is not None and (
+            not isinstance(places, str) or not all(place.strip() for place in places.split(","))
+        ):
+            raise ConfigError(
+                f'disk_key is {places!r}; allowed: paths of files or "env:NAME", separated by commas'
+            )
         check_extent("disk_queue_depth", self.disk_queue_depth, 1, 1024)
         seconds: object = self.disk_commit_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 60:

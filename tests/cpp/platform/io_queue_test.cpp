@@ -95,9 +95,9 @@ TEST(IoQueue, leaves_no_thread_and_no_descriptor_behind) {
     static_cast<void>(make_uring_queue({}));
   }
   EXPECT_EQ(entries_of("/proc/self/fd"), descriptors);
-  // A thread that was joined may be listed for a moment yet.
-  for (int i = 0; i < 1000 && entries_of("/proc/self/task") != threads; ++i) std::this_thread::yield();
-  EXPECT_EQ(entries_of("/proc/self/task"), threads);
+  // A thread that was joined may be listed for a moment yet, also at the first count.
+  for (int i = 0; i < 1000 && entries_of("/proc/self/task") > threads; ++i) std::this_thread::yield();
+  EXPECT_LE(entries_of("/proc/self/task"), threads);
 }
 
 // Runs `check` in a forked child, whose limits then are its own; returns its exit status.

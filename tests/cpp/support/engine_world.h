@@ -284,7 +284,7 @@ struct WorldOptions {
   std::uint32_t pages = 32;
   Layout layout = Layout::one_tensor;
   std::uint32_t chunk_slots = 0;  // 0: the default chunk
-  DiskOptions disk;
+  DiskOptions disk = {};
 };
 
 class World {
