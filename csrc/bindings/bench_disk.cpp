@@ -94,8 +94,7 @@ class DiskBench {
     options.buffers = {{images_.begin(), images_.bytes()}};
     if (key) {
       const auto view = static_cast<std::string_view>(*key);
-      options.cipher = take(
-          SlotCipher::make(std::as_bytes(std::span(view.data(), view.size())), {}));
+      options.cipher = take(SlotCipher::make(std::as_bytes(std::span(view.data(), view.size())), {}));
     }
     without_gil([&] { open(path, std::move(options)); });
   }
@@ -176,9 +175,8 @@ class DiskBench {
     const std::span<const PageId> slots = pages_of(order);
     for (const PageId slot : slots) {
       if (raw(slot) >= num_slots_) {
-        throw StatusError{Status::invalid_argument("slot " + std::to_string(raw(slot)) +
-                                                   ": allowed are those below " +
-                                                   std::to_string(num_slots_))};
+        throw StatusError{Status::invalid_argument(
+            "slot " + std::to_string(raw(slot)) + ": allowed are those below " + std::to_string(num_slots_))};
       }
     }
     return without_gil([&] {

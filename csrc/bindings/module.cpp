@@ -13,7 +13,9 @@ PYBIND11_MODULE(_core, m) {
   bind_disk(m);
   bind_engine(m);
   bind_ranks(m);
+  bind_simulated_drive(m);
   bind_bench(m);
+  bind_bench_disk(m);
 }
 
 }  // namespace kvtier::bindings

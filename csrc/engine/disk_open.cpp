@@ -9,7 +9,6 @@ namespace {
 
 constexpr std::uint64_t kCatalogBytesPerSlot = 768;
 constexpr std::uint64_t kFixedBytes = std::uint64_t{4} << 20;  // an empty catalog, superblock, directories
-constexpr std::uint32_t kWriteBackShare = 8;                   // of host slots, that write-backs may pin
 
 // How many slots of each class a drive holds: shared out as the host tier is.
 std::vector<StoreClass> disk_classes(const EngineConfig& config, std::uint64_t capacity_bytes) {
@@ -63,6 +62,7 @@ Status EngineImpl::open_disks() {
     DiskTier::Volume volume;
     std::vector<StoreClass> classes;
     std::vector<CatalogRecord> blocks;
+    std::vector<SlotPlace> unusable;
   };
   std::vector<OpenedDisk> opened;
   std::uint64_t capacity_bytes = 0;
@@ -102,6 +102,7 @@ Status EngineImpl::open_disks() {
     next.volume.report = std::move(store->report);
     next.classes = disk_classes(config_, disks[d].capacity_bytes);
     next.blocks = std::move(store->blocks);
+    next.unusable = std::move(store->unusable);
     opened.push_back(std::move(next));
   }
   if (opened.empty()) return Status::ok();
@@ -120,8 +121,8 @@ Status EngineImpl::open_disks() {
   }
   std::optional<std::uint64_t> budget = config_.disk.write_bytes_per_day.value_or(capacity_bytes);
   if (*budget == 0) budget.reset();
-  auto disk = std::make_unique<DiskTier>(options, config_.disk.admission, budget,
-                                         std::max(1U, host_slots / kWriteBackShare), clock_->now_us());
+  auto disk =
+      std::make_unique<DiskTier>(options, config_.disk.admission, budget, host_slots, clock_->now_us());
   for (OpenedDisk& each : opened) disk->volumes.push_back(std::move(each.volume));
   {
     MutexLock lock(mutex_);
@@ -140,6 +141,13 @@ Status EngineImpl::open_disks() {
     };
     store.on_grown(grow);
     for (std::uint32_t c = 0; c < opened[v].classes.size(); ++c) grow(c, store.usable_slots(c));
+    {
+      MutexLock lock(mutex_);
+      for (const SlotPlace& place : opened[v].unusable) {  // of a later version: left alone for good
+        SlotPool& slots = disk_->index.slots(v * disk_->index.classes_per_volume() + place.class_index);
+        if (slots.take_at(place.slot)) slots.step(place.slot, SlotState::leaving);
+      }
+    }
     restore_blocks(v, opened[v].blocks);
   }
   return Status::ok();

@@ -9,6 +9,7 @@
 // One volume is one SlotStore. The TierIndex here is of disk slots; the engine's other one is of host slots.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <optional>
@@ -87,17 +88,20 @@ struct DiskTier {
   };
 
   DiskTier(const TierIndex::Options& options, Admission admission, std::optional<std::uint64_t> bytes_per_day,
-           std::uint32_t most_writing_now, std::int64_t now_us)
+           std::uint32_t host_slots, std::int64_t now_us)
       : index(options),
         admission_policy(admission, index.index().capacity(), options.hash_seed),
         budget(bytes_per_day, now_us),
-        most_writing(most_writing_now) {}
+        most_writing(std::max(1U, host_slots / kWriteBackShare)),
+        most_candidates(2 * std::size_t{host_slots}) {}
 
   TierIndex index;
   std::vector<Volume> volumes;
   AdmissionPolicy admission_policy;
   WriteBudget budget;
-  std::uint32_t most_writing;  // host slots pinned by write-backs at once
+  static constexpr std::uint32_t kWriteBackShare = 8;  // of the host slots may be pinned by write-backs
+  std::uint32_t most_writing;
+  std::size_t most_candidates;  // that wait for a file to grow; evicted ones stay among them until their turn
 
   std::deque<std::shared_ptr<WriteBack>> candidates;
   std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>>

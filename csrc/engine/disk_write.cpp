@@ -197,8 +197,13 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
   const std::optional<std::uint32_t> volume = choose_volume(class_index);
   if (!volume) return decline(&EngineStats::disk_declined_busy);
   const std::size_t disk_class = disk.index.class_of(host.group, *volume);
-  const Entry* victim =
-      disk.index.slots(disk_class).has_free() ? nullptr : disk.index.next_victim(disk_class);
+  const bool has_free = disk.index.slots(disk_class).has_free();
+  if (!has_free && disk.volumes[*volume].store->growing(static_cast<std::uint32_t>(class_index)) &&
+      disk.candidates.size() < disk.most_candidates) {
+    disk.candidates.push_front(write_back);  // a slot is being made ready: on_grown() comes back here
+    return false;
+  }
+  const Entry* victim = has_free ? nullptr : disk.index.next_victim(disk_class);
   if (!disk.admission_policy.admit(host.key, victim == nullptr ? nullptr : &victim->key)) {
     return decline(&EngineStats::disk_declined_admission);
   }

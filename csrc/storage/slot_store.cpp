@@ -27,6 +27,7 @@ class OpenStore final : public SlotStore {
   std::uint32_t usable_slots(std::uint32_t class_index) const override {
     return core_->usable_slots(class_index);
   }
+  bool growing(std::uint32_t class_index) const override { return core_->growing(class_index); }
   void on_grown(StoreCore::OnGrown callback) override { core_->set_on_grown(std::move(callback)); }
   StoreJob write(SlotWrite write) override { return core_->write(std::move(write)); }
   StoreJob read(SlotRead read) override { return core_->read(std::move(read)); }

@@ -205,11 +205,11 @@ void StoreCore::drop_unsynced() {
   for (CatalogChange& change : batch.changes) {
     const SlotPlace& place = change.record.place;
     if (!failed(place)) continue;
+    // Unless somebody has written to the slot since.
+    const SlotState& state = table_.at(place);
+    const bool is_put = state.content == SlotContent::written && state.generation == change.record.generation;
+    if (is_put || state.content == SlotContent::unknown) table_.set_content(place, SlotContent::doubtful);
     change.kind = CatalogChange::Kind::forget;
-    const SlotContent content = table_.at(place).content;
-    if (content == SlotContent::unknown || content == SlotContent::written) {
-      table_.set_content(place, SlotContent::doubtful);
-    }
   }
   for (const auto& barrier : batch.barriers) {
     if (barrier->status) barrier->status = failure;
@@ -223,7 +223,7 @@ void StoreCore::commit_batch() {
   const std::vector<CatalogChange> uses = table_.take_uses();
   batch_->changes.insert(batch_->changes.end(), uses.begin(), uses.end());
   if (catalog_lost_) {
-    if (TimePoint::clock::now() >= catalog_retry_at_) return reset_catalog();
+    if (ending_ || TimePoint::clock::now() >= catalog_retry_at_) return reset_catalog();
     return finish_batch(Status::ok());
   }
   if (batch_->changes.empty()) return finish_batch(Status::ok());

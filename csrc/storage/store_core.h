@@ -72,6 +72,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void set_on_grown(OnGrown callback) KVTIER_EXCLUDES(mutex_);
   StoreStats stats() const KVTIER_EXCLUDES(mutex_);
   std::uint32_t usable_slots(std::uint32_t class_index) const { return usable_[class_index].load(); }
+  bool growing(std::uint32_t class_index) const {
+    return !growth_stopped_ && usable_slots(class_index) < options_.classes[class_index].num_slots;
+  }
   bool scan_done() const { return scan_done_.load(); }
   const StoreId& id() const { return superblock_.store; }
 
@@ -255,6 +258,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::vector<std::unique_ptr<BlockFile>> files_;  // by class
   CatalogKeeper catalog_;                          // the opener's, then the committer's
   std::vector<std::atomic<std::uint32_t>> usable_;
+  std::atomic<bool> growth_stopped_{false};
   std::atomic<bool> scan_done_{true};
   std::atomic<std::uint32_t> in_flight_{0};
 
@@ -279,7 +283,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   // --- the I/O thread's (the opener's before it starts) ---
   std::unique_ptr<IoQueue> queue_;
-  Status queue_status_;  // not ok: the queue is broken
+  Status queue_status_;   // not ok: the queue is broken
   bool ending_ = false;   // closing_, as of this round
   bool revisit_ = false;  // something became due while the queue was filled
   std::uint32_t depth_ = 0;

@@ -125,6 +125,7 @@ void StoreCore::settle_prewrite(const Op& op, int error) {
     MutexLock lock(mutex_);
     if (!claimed_.empty()) claimed_[class_index].resize(usable);
     usable_[class_index].store(usable);
+    growth_stopped_ = false;
     stats_.growth = "ok";
     on_grown = on_grown_;
   }
@@ -136,8 +137,14 @@ void StoreCore::growth_stopped(const Status& why) {
   growth_pause_ = std::clamp(growth_pause_, kFirstPause, kLongestPause);
   growth_retry_at_ = TimePoint::clock::now() + growth_pause_;
   growth_pause_ *= 2;
-  MutexLock lock(mutex_);
-  stats_.growth = why.message();
+  OnGrown on_grown;
+  {
+    MutexLock lock(mutex_);
+    growth_stopped_ = true;
+    stats_.growth = why.message();
+    on_grown = on_grown_;
+  }
+  for (std::uint32_t c = 0; on_grown && c < usable_.size(); ++c) on_grown(c, usable_slots(c));
 }
 
 }  // namespace kvtier

@@ -272,8 +272,8 @@ void StoreCore::settle_write(Op& op, int error) {
     table_.set_content(op.place, SlotContent::doubtful);
     forget(op.place);
     const Status status = io_failure("writing", op.place, error);
+    write_trouble(status);  // first: who is called back sees can_write() as it is now
     fail_write(op.write, status);
-    write_trouble(status);
     return;
   }
   const CatalogRecord record{write.block, op.place, op.generation, write.payload_bytes, std::time(nullptr)};

@@ -112,8 +112,10 @@ Status StoreCore::open_files(OpenReport& report) {
   probe_buffer_ = make_aligned_buffer(kSlotHeaderBytes);
   if (zeros_ == nullptr || probe_buffer_ == nullptr)
     return Status::resource("no memory for the store's buffers");
+  const Result<std::uint64_t> allocated = lease_->directory().allocated_bytes();
   MutexLock lock(mutex_);
   stats_.capacity_bytes = lease_->reserved_bytes();
+  if (allocated) stats_.allocated_bytes = allocated.value();
   return Status::ok();
 }
 

@@ -43,6 +43,12 @@ using protocol::Request;
 
 enum ExitCode : int { kDone = 0, kUsage = 2, kSetup = 3, kLostClient = 4 };
 
+template <typename T>
+bool parse(std::string_view text, T& value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
 // What other libraries of the server left without close-on-exec.
 void close_other_descriptors() {
 #ifdef SYS_close_range
@@ -51,8 +57,8 @@ void close_other_descriptors() {
   std::vector<int> others;
   if (DIR* list = ::opendir("/proc/self/fd"); list != nullptr) {
     while (const dirent* entry = ::readdir(list)) {
-      const int fd = std::atoi(entry->d_name);
-      if (fd > kMemoryFd && fd != ::dirfd(list)) others.push_back(fd);
+      int fd = 0;
+      if (parse(entry->d_name, fd) && fd > kMemoryFd && fd != ::dirfd(list)) others.push_back(fd);
     }
     ::closedir(list);
   }
@@ -181,12 +187,6 @@ int serve(std::uint64_t max_bytes, int parent_fd) {
     if (!failed.is_ok()) return kDone;
   }
   return kDone;
-}
-
-template <typename T>
-bool parse(std::string_view text, T& value) {
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  return error == std::errc() && end == text.data() + text.size();
 }
 
 int run(std::span<char*> arguments) {

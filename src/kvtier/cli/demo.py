@@ -1,12 +1,14 @@
 """`kvtier demo`: a real transformer, a real document, and how long its first token takes.
 
-Cold, with the prefix still in the cache, and with the prefix restored from the host tier; beside it what the
-machine's own copy of the same bytes takes; and the proof that the restored bytes are the right ones.
+Cold, with the prefix still in the cache, with the prefix restored from the host tier, and from the disk tier
+after the process that saved it was killed; beside it what the machine's own copy of the same bytes takes; and
+the proof that the restored bytes are the right ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -37,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, help="restored runs (default: %(default)s)")
     parser.add_argument("--cold-runs", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--copy-threads", type=int, default=2, help="of the engine (default: %(default)s)")
+    parser.add_argument("--disk", metavar="DIR", help="of the disk row's files (default: the current one)")
+    parser.add_argument("--no-disk", action="store_true", help="leave out the disk row")
     add_json_argument(parser)
 
 
@@ -68,12 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) -> None:
-    from kvtier.adapters.transformers import KVTierCache, layout_of
-    from kvtier.cli.demo_run import SUFFIX_TOKENS, Run, repeat
+    from kvtier.adapters.transformers import layout_of
+    from kvtier.cli.demo_run import SUFFIX_TOKENS
 
     layout = layout_of(model.module, page_tokens=args.block_tokens, dtype="float32")
     prefix = len(prompt.token_ids) - SUFFIX_TOKENS
-    kv_bytes = layout.block_bytes(prefix)
     num_blocks = prefix // args.block_tokens
     slot_bytes = layout.block_bytes(args.block_tokens) + (8 << 10)  # header, and rounding up to its size
     config = kvtier.Config(
@@ -83,6 +86,25 @@ def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) 
         host=max(64 << 20, (num_blocks + 8) * slot_bytes),
         copy_threads=args.copy_threads,
     )
+    expected = _measure_here(args, model, prompt, config, report)
+    if not args.no_disk:
+        from kvtier.cli import demo_disk
+
+        with demo_disk.folder_for(args.disk) as folder:
+            disk = demo_disk.disk_for(folder, num_blocks, slot_bytes)
+            with_disk = dataclasses.replace(config, disk=disk)
+            demo_disk.measure(args, with_disk, prompt.token_ids, expected, folder, report)
+
+
+def _measure_here(
+    args: argparse.Namespace, model: Any, prompt: Any, config: kvtier.Config, report: Report
+) -> Any:
+    """The rows that need no other process; returns the logits."""
+    from kvtier.adapters.transformers import KVTierCache
+    from kvtier.cli.demo_run import SUFFIX_TOKENS, Run, repeat
+
+    prefix = len(prompt.token_ids) - SUFFIX_TOKENS
+    kv_bytes = config.groups[0].block_bytes(prefix)
     work = args.cold_runs * (prefix + SUFFIX_TOKENS) + (2 * args.runs + 1) * SUFFIX_TOKENS
     with (
         kvtier.open(config) as engine,
@@ -100,6 +122,7 @@ def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) 
             demo.control(args.block_tokens)
         finally:
             _record(demo, kv_bytes, report)
+    return demo.expected.numpy()
 
 
 def _record(demo: Run, kv_bytes: int, report: Report) -> None:
@@ -131,11 +154,13 @@ def _summarize(args: argparse.Namespace, prefix: int, report: Report) -> None:
     print(file=report.out)
     header = ("TTFT", "tokens", "KV MiB", "seconds", "min", "max", "n", "vs cold", "GB/s", "memcpy GB/s")
     rows = []
-    for name in ("cold", "device", "host"):
+    for name in ("cold", "device", "host", "disk"):
         if result := found.get(f"ttft_{name}"):
             rates = ("", "")
             if name == "host" and restore is not None and restore.limit is not None:
                 rates = (f"{restore.value:.2f}", f"{restore.limit:.2f}")
+            elif name == "disk":
+                rates = (f"{found['restore_disk'].value:.2f}", "")
             ratio = f"{result.ratio:.1f} x" if result.ratio is not None else ""
             seconds = [f"{s:.3f}" for s in (result.value, result.min or 0.0, result.max or 0.0)]
             rows.append((name, f"{prefix}+128", f"{kv_mib:.1f}", *seconds, str(result.n), ratio, *rates))
@@ -147,5 +172,11 @@ def _summarize(args: argparse.Namespace, prefix: int, report: Report) -> None:
         f"{args.copy_threads} threads, the faster of the C library's and a non-temporal copy.",
         file=report.out,
     )
+    if reopen := found.get("reopen"):
+        print(
+            "disk: it comes from the disk tier, in a process that was started after the one that saved it\n"
+            f"was killed with SIGKILL; opening the engine took {reopen.value:.3f} s before it.",
+            file=report.out,
+        )
     for name, passed in report.checks.items():
         print(f"{'ok    ' if passed else 'FAILED'} {name}", file=report.out)

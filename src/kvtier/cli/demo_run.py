@@ -29,6 +29,7 @@ class Times:
     cold: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
+    disk: list[float] = field(default_factory=list)
     restore: list[float] = field(default_factory=list)
     memcpy: list[float] = field(default_factory=list)
     save: list[float] = field(default_factory=list)
@@ -100,16 +101,21 @@ class Run:
 
     def host(self) -> None:
         """The prefix comes from the host tier."""
-        self.progress.phase("prefix from the host tier")
+        self.restored("host")
+
+    def restored(self, tier: str) -> Any:
+        """The prefix comes from a tier, "host" or "disk", and only the suffix is computed; the logits."""
+        self.progress.phase(f"prefix from the {tier} tier")
         self._poison()
         begin = time.perf_counter()
         restored = self.cache.restore(self.token_ids)
         middle = time.perf_counter()
         logits = self._compute(restored)
-        self.times.host.append(time.perf_counter() - begin)
+        getattr(self.times, tier).append(time.perf_counter() - begin)
         self.times.restore.append(middle - begin)
         self._check("restored_whole_prefix", restored == self.prefix)
         self._check("identical_logits", torch.equal(logits, self.expected))
+        return logits
 
     def machine_copy(self, source: Any, destination: Any) -> None:
         """The same bytes by plain copies, the faster of two kinds."""

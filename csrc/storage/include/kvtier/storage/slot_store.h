@@ -135,7 +135,11 @@ class SlotStore {
   virtual ~SlotStore() = default;  // close() with no deadline
 
   virtual std::uint32_t usable_slots(std::uint32_t class_index) const = 0;
-  // Called on a thread of the store when usable_slots() has grown. Set once, right after open().
+  // Whether more slots of the class are to be expected soon: the file is being made ready, and neither
+  // capacity nor the file system has stopped it.
+  virtual bool growing(std::uint32_t class_index) const = 0;
+  // Called on a thread of the store when usable_slots() has grown, or growing() has ended. Set once, right
+  // after open().
   virtual void on_grown(std::function<void(std::uint32_t class_index, std::uint32_t usable)> callback) = 0;
 
   // Never wait. A store that is out of service, or closed, answers through the callback at once (on the
