@@ -62,7 +62,7 @@ double cpu_seconds() {
 
 BlockKey key_of_slot(std::uint32_t slot) {
   BlockKey key{};
-  std::memcpy(key.data(), &slot, sizeof(slot));
+  std::memcpy(key.bytes.data(), &slot, sizeof(slot));
   return key;
 }
 

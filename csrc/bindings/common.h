@@ -93,6 +93,7 @@ void bind_errors(py::module_& m);
 void bind_keys(py::module_& m);
 void bind_ticket(py::module_& m);
 void bind_disk(py::module_& m);
+void bind_storage(py::module_& m);
 void bind_devices(py::module_& m);
 void bind_simulated(py::module_& m);
 void bind_engine(py::module_& m);

@@ -8,7 +8,8 @@
 
 namespace kvtier::bindings {
 
-namespace {
+// Also for bind_storage.cpp.
+std::shared_ptr<SlotCipher> cipher_of(const std::vector<py::bytes>& keys);
 
 std::shared_ptr<SlotCipher> cipher_of(const std::vector<py::bytes>& keys) {
   std::vector<std::span<const std::byte>> views;
@@ -18,6 +19,8 @@ std::shared_ptr<SlotCipher> cipher_of(const std::vector<py::bytes>& keys) {
   }
   return take(SlotCipher::make(views.front(), std::span(views).subspan(1)));
 }
+
+namespace {
 
 Fingerprint fingerprint_of(const py::bytes& bytes) {
   const auto view = static_cast<std::string_view>(bytes);

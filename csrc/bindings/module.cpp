@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, m) {
   bind_simulated(m);
   bind_ticket(m);
   bind_disk(m);
+  bind_storage(m);
   bind_engine(m);
   bind_ranks(m);
   bind_simulated_drive(m);

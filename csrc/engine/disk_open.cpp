@@ -7,7 +7,7 @@
 namespace kvtier {
 namespace {
 
-constexpr std::uint64_t kCatalogBytesPerSlot = 768;
+constexpr std::uint64_t kCatalogBytesPerSlot = 1536;           // catalog_bound_bytes()
 constexpr std::uint64_t kFixedBytes = std::uint64_t{4} << 20;  // an empty catalog, superblock, directories
 
 // How many slots of each class a drive holds: shared out as the host tier is.
@@ -48,7 +48,7 @@ SlotStoreOptions EngineImpl::store_options(std::size_t disk) {
   options.catalog.helper_path = config_.disk.catalog_helper;
   std::uint64_t slots = 0;
   for (const StoreClass& of : options.classes) slots += of.num_slots;
-  options.catalog.max_bytes = kFixedBytes / 2 + slots * kCatalogBytesPerSlot;
+  options.catalog.max_bytes = catalog_bound_bytes(slots);
   if (config_.disk.adjust) config_.disk.adjust(options, disk);
   return options;
 }

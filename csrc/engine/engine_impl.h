@@ -317,6 +317,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   std::vector<NamespaceTag> namespace_tags_ KVTIER_GUARDED_BY(mutex_);  // by NamespaceId
   std::uint64_t next_grant_ KVTIER_GUARDED_BY(mutex_) = 1;
   std::uint64_t stores_begun_ KVTIER_GUARDED_BY(mutex_) = 0;
+  std::uint64_t reported_durable_ KVTIER_GUARDED_BY(mutex_) = 0;  // by flush()
+  std::uint64_t reported_dropped_ KVTIER_GUARDED_BY(mutex_) = 0;
   std::set<std::uint64_t> running_stores_ KVTIER_GUARDED_BY(mutex_);  // their numbers, for flush()
   std::uint32_t running_ KVTIER_GUARDED_BY(mutex_) = 0;
   std::uint32_t calls_ KVTIER_GUARDED_BY(mutex_) = 0;

@@ -518,14 +518,10 @@ std::uint64_t EngineImpl::disk_dropped() const {
 Result<FlushResult> EngineImpl::flush(Deadline deadline) {
   FlushResult result;
   std::uint64_t up_to = 0;
-  std::uint64_t durable_before = 0;
-  std::uint64_t dropped_before = 0;
   {
     MutexLock lock(mutex_);
     KVTIER_RETURN_IF_ERROR(check_open());
     up_to = stores_begun_;
-    durable_before = counters_.disk_durable;
-    dropped_before = disk_dropped();
     const auto running_before = [&]() KVTIER_REQUIRES(mutex_) {
       return static_cast<std::uint64_t>(
           std::distance(running_stores_.begin(), running_stores_.lower_bound(up_to)));
@@ -543,8 +539,8 @@ Result<FlushResult> EngineImpl::flush(Deadline deadline) {
   const Call call(*this);
   KVTIER_RETURN_IF_ERROR(wait_durable(up_to, deadline));
   MutexLock lock(mutex_);
-  result.durable = counters_.disk_durable - durable_before;
-  result.dropped = disk_dropped() - dropped_before;
+  result.durable = counters_.disk_durable - std::exchange(reported_durable_, counters_.disk_durable);
+  result.dropped = disk_dropped() - std::exchange(reported_dropped_, disk_dropped());
   return result;
 }
 

@@ -51,11 +51,6 @@ struct Held {
 
 class LockTable {
  public:
-  static LockTable& instance() {
-    static LockTable& table = *new LockTable;  // outlives locks that are destroyed at exit
-    return table;
-  }
-
   Mutex mutex;
   CondVar freed;
 
@@ -77,21 +72,25 @@ class LockTable {
   std::map<FileId, Held> held_ KVTIER_GUARDED_BY(mutex);
 };
 
+LockTable& table() {
+  static LockTable& the_table = *new LockTable;  // outlives locks that are destroyed at exit
+  return the_table;
+}
+
 class HeldLock final : public FileLock {
  public:
   explicit HeldLock(FileId id) : id_(id) {}
   ~HeldLock() override {
-    LockTable& table = LockTable::instance();
     {
-      const MutexLock lock(table.mutex);
-      const Held* held = table.find(lock, id_);
+      const MutexLock lock(table().mutex);
+      const Held* held = table().find(lock, id_);
       if (held == nullptr || generation_ != process_generation()) return;
       struct flock range = whole_file(F_UNLCK);
       static_cast<void>(::fcntl(held->file.fd(), F_SETLK, &range));
       static_cast<void>(::futimens(held->file.fd(), nullptr));  // tells who waits in another process
-      table.remove(lock, id_);
+      table().remove(lock, id_);
     }
-    table.freed.notify_all();
+    table().freed.notify_all();
   }
 
  private:
@@ -106,20 +105,18 @@ class Attempt {
 
   Attempt(const Directory& directory, const std::string& name) : directory_(directory), name_(name) {}
   ~Attempt() {
-    LockTable& table = LockTable::instance();
-    const MutexLock lock(table.mutex);
+    const MutexLock lock(table().mutex);
     close(lock);
   }
   Attempt(const Attempt&) = delete;
   Attempt& operator=(const Attempt&) = delete;
 
-  Result<Outcome> run(const MutexLock& lock) KVTIER_REQUIRES(LockTable::instance().mutex) {
-    LockTable& table = LockTable::instance();
+  Result<Outcome> run(const MutexLock& lock) KVTIER_REQUIRES(table().mutex) {
     for (;;) {
       struct stat named{};
       if (::fstatat(directory_.fd(), name_.c_str(), &named, AT_SYMLINK_NOFOLLOW) == 0) {
         const FileId there(named.st_dev, named.st_ino);
-        if (table.find(lock, there) != nullptr) return Outcome::held_here;
+        if (table().find(lock, there) != nullptr) return Outcome::held_here;
         // Somebody may have put another file in its place: that is the one to lock.
         if (file_.is_open() && there != id_) close(lock);
       } else if (errno == ENOENT) {
@@ -129,7 +126,7 @@ class Attempt {
       }
       if (!file_.is_open()) {
         KVTIER_RETURN_IF_ERROR(open());
-        if (table.find(lock, id_) != nullptr) {
+        if (table().find(lock, id_) != nullptr) {
           close(lock);
           return Outcome::held_here;
         }
@@ -142,7 +139,7 @@ class Attempt {
       }
       if (::fstatat(directory_.fd(), name_.c_str(), &named, AT_SYMLINK_NOFOLLOW) == 0 &&
           FileId(named.st_dev, named.st_ino) == id_) {
-        table.add(lock, id_, std::move(file_));
+        table().add(lock, id_, std::move(file_));
         return Outcome::taken;
       }
       close(lock);  // locked a file that has lost its name
@@ -163,8 +160,8 @@ class Attempt {
     id_ = FileId(status.st_dev, status.st_ino);
     return Status::ok();
   }
-  void close(const MutexLock& lock) KVTIER_REQUIRES(LockTable::instance().mutex) {
-    if (file_.is_open()) LockTable::instance().retire(lock, id_, std::move(file_));
+  void close(const MutexLock& lock) KVTIER_REQUIRES(table().mutex) {
+    if (file_.is_open()) table().retire(lock, id_, std::move(file_));
     file_ = FileHandle();
   }
 
@@ -227,8 +224,7 @@ class ReleaseWatch {
 Result<std::unique_ptr<FileLock>> FileLock::try_lock(const Directory& directory, const std::string& name) {
   KVTIER_RETURN_IF_ERROR(check_name(name));
   Attempt attempt(directory, name);
-  LockTable& table = LockTable::instance();
-  const MutexLock lock(table.mutex);
+  const MutexLock lock(table().mutex);
   const Result<Attempt::Outcome> outcome = attempt.run(lock);
   if (!outcome) return outcome.status();
   return outcome.value() == Attempt::Outcome::taken ? attempt.result() : nullptr;
@@ -239,17 +235,16 @@ Result<std::unique_ptr<FileLock>> FileLock::lock(const Directory& directory, con
   KVTIER_RETURN_IF_ERROR(check_name(name));
   Attempt attempt(directory, name);
   ReleaseWatch watch;
-  LockTable& table = LockTable::instance();
   bool in_time = true;
   for (;;) {
     {
-      MutexLock lock(table.mutex);
+      MutexLock lock(table().mutex);
       const Result<Attempt::Outcome> outcome = attempt.run(lock);
       if (!outcome) return outcome.status();
       if (outcome.value() == Attempt::Outcome::taken) return attempt.result();
       if (!in_time) break;
       if (outcome.value() == Attempt::Outcome::held_here) {
-        in_time = table.freed.wait_until(lock, deadline);
+        in_time = table().freed.wait_until(lock, deadline);
         continue;
       }
     }
@@ -264,14 +259,13 @@ Result<std::unique_ptr<FileLock>> FileLock::lock(const Directory& directory, con
 
 Result<bool> FileLock::is_locked(const Directory& directory, const std::string& name) {
   KVTIER_RETURN_IF_ERROR(check_name(name));
-  LockTable& table = LockTable::instance();
-  const MutexLock lock(table.mutex);
+  const MutexLock lock(table().mutex);
   struct stat status{};
   if (::fstatat(directory.fd(), name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0) {
     if (errno == ENOENT) return false;
     return file_failure(errno, "examine", path_of(directory, name));
   }
-  if (table.find(lock, {status.st_dev, status.st_ino}) != nullptr) return true;
+  if (table().find(lock, {status.st_dev, status.st_ino}) != nullptr) return true;
   Result<FileHandle> file = open_regular(directory, name, O_RDONLY);
   if (!file) {
     if (file.status().native_code() == ENOENT) return false;
@@ -280,7 +274,7 @@ Result<bool> FileLock::is_locked(const Directory& directory, const std::string& 
   struct flock range = whole_file(F_WRLCK);
   const int error = ::fcntl(file->fd(), F_GETLK, &range) == 0 ? 0 : errno;
   if (::fstat(file->fd(), &status) == 0) {
-    table.retire(lock, {status.st_dev, status.st_ino}, std::move(*file));
+    table().retire(lock, {status.st_dev, status.st_ino}, std::move(*file));
     *file = FileHandle();
   }
   if (error != 0) return file_failure(error, "examine the lock of", path_of(directory, name));

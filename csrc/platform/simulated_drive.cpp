@@ -55,6 +55,14 @@ struct SimulatedDrive::State {
     std::uint64_t released_at = 0;  // in completions of the queue
   };
 
+  // What a queue has in the drive. Guarded by the drive's mutex.
+  struct Line {
+    std::vector<Pending> pending;
+    std::uint64_t completed = 0;
+    bool woken = false;
+    CondVar changed;
+  };
+
   explicit State(const DriveFaults& first) : random(first.seed), faults(first) {}
 
   Pending accept(const MutexLock&, const IoRequest& request) KVTIER_REQUIRES(mutex);
@@ -66,33 +74,38 @@ struct SimulatedDrive::State {
   void put(const MutexLock&, DriveFile& file, std::uint64_t offset, std::span<const std::byte> data)
       KVTIER_REQUIRES(mutex);
   void write_back_at_whim(const MutexLock&) KVTIER_REQUIRES(mutex);
+  // Performs a random part of what may end, in any order. Returns whether anything may.
+  bool perform_some(const MutexLock& lock, Line& line, std::vector<IoCompletion>& completions)
+      KVTIER_REQUIRES(mutex);
+  std::size_t gather_ready(const MutexLock&, Line& line) KVTIER_REQUIRES(mutex);
+  void lose_power(const MutexLock& lock) KVTIER_REQUIRES(mutex);
+  std::uint64_t num_cached(const MutexLock&) const KVTIER_REQUIRES(mutex);
 
   mutable Mutex mutex;
   DriveRandom random KVTIER_GUARDED_BY(mutex);
   DriveFaults faults KVTIER_GUARDED_BY(mutex);
   bool dead KVTIER_GUARDED_BY(mutex) = false;
-  std::uint64_t requests KVTIER_GUARDED_BY(mutex) = 0;
-  std::uint64_t requests_of_faults KVTIER_GUARDED_BY(mutex) = 0;  // since set_faults()
+  std::uint64_t num_requests KVTIER_GUARDED_BY(mutex) = 0;
+  std::uint64_t num_since_faults KVTIER_GUARDED_BY(mutex) = 0;  // since set_faults()
   std::uint64_t injected KVTIER_GUARDED_BY(mutex) = 0;
   std::uint64_t moment KVTIER_GUARDED_BY(mutex) = 0;  // completions that owners have been given
   std::map<FileId, std::shared_ptr<DriveFile>> files KVTIER_GUARDED_BY(mutex);
-  std::vector<Queue*> queues KVTIER_GUARDED_BY(mutex);
+  std::vector<Line*> lines KVTIER_GUARDED_BY(mutex);
   // Of the requests being performed in one wait(): acknowledged together when it returns.
   std::vector<std::pair<DriveFile*, std::uint64_t>> unacknowledged KVTIER_GUARDED_BY(mutex);
 };
 
-// The fields are guarded by the drive's mutex, but for in_flight_, the owner's.
 class SimulatedDrive::State::Queue final : public IoQueue {
  public:
   Queue(std::shared_ptr<State> state, std::uint32_t depth) : state_(std::move(state)), depth_(depth) {
     const MutexLock lock(state_->mutex);
-    state_->queues.push_back(this);
+    state_->lines.push_back(&line_);
   }
   ~Queue() override {
     std::vector<IoCompletion> completions;
     while (in_flight_ > 0) static_cast<void>(wait(completions, std::nullopt));
     const MutexLock lock(state_->mutex);
-    std::erase(state_->queues, this);
+    std::erase(state_->lines, &line_);
   }
 
   std::string description() const override { return "simulated drive"; }
@@ -104,31 +117,33 @@ class SimulatedDrive::State::Queue final : public IoQueue {
     in_flight_ += static_cast<std::uint32_t>(requests.size());
     const MutexLock lock(state_->mutex);
     for (const IoRequest& request : requests) {
-      pending_.push_back(state_->accept(lock, request));
-      pending_.back().released_at = completed_ + state_->faults.delayed_requests;
+      line_.pending.push_back(state_->accept(lock, request));
+      line_.pending.back().released_at = line_.completed + state_->faults.delayed_requests;
     }
   }
 
   Status wait(std::vector<IoCompletion>& completions, std::optional<TimePoint> deadline) override {
+    const std::size_t before = completions.size();
     MutexLock lock(state_->mutex);
     for (bool in_time = true;;) {
-      if (perform_some(lock, completions) || woken_ || !in_time) break;
+      if (state_->perform_some(lock, line_, completions) || line_.woken || !in_time) break;
       if (deadline) {
-        in_time = changed_.wait_until(lock, *deadline);
+        in_time = line_.changed.wait_until(lock, *deadline);
       } else {
-        changed_.wait(lock);
+        line_.changed.wait(lock);
       }
     }
-    woken_ = false;
+    line_.woken = false;
+    in_flight_ -= static_cast<std::uint32_t>(completions.size() - before);
     return Status::ok();
   }
 
   void wake() override {
     {
       const MutexLock lock(state_->mutex);
-      woken_ = true;
+      line_.woken = true;
     }
-    changed_.notify_one();
+    line_.changed.notify_one();
   }
 
   Status register_buffers(std::span<const std::span<std::byte>>) override {
@@ -137,56 +152,46 @@ class SimulatedDrive::State::Queue final : public IoQueue {
   }
 
  private:
-  friend class SimulatedDrive;
-
-  // Performs a random part of what may end, in any order. False: nothing may.
-  bool perform_some(const MutexLock& lock, std::vector<IoCompletion>& completions)
-      KVTIER_REQUIRES(state_->mutex) {
-    State& state = *state_;
-    std::size_t num_ready = gather_ready();
-    if (num_ready == 0) return false;
-    std::uint64_t count = 1 + state.random.below(num_ready);
-    for (; count > 0; --count, --num_ready) {
-      const auto chosen = pending_.begin() + static_cast<std::ptrdiff_t>(state.random.below(num_ready));
-      const int error = state.perform(lock, *chosen);
-      completions.push_back({.tag = chosen->request.tag, .error = error});
-      // Keeps the ready ones in front.
-      std::iter_swap(chosen, pending_.begin() + static_cast<std::ptrdiff_t>(num_ready - 1));
-      pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(num_ready - 1));
-      ++completed_;
-      --in_flight_;
-      state.write_back_at_whim(lock);
-    }
-    for (const auto& [file, number] : state.unacknowledged) file->acknowledge(number, state.moment);
-    state.unacknowledged.clear();
-    ++state.moment;
-    return true;
-  }
-
-  // Brings what may end to the front.
-  std::size_t gather_ready() KVTIER_REQUIRES(state_->mutex) {
-    const auto is_ready = [&](const Pending& p) {
-      return state_->dead || !p.delayed || (!p.stuck && completed_ >= p.released_at);
-    };
-    auto end = std::stable_partition(pending_.begin(), pending_.end(), is_ready);
-    if (end == pending_.begin()) {  // nothing is left that the delayed ones could come after
-      end =
-          std::stable_partition(pending_.begin(), pending_.end(), [](const Pending& p) { return !p.stuck; });
-    }
-    return static_cast<std::size_t>(end - pending_.begin());
-  }
-
   const std::shared_ptr<State> state_;
   const std::uint32_t depth_;
-  std::uint32_t in_flight_ = 0;
-  std::vector<Pending> pending_ KVTIER_GUARDED_BY(state_->mutex);
-  std::uint64_t completed_ KVTIER_GUARDED_BY(state_->mutex) = 0;
-  bool woken_ KVTIER_GUARDED_BY(state_->mutex) = false;
-  CondVar changed_;
+  std::uint32_t in_flight_ = 0;  // the owner's
+  Line line_;
 };
 
+bool SimulatedDrive::State::perform_some(const MutexLock& lock, Line& line,
+                                         std::vector<IoCompletion>& completions) {
+  std::size_t num_ready = gather_ready(lock, line);
+  if (num_ready == 0) return false;
+  for (std::uint64_t count = 1 + random.below(num_ready); count > 0; --count, --num_ready) {
+    const auto chosen = line.pending.begin() + static_cast<std::ptrdiff_t>(random.below(num_ready));
+    completions.push_back({.tag = chosen->request.tag, .error = perform(lock, *chosen)});
+    // Keeps the ready ones in front.
+    const auto last_ready = line.pending.begin() + static_cast<std::ptrdiff_t>(num_ready - 1);
+    std::iter_swap(chosen, last_ready);
+    line.pending.erase(last_ready);
+    ++line.completed;
+    write_back_at_whim(lock);
+  }
+  for (const auto& [file, number] : unacknowledged) file->acknowledge(number, moment);
+  unacknowledged.clear();
+  ++moment;
+  return true;
+}
+
+// Brings what may end to the front.
+std::size_t SimulatedDrive::State::gather_ready(const MutexLock&, Line& line) {
+  const auto begin = line.pending.begin();
+  const auto end = line.pending.end();
+  auto ready = std::partition(begin, end, [all = dead, &line](const Pending& p) {
+    return all || !p.delayed || (!p.stuck && line.completed >= p.released_at);
+  });
+  // Nothing is left that the delayed ones could come after.
+  if (ready == begin) ready = std::partition(begin, end, [](const Pending& p) { return !p.stuck; });
+  return static_cast<std::size_t>(ready - begin);
+}
+
 Fate SimulatedDrive::State::draw_fate(const MutexLock&, IoOp op) {
-  const std::uint64_t nth = requests_of_faults++;
+  const std::uint64_t nth = num_since_faults++;
   if (faults.fail_nth == nth) return Fate::io_error;
   switch (op) {
     case IoOp::read:
@@ -216,7 +221,7 @@ Result<std::shared_ptr<DriveFile>> SimulatedDrive::State::file_of(const MutexLoc
 
 SimulatedDrive::State::Pending SimulatedDrive::State::accept(const MutexLock& lock,
                                                              const IoRequest& request) {
-  ++requests;
+  ++num_requests;
   Pending pending{.request = request, .file = nullptr, .moment = moment};
   pending.fate = draw_fate(lock, request.op);
   pending.delayed = random.chance(faults.delay);
@@ -314,53 +319,56 @@ void SimulatedDrive::set_faults(const DriveFaults& faults) {
   const MutexLock lock(state_->mutex);
   state_->faults = faults;
   state_->random = DriveRandom(faults.seed);
-  state_->requests_of_faults = 0;
+  state_->num_since_faults = 0;
 }
 
 void SimulatedDrive::release_delayed() {
   const MutexLock lock(state_->mutex);
-  for (State::Queue* queue : state_->queues) {
-    for (State::Pending& pending : queue->pending_) pending.delayed = pending.stuck = false;
-    queue->changed_.notify_one();
+  for (State::Line* line : state_->lines) {
+    for (State::Pending& pending : line->pending) pending.delayed = pending.stuck = false;
+    line->changed.notify_one();
   }
 }
 
 void SimulatedDrive::power_loss() {
   const MutexLock lock(state_->mutex);
-  State& state = *state_;
-  if (state.dead) return;
-  for (State::Queue* queue : state.queues) {
-    for (const State::Pending& pending : queue->pending_) {
-      if (pending.request.op == IoOp::write && pending.refused == 0) {
-        static_cast<void>(state.perform(lock, pending));
-      }
+  state_->lose_power(lock);
+}
+
+void SimulatedDrive::State::lose_power(const MutexLock& lock) {
+  if (dead) return;
+  for (const Line* line : lines) {
+    for (const Pending& pending : line->pending) {
+      if (pending.request.op == IoOp::write) static_cast<void>(perform(lock, pending));
     }
   }
-  state.unacknowledged.clear();
-  std::uint64_t num_cached = 0;
-  for (const auto& [id, file] : state.files) num_cached += file ? file->num_cached() : 0;
-  std::uint64_t torn =
-      num_cached > 0 && state.random.chance(0.75) ? state.random.below(num_cached) : num_cached;
-  for (const auto& [id, file] : state.files) {
+  unacknowledged.clear();
+  const std::uint64_t count = num_cached(lock);
+  std::uint64_t torn = count > 0 && random.chance(0.75) ? random.below(count) : count;
+  for (const auto& [id, file] : files) {
     if (file == nullptr) continue;
-    const std::size_t here = file->num_cached();
-    file->lose_power(std::min<std::uint64_t>(torn, here), state.random);
-    torn = torn >= here ? torn - here : num_cached;
+    const std::uint64_t here = file->num_cached();
+    file->lose_power(std::min(torn, here), random);
+    torn = torn >= here ? torn - here : count;
   }
-  state.dead = true;
-  for (State::Queue* queue : state.queues) queue->changed_.notify_one();
+  dead = true;
+  for (Line* line : lines) line->changed.notify_one();
+}
+
+std::uint64_t SimulatedDrive::State::num_cached(const MutexLock&) const {
+  std::uint64_t count = 0;
+  for (const auto& [id, file] : files) count += file ? file->num_cached() : 0;
+  return count;
 }
 
 std::uint64_t SimulatedDrive::requests() const {
   const MutexLock lock(state_->mutex);
-  return state_->requests;
+  return state_->num_requests;
 }
 
 std::uint64_t SimulatedDrive::unsynced_writes() const {
   const MutexLock lock(state_->mutex);
-  std::uint64_t count = 0;
-  for (const auto& [id, file] : state_->files) count += file ? file->num_cached() : 0;
-  return count;
+  return state_->num_cached(lock);
 }
 
 std::uint64_t SimulatedDrive::faults_injected() const {

@@ -81,9 +81,9 @@ class FlushResult:
 
     Attributes:
         settled: Stores that ended meanwhile.
-        durable: Blocks that became durable meanwhile; 0 without a disk tier.
-        dropped: Blocks that will not: declined by admission, write budget or a busy drive, evicted before
-            their turn, or failed.
+        durable: Blocks that became durable since the last flush(); 0 without a disk tier.
+        dropped: Blocks that since then were decided not to: declined by admission, write budget or a busy
+            drive, evicted before their turn, or failed.
     """
 
     settled: int

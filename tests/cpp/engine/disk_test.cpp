@@ -150,6 +150,7 @@ TEST(Disk, a_prefetch_brings_blocks_to_the_host_tier) {
   EXPECT_TRUE(ticket->wait(Moment::ready, in_seconds(30)));
   EXPECT_EQ(ticket->valid_blocks(), 4U);
   EXPECT_EQ(world.states(range(0, 4)), (std::vector<BlockState>(4, BlockState::ready)));
+  world.quiesce();
   expect_at_rest(world.stats());
 }
 
@@ -171,6 +172,7 @@ TEST(Disk, a_late_prefetch_gives_up_what_no_drive_has_begun) {
   drive.drive.set_faults({});
   drive.drive.release_delayed();
   EXPECT_TRUE(ticket->wait(Moment::ready, in_seconds(30)));
+  world.quiesce();
   const EngineStats stats = world.stats();
   EXPECT_GE(stats.promote_cancelled, 30U);
   EXPECT_EQ(stats.promote_cancelled + stats.promote_good, 40U);
@@ -231,28 +233,37 @@ TEST(Disk, what_does_not_verify_is_a_miss_and_its_slot_comes_back) {
   expect_at_rest(stats);
 }
 
+// The scenario with its n-th request failing; nullopt: none fails. Returns how many requests there were.
+std::uint64_t run_with_failure(std::optional<std::uint64_t> n) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, {500}, {0}));
+  flush(world);  // the file is there
+  const std::uint64_t before = drive.drive.requests();
+  DriveFaults faults;
+  faults.fail_nth = n;
+  drive.drive.set_faults(faults);
+  done(world.store(0, range(0, 5), range(0, 5)));
+  flush(world);
+  push_out(world);
+  const auto ticket = world.load(0, range(0, 5), range(0, 5));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 5), range(0, 5)));
+  static_cast<void>(world.engine->drop(keys({0, 3})));
+  world.quiesce();
+  EXPECT_EQ(world.states({0, 3}), std::vector<BlockState>(2, BlockState::miss));
+  expect_at_rest(world.stats());
+  const std::uint64_t requests = drive.drive.requests() - before;
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  return requests;
+}
+
 TEST(Disk, every_failing_request_is_a_miss_and_slots_are_conserved) {
-  std::uint64_t requests = 1;
-  for (std::uint64_t n = 0; n < requests; ++n) {
-    Drive drive;
-    World world(world_on(drive));
-    const std::uint64_t before = drive.drive.requests();
-    DriveFaults faults;
-    faults.fail_nth = n;
-    drive.drive.set_faults(faults);
-    done(world.store(0, range(0, 5), range(0, 5)));
-    flush(world);
-    push_out(world);
-    const auto ticket = world.load(0, range(0, 5), range(0, 5));
-    EXPECT_TRUE(world.right(0, *ticket, range(0, 5), range(0, 5))) << "request " << n;
-    static_cast<void>(world.engine->drop(keys({0, 3})));
-    world.quiesce();
-    EXPECT_EQ(world.states({0, 3}), std::vector<BlockState>(2, BlockState::miss));
-    expect_at_rest(world.stats());
-    EXPECT_TRUE(world.engine->close(in_seconds(30))) << "request " << n;
-    if (n == 0) requests = std::min<std::uint64_t>(drive.drive.requests() - before, 60);
+  const std::uint64_t requests = run_with_failure(std::nullopt);
+  EXPECT_GT(requests, 15U);
+  for (std::uint64_t n = 0; n < std::min<std::uint64_t>(requests, 60); ++n) {
+    run_with_failure(n);
+    if (HasFailure()) FAIL() << "request " << n;
   }
-  EXPECT_GT(requests, 10U);
 }
 
 TEST(Disk, a_drive_that_never_answers_delays_only_those_who_wait_for_it) {
@@ -270,7 +281,7 @@ TEST(Disk, a_drive_that_never_answers_delays_only_those_who_wait_for_it) {
       ticket->wait(Moment::ready, std::chrono::steady_clock::now() + std::chrono::milliseconds(50)).code(),
       StatusCode::timeout);
   // The host tier serves on, and nothing that the drive may still write into is given to others.
-  done(world.load(0, {1005}, {10}));
+  done(world.load(0, {1000}, {10}));
   EXPECT_EQ(world.engine->close(std::chrono::steady_clock::now() + std::chrono::milliseconds(50)).code(),
             StatusCode::timeout);
   drive.drive.set_faults({});
@@ -360,8 +371,9 @@ TEST(Disk, two_drives_share_the_blocks_and_each_stands_for_itself) {
     flush(world);
     const EngineStats stats = world.stats();
     ASSERT_EQ(stats.disks.size(), 2U);
-    EXPECT_GE(stats.disks[0].classes[0].ready, 8U);
-    EXPECT_GE(stats.disks[1].classes[0].ready, 8U);
+    EXPECT_GE(stats.disks[0].classes[0].ready, 1U);
+    EXPECT_GE(stats.disks[1].classes[0].ready, 1U);
+    EXPECT_EQ(stats.disks[0].classes[0].ready + stats.disks[1].classes[0].ready, 32U);
     EXPECT_TRUE(world.engine->close(in_seconds(30)));
   }
   World world(options);

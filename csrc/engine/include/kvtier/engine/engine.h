@@ -142,9 +142,9 @@ struct Grant {
 
 struct FlushResult {
   std::uint64_t settled = 0;  // stores that ended while flush() waited
-  std::uint64_t durable = 0;  // blocks that became durable meanwhile; 0 without a disk tier
-  std::uint64_t dropped =
-      0;  // blocks that will not: declined by admission, budget or a busy drive, or failed
+  // Of blocks whose fate on disk was decided since the last flush(): each is reported once.
+  std::uint64_t durable = 0;  // survive a restart; 0 without a disk tier
+  std::uint64_t dropped = 0;  // do not: declined by admission, budget or a busy drive, evicted before, failed
 };
 
 // Threads: every method from any thread. Blocks: only wait-like methods, as said there.
