@@ -1,0 +1,67 @@
+// What GPUs there are, and how they hang on the machine.
+#ifdef KVTIER_HAVE_CUDA
+
+#include <algorithm>
+#include <cctype>
+#include <fstream>
+#include <string>
+
+#include "cuda_driver.h"
+
+namespace kvtier {
+namespace {
+
+std::string read_line(const std::string& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+Result<GpuFacts> facts_of(int ordinal) {
+  cudaDeviceProp properties{};
+  KVTIER_RETURN_IF_ERROR(
+      cuda::to_status("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, ordinal)));
+  GpuFacts facts;
+  facts.ordinal = ordinal;
+  facts.name = properties.name;
+  facts.compute_capability = properties.major * 10 + properties.minor;
+  facts.num_sms = properties.multiProcessorCount;
+  facts.memory_bytes = properties.totalGlobalMem;
+  char bus[32] = {};
+  KVTIER_RETURN_IF_ERROR(
+      cuda::to_status("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(bus, sizeof bus, ordinal)));
+  facts.pci_bus = bus;
+  std::transform(facts.pci_bus.begin(), facts.pci_bus.end(), facts.pci_bus.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  const std::string folder = "/sys/bus/pci/devices/" + facts.pci_bus + "/";
+  // The largest, for the link of an idle GPU runs slower.
+  const std::string speed = read_line(folder + "max_link_speed");
+  const std::string width = read_line(folder + "max_link_width");
+  facts.link = speed.empty() || width.empty() ? "unknown" : speed + " x" + width;
+  const std::string node = read_line(folder + "numa_node");
+  if (!node.empty() && node[0] != '-') facts.numa_node = std::atoi(node.c_str());
+  return facts;
+}
+
+}  // namespace
+
+Result<CudaFacts> cuda_facts() {
+  const Result<cuda::Driver>& driver = cuda::Driver::get();
+  if (!driver) return driver.status();
+  CudaFacts facts;
+  facts.driver_version = driver.value().version;
+  facts.runtime_version = CUDART_VERSION;
+  int count = 0;
+  KVTIER_RETURN_IF_ERROR(cuda::to_status("cudaGetDeviceCount", cudaGetDeviceCount(&count)));
+  for (int ordinal = 0; ordinal < count; ++ordinal) {
+    Result<GpuFacts> gpu = facts_of(ordinal);
+    if (!gpu) return gpu.status();
+    facts.gpus.push_back(std::move(*gpu));
+  }
+  return facts;
+}
+
+}  // namespace kvtier
+
+#endif
