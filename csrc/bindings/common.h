@@ -97,5 +97,6 @@ void bind_simulated(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_ranks(py::module_& m);
 void bind_bench(py::module_& m);
+void bind_cuda(py::module_& m);
 
 }  // namespace kvtier::bindings

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_core, m) {
   bind_engine(m);
   bind_ranks(m);
   bind_bench(m);
+  bind_cuda(m);
 }
 
 }  // namespace kvtier::bindings

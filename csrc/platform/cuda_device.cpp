@@ -10,6 +10,7 @@ Status no_cuda() { return Status::unsupported("no CUDA device: this build of kvt
 }  // namespace
 
 Result<CudaFacts> cuda_facts() { return no_cuda(); }
+Result<int> cuda_ordinal_of(const void*) { return no_cuda(); }
 Result<std::unique_ptr<Device>> make_cuda_device(const CudaOptions&) { return no_cuda(); }
 Result<std::unique_ptr<CudaBench>> CudaBench::create(const CudaOptions&) { return no_cuda(); }
 

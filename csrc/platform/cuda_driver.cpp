@@ -57,7 +57,8 @@ Result<Driver> open_driver() {
       !resolve(get, "cuDevicePrimaryCtxRelease", kBase, driver.primary_release) ||
       !resolve(get, "cuCtxPushCurrent", kBase, driver.push) ||
       !resolve(get, "cuCtxPopCurrent", kBase, driver.pop) ||
-      !resolve(get, "cuMemGetAddressRange", kBase, driver.address_range)) {
+      !resolve(get, "cuMemGetAddressRange", kBase, driver.address_range) ||
+      !resolve(get, "cuPointerGetAttribute", kBase, driver.pointer_attribute)) {
     return no_driver("the NVIDIA driver lacks functions of CUDA 12.0");
   }
   // The version asked for decides the signature; a driver that lacks it leaves the path out.

@@ -37,6 +37,7 @@ struct Driver {
   CUresult (*push)(CUcontext) = nullptr;
   CUresult (*pop)(CUcontext*) = nullptr;
   CUresult (*address_range)(CUdeviceptr*, std::size_t*, CUdeviceptr) = nullptr;
+  CUresult (*pointer_attribute)(void*, CUpointer_attribute, CUdeviceptr) = nullptr;
   // At most one of the two is there.
   BatchWithFailIndex batch_with_fail_index = nullptr;
   BatchWithoutFailIndex batch_without_fail_index = nullptr;

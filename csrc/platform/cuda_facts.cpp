@@ -62,6 +62,17 @@ Result<CudaFacts> cuda_facts() {
   return facts;
 }
 
+Result<int> cuda_ordinal_of(const void* memory) {
+  const Result<cuda::Driver>& driver = cuda::Driver::get();
+  if (!driver) return driver.status();
+  int ordinal = 0;
+  if (driver.value().pointer_attribute(&ordinal, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+                                       reinterpret_cast<CUdeviceptr>(memory)) != CUDA_SUCCESS) {
+    return Status::invalid_argument("the driver does not know the memory as a GPU's");
+  }
+  return ordinal;
+}
+
 }  // namespace kvtier
 
 #endif

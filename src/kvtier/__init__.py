@@ -4,7 +4,7 @@ No prefix is computed twice: blocks that a server evicts are copied down, looked
 tokens, and copied back asynchronously. Importing this package needs NumPy and no GPU.
 """
 
-from kvtier.arrays import RawTensor
+from kvtier.arrays import GpuMemory, RawTensor
 from kvtier.config import Config, parse_size
 from kvtier.engine import (
     BlockOutcome,
@@ -49,6 +49,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "FlushResult",
+    "GpuMemory",
     "HostClassStats",
     "InternalError",
     "KVLayout",

@@ -18,6 +18,7 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
+COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
 
 def parse_size(value: int | str, key: str = "size") -> int:
@@ -62,6 +63,10 @@ class Config:
         world_size: Ranks on this host that share one cache, each with its part of every block.
         copy_threads: Threads of the CPU device, None for the default.
         chunk: The arena is prefaulted and registered in chunks of this size.
+        gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
+        gpu_copy_sms: Multiprocessors that a copy kernel may use.
+        gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
+        gpu_load_rate: The same for loads.
     """
 
     groups: Sequence[KVLayout]
@@ -71,6 +76,10 @@ class Config:
     world_size: int = 1
     copy_threads: int | None = None
     chunk: int | str = "128MiB"
+    gpu_copy_path: str = "auto"
+    gpu_copy_sms: int = 8
+    gpu_store_rate: int | str | None = None
+    gpu_load_rate: int | str | None = None
 
     def __post_init__(self) -> None:
         groups = _checked_groups(self.groups)
@@ -94,6 +103,10 @@ class Config:
                 f"host is {self.host!r}; allowed: at least one block of every group, {one_of_each} bytes"
             )
         parse_size(self.chunk, "chunk")
+        if self.gpu_copy_path not in COPY_PATHS:
+            raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
+        check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
+        self.gpu_store_bytes_per_second, self.gpu_load_bytes_per_second  # noqa: B018 - they check
 
     @property
     def host_bytes(self) -> int:
@@ -104,6 +117,16 @@ class Config:
     def chunk_bytes(self) -> int:
         """Size of a chunk in bytes."""
         return parse_size(self.chunk, "chunk")
+
+    @property
+    def gpu_store_bytes_per_second(self) -> int | None:
+        """What stores from a GPU may take; None: no limit."""
+        return None if self.gpu_store_rate is None else parse_size(self.gpu_store_rate, "gpu_store_rate")
+
+    @property
+    def gpu_load_bytes_per_second(self) -> int | None:
+        """What loads into a GPU may take; None: no limit."""
+        return None if self.gpu_load_rate is None else parse_size(self.gpu_load_rate, "gpu_load_rate")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> "Config":
@@ -187,7 +210,7 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
     return tuple(groups)
 
 
-_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads")
+_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "gpu_copy_sms")
 
 
 def _integer(key: str, text: str) -> int:

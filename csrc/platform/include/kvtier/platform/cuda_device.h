@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,10 @@ struct CudaFacts {
 // What there is. Makes no context. Errors: unsupported: a build without CUDA, no driver, too old a driver, or
 // no GPU.
 Result<CudaFacts> cuda_facts();
+
+// Which GPU's memory a framework's pointer is. Errors: unsupported as above; invalid_argument for memory that no
+// GPU of this process has.
+Result<int> cuda_ordinal_of(const void* memory);
 
 // Blocks: for tens of milliseconds when it has to calibrate. Errors: unsupported as above, invalid_argument
 // for an ordinal that is not there or an option out of range, device for what the driver refuses.
