@@ -1,4 +1,4 @@
-// Whether there is a GPU to test on. With KVTIER_REQUIRE_GPU set its absence is a failure, not a skip: the
+// Whether there is a GPU to test on. With REQUIRE_GPU set its absence is a failure, not a skip: the
 // suite of a GPU machine must not pass because it ran nothing.
 #pragma once
 
@@ -18,7 +18,7 @@ inline std::optional<std::string> gpu_missing() {
     if (facts) return std::nullopt;
     return facts.status().message();
   }();
-  if (why && std::getenv("KVTIER_REQUIRE_GPU") != nullptr) ADD_FAILURE() << *why;
+  if (why && std::getenv("REQUIRE_GPU") != nullptr) ADD_FAILURE() << *why;
   return why;
 }
 
