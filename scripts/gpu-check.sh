@@ -8,7 +8,7 @@
 # Environment: COMMIT names the commit where this is no git checkout, RESULTS the folder of the results, PYTHON
 # the interpreter, CUDA_ARCHITECTURES what to compile for (default: the GPU that is here).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 python=${PYTHON:-python3}
 results=${RESULTS:-benchmarks/results}
