@@ -49,8 +49,8 @@ CudaOptions options_of(int ordinal, const std::optional<std::string>& path, unsi
   options.store_limit = store_limit;
   options.load_limit = load_limit;
   if (calibration != "cached" && calibration != "fresh" && calibration != "none") {
-    throw StatusError{Status::invalid_argument("calibration '" + calibration +
-                                               "': must be cached, fresh or none")};
+    throw StatusError{
+        Status::invalid_argument("calibration '" + calibration + "': must be cached, fresh or none")};
   }
   options.calibration = calibration == "cached"  ? CalibrationUse::cached
                         : calibration == "fresh" ? CalibrationUse::fresh
@@ -98,8 +98,8 @@ py::tuple time(const Bench& bench, const RunArray& stores, const RunArray& loads
 py::array_t<std::uint8_t> host_memory(const Bench& bench, std::size_t bytes) {
   std::byte* memory = take(without_gil([&] { return bench->host_memory(bytes); }));
   const py::capsule owner(new Bench(bench), [](void* kept) { delete static_cast<Bench*>(kept); });
-  return py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes),
-                                   reinterpret_cast<std::uint8_t*>(memory), owner);
+  return py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes), reinterpret_cast<std::uint8_t*>(memory),
+                                   owner);
 }
 
 std::vector<std::string> path_names(CopyPaths paths) {
@@ -178,8 +178,7 @@ void bind_cuda(py::module_& m) {
       [](int ordinal, const std::optional<std::string>& path, unsigned max_sms,
          std::optional<std::uint64_t> store_limit, std::optional<std::uint64_t> load_limit,
          const std::string& calibration) {
-        const CudaOptions options =
-            options_of(ordinal, path, max_sms, store_limit, load_limit, calibration);
+        const CudaOptions options = options_of(ordinal, path, max_sms, store_limit, load_limit, calibration);
         return std::shared_ptr<Device>(take(without_gil([&] { return make_cuda_device(options); })));
       },
       py::kw_only(), py::arg("ordinal"), py::arg("path"), py::arg("max_sms"), py::arg("store_limit"),

@@ -24,10 +24,10 @@ class Bench final : public CudaBench {
   explicit Bench(std::unique_ptr<CudaDevice> device) : device_(std::move(device)) {}
 
   Status start() {
-    for (std::optional<OwnedStream>* stream : {&store_stream_, &load_stream_}) {
+    for (auto [stream, handle] : {std::pair{&store_owner_, &store_stream_}, {&load_owner_, &load_stream_}}) {
       Result<OwnedStream> made = OwnedStream::create(*device_);
       if (!made) return made.status();
-      stream->emplace(std::move(*made));
+      *handle = stream->emplace(std::move(*made)).handle();
     }
     return decode_.prepare(kDecodeSeconds);
   }
@@ -44,7 +44,7 @@ class Bench final : public CudaBench {
   Status fill_device(std::byte* begin, std::byte value, std::size_t bytes) override {
     const Scope scope(*device_->context());
     KVTIER_RETURN_IF_ERROR(scope.status());
-    const cudaStream_t stream = native_stream(load_stream_->handle());
+    const cudaStream_t stream = native_stream(load_stream_);
     KVTIER_RETURN_IF_ERROR(
         cuda::to_status("cudaMemset", cudaMemsetAsync(begin, static_cast<int>(value), bytes, stream)));
     return cuda::to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream));
@@ -52,7 +52,7 @@ class Bench final : public CudaBench {
   Status read_device(std::byte* to, const std::byte* from, std::size_t bytes) override {
     const Scope scope(*device_->context());
     KVTIER_RETURN_IF_ERROR(scope.status());
-    const cudaStream_t stream = native_stream(store_stream_->handle());
+    const cudaStream_t stream = native_stream(store_stream_);
     KVTIER_RETURN_IF_ERROR(
         cuda::to_status("cudaMemcpy", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream)));
     return cuda::to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream));
@@ -63,16 +63,17 @@ class Bench final : public CudaBench {
 
  private:
   Status submit(std::span<const CopyRun> runs, Direction direction, std::optional<CopyPath> path) {
-    const StreamHandle stream =
-        direction == Direction::store ? store_stream_->handle() : load_stream_->handle();
+    const StreamHandle stream = direction == Direction::store ? store_stream_ : load_stream_;
     return path ? device_->copy_by(stream, runs, direction, *path) : device_->copy(stream, runs, direction);
   }
 
   std::unique_ptr<CudaDevice> device_;
   Scratch scratch_{*device_};
   DecodeLoad decode_{*device_, scratch_};
-  std::optional<OwnedStream> store_stream_;
-  std::optional<OwnedStream> load_stream_;
+  std::optional<OwnedStream> store_owner_;
+  std::optional<OwnedStream> load_owner_;
+  StreamHandle store_stream_{0};
+  StreamHandle load_stream_{0};
 };
 
 Result<CudaBench::Timing> Bench::time(std::span<const CopyRun> stores, std::span<const CopyRun> loads,
@@ -88,7 +89,7 @@ Result<CudaBench::Timing> Bench::time(std::span<const CopyRun> stores, std::span
     KVTIER_RETURN_IF_ERROR(event->create(device_->context()));
   Timing timing;
   if (beside == Beside::decode) KVTIER_RETURN_IF_ERROR(decode_.launch());
-  KVTIER_RETURN_IF_ERROR(begin.record(native_stream(load_stream_->handle())));
+  KVTIER_RETURN_IF_ERROR(begin.record(native_stream(load_stream_)));
   const auto submission = std::chrono::steady_clock::now();
   // The directions take turns, as two requests of a server would.
   for (std::size_t at = 0; at < std::max(stores.size(), loads.size()); at += runs_per_batch) {
@@ -104,8 +105,8 @@ Result<CudaBench::Timing> Bench::time(std::span<const CopyRun> stores, std::span
   timing.submit_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - submission).count();
   for (const auto& [stream, end] : {std::pair{&store_stream_, &store_end}, {&load_stream_, &load_end}}) {
-    KVTIER_RETURN_IF_ERROR(cuda::cover(*device_, (*stream)->handle()));
-    KVTIER_RETURN_IF_ERROR(end->record(native_stream((*stream)->handle())));
+    KVTIER_RETURN_IF_ERROR(cuda::cover(*device_, *stream));
+    KVTIER_RETURN_IF_ERROR(end->record(native_stream(*stream)));
   }
   if (!stores.empty()) {
     Result<double> seconds = store_end.seconds_since(begin);

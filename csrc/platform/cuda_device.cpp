@@ -50,7 +50,7 @@ CudaEvent& own(Event& event, const CudaDevice* device) {
 }
 
 cudaStream_t native(StreamHandle handle) {
-  return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(handle));
+  return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(handle));  // NOLINT: a native handle
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ class Scratch {
 };
 
 inline cudaStream_t native_stream(StreamHandle handle) {
-  return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(handle));
+  return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(handle));  // NOLINT: a native handle
 }
 
 // Makes the native stream itself cover all copies that were given to it (the staged path uses another).

@@ -70,8 +70,8 @@ struct CudaFacts {
 // no GPU.
 Result<CudaFacts> cuda_facts();
 
-// Which GPU's memory a framework's pointer is. Errors: unsupported as above; invalid_argument for memory that no
-// GPU of this process has.
+// Which GPU's memory a framework's pointer is. Errors: unsupported as above; invalid_argument for memory that
+// no GPU of this process has.
 Result<int> cuda_ordinal_of(const void* memory);
 
 // Blocks: for tens of milliseconds when it has to calibrate. Errors: unsupported as above, invalid_argument
