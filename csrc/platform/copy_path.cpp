@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <sstream>
@@ -107,9 +106,13 @@ CopyPath choose_path(const Calibration& calibration, CopyPaths available, Direct
   const PathScore* best = nullptr;
   for (const PathScore& score : calibration.scores) {
     if (score.direction != direction || !available.has(score.path)) continue;
-    const double nearer =
-        best == nullptr ? -1 : distance(score.run_bytes, run_bytes) - distance(best->run_bytes, run_bytes);
-    if (nearer < 0 || (nearer == 0 && worth(score) > worth(*best))) best = &score;
+    if (best == nullptr) {
+      best = &score;
+      continue;
+    }
+    const double mine = distance(score.run_bytes, run_bytes);
+    const double its = distance(best->run_bytes, run_bytes);
+    if (mine < its || (mine == its && worth(score) > worth(*best))) best = &score;
   }
   return best != nullptr ? best->path : default_path(available, run_bytes);
 }

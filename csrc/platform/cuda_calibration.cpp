@@ -8,7 +8,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <random>
 #include <sstream>
 #include <system_error>
 
@@ -53,7 +52,7 @@ class Calibrator {
   Status prepare() {
     Result<OwnedStream> stream = OwnedStream::create(device_);
     if (!stream) return stream.status();
-    stream_.emplace(std::move(*stream));
+    stream_ = owner_.emplace(std::move(*stream)).handle();
     for (auto [place, bytes] : {std::pair{&source_, kTimedBytes}, std::pair{&back_, kTimedBytes}}) {
       Result<std::byte*> memory = scratch_.host_memory(bytes);
       if (!memory) return memory.status();
@@ -62,27 +61,26 @@ class Calibrator {
     Result<std::byte*> pages = scratch_.device_memory(kTimedBytes);
     if (!pages) return pages.status();
     pages_ = *pages;
-    std::mt19937_64 random(1);
+    std::uint64_t word = 1;  // Knuth's MMIX generator: no two words of the scratch memory alike
     for (std::size_t i = 0; i < kCheckBytes; i += sizeof(std::uint64_t)) {
-      const std::uint64_t word = random();
+      word = word * 6364136223846793005U + 1442695040888963407U;
       std::memcpy(source_ + i, &word, sizeof word);
     }
     return decode_.prepare(kDecodeSeconds);
   }
 
   Status copy(std::byte* host, std::size_t run_bytes, std::size_t bytes, Direction direction, CopyPath path) {
-    return device_.copy_by(stream_->handle(),
-                           scattered_runs(host, pages_, run_bytes, bytes / run_bytes, direction), direction,
-                           path);
+    return device_.copy_by(stream_, scattered_runs(host, pages_, run_bytes, bytes / run_bytes, direction),
+                           direction, path);
   }
   Status finish() {
-    KVTIER_RETURN_IF_ERROR(cover(device_, stream_->handle()));
-    return to_status("cudaStreamSynchronize", cudaStreamSynchronize(native_stream(stream_->handle())));
+    KVTIER_RETURN_IF_ERROR(cover(device_, stream_));
+    return to_status("cudaStreamSynchronize", cudaStreamSynchronize(native_stream(stream_)));
   }
   Status poison() {
     std::memset(back_, 0xee, kCheckBytes);
-    KVTIER_RETURN_IF_ERROR(to_status(
-        "cudaMemset", cudaMemsetAsync(pages_, 0xdd, kCheckBytes, native_stream(stream_->handle()))));
+    KVTIER_RETURN_IF_ERROR(
+        to_status("cudaMemset", cudaMemsetAsync(pages_, 0xdd, kCheckBytes, native_stream(stream_))));
     return finish();
   }
 
@@ -124,12 +122,12 @@ class Calibrator {
     TimingEvent end;
     KVTIER_RETURN_IF_ERROR(begin.create(device_.context()));
     KVTIER_RETURN_IF_ERROR(end.create(device_.context()));
-    const cudaStream_t stream = native_stream(stream_->handle());
+    const cudaStream_t stream = native_stream(stream_);
     KVTIER_RETURN_IF_ERROR(finish());
     KVTIER_RETURN_IF_ERROR(decode_.launch());
     KVTIER_RETURN_IF_ERROR(begin.record(stream));
     KVTIER_RETURN_IF_ERROR(copy(back_, score.run_bytes, kTimedBytes, score.direction, score.path));
-    KVTIER_RETURN_IF_ERROR(cover(device_, stream_->handle()));
+    KVTIER_RETURN_IF_ERROR(cover(device_, stream_));
     KVTIER_RETURN_IF_ERROR(end.record(stream));
     Result<double> taken = end.seconds_since(begin);
     if (!taken) return taken.status();
@@ -145,7 +143,8 @@ class Calibrator {
   CudaDevice& device_;
   Scratch scratch_{device_};
   DecodeLoad decode_;
-  std::optional<OwnedStream> stream_;
+  std::optional<OwnedStream> owner_;
+  StreamHandle stream_{0};
   std::byte* source_ = nullptr;
   std::byte* back_ = nullptr;
   std::byte* pages_ = nullptr;

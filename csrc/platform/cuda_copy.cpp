@@ -162,7 +162,7 @@ Status CudaDevice::submit(Stream& stream, std::span<const CopyRun> runs, Directi
                            options_.max_sms);
     case CopyPath::bulk: {
       std::vector<MappedRun> mapped = regions_.mapped(runs, direction);
-      const auto rest = std::stable_partition(mapped.begin(), mapped.end(), suits_bulk);
+      const auto rest = std::partition(mapped.begin(), mapped.end(), suits_bulk);
       KVTIER_RETURN_IF_ERROR(
           submit_kernel(stream.native, {mapped.begin(), rest}, CopyKernel::bulk, options_.max_sms));
       return submit_kernel(stream.native, {rest, mapped.end()}, CopyKernel::lanes, options_.max_sms);

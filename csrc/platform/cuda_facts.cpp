@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <fstream>
 #include <string>
+#include <system_error>
 
 #include "cuda_driver.h"
 
@@ -40,7 +42,9 @@ Result<GpuFacts> facts_of(int ordinal) {
   const std::string width = read_line(folder + "max_link_width");
   facts.link = speed.empty() || width.empty() ? "unknown" : speed + " x" + width;
   const std::string node = read_line(folder + "numa_node");
-  if (!node.empty() && node[0] != '-') facts.numa_node = std::atoi(node.c_str());
+  int number = 0;
+  const auto [end, error] = std::from_chars(node.data(), node.data() + node.size(), number);
+  if (error == std::errc() && end != node.data() && number >= 0) facts.numa_node = number;  // -1: not known
   return facts;
 }
 

@@ -52,7 +52,7 @@ Status cover(CudaDevice& device, StreamHandle stream) {
 Status DecodeLoad::prepare(double seconds) {
   Result<OwnedStream> stream = OwnedStream::create(device_);
   if (!stream) return stream.status();
-  stream_.emplace(std::move(*stream));
+  stream_ = owner_.emplace(std::move(*stream)).handle();
   Result<std::byte*> memory = scratch_.device_memory(kBytes);
   if (!memory) return memory.status();
   memory_ = *memory;
@@ -64,7 +64,7 @@ Status DecodeLoad::prepare(double seconds) {
   KVTIER_RETURN_IF_ERROR(begin_.create(device_.context()));
   KVTIER_RETURN_IF_ERROR(end_.create(device_.context()));
   KVTIER_RETURN_IF_ERROR(
-      to_status("cudaMemset", cudaMemsetAsync(memory_, 7, kBytes, native_stream(stream_->handle()))));
+      to_status("cudaMemset", cudaMemsetAsync(memory_, 7, kBytes, native_stream(stream_))));
   passes_ = 8;
   Result<double> once = run();
   if (once) once = run();  // the first warmed up
@@ -83,7 +83,7 @@ Status DecodeLoad::prepare(double seconds) {
 }
 
 Status DecodeLoad::launch() {
-  const cudaStream_t stream = native_stream(stream_->handle());
+  const cudaStream_t stream = native_stream(stream_);
   KVTIER_RETURN_IF_ERROR(begin_.record(stream));
   KVTIER_RETURN_IF_ERROR(to_status(
       "the decode kernel", launch_decode(stream, memory_, kBytes, passes_, device_.num_sms(), sink_)));

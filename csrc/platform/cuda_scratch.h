@@ -82,7 +82,8 @@ class DecodeLoad {
   Result<double> run();
   CudaDevice& device_;
   Scratch& scratch_;
-  std::optional<OwnedStream> stream_;
+  std::optional<OwnedStream> owner_;
+  StreamHandle stream_{0};
   TimingEvent begin_;
   TimingEvent end_;
   std::byte* memory_ = nullptr;
