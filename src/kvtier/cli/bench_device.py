@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Runs the benchmark into `report`."""
     rate = kvtier.parse_size(args.rate, "--rate")
-    if args.mib < 64 or args.sms < 1:
-        raise ConfigError(f"--mib {args.mib} --sms {args.sms}: at least 64 MiB and one SM")
+    if args.mib < 8 or args.sms < 1:
+        raise ConfigError(f"--mib {args.mib} --sms {args.sms}: at least 8 MiB and one SM")
     facts = cuda_facts()
     if not 0 <= args.gpu < len(facts.gpus):
         raise ConfigError(f"--gpu {args.gpu}; allowed: 0 to {len(facts.gpus) - 1}")

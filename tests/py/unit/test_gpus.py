@@ -1,16 +1,20 @@
 """What of the CUDA device can be promised without a GPU."""
 
+import argparse
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvtier
-from kvtier import Config, ConfigError, KVLayout, UnsupportedError
-from kvtier.cli import main
+from kvtier import Config, ConfigError, KVLayout, UnsupportedError, gpus
+from kvtier.cli import bench_device, main
 from kvtier.cli.bench_device import LAYOUTS, SHAPES, page_runs, result_file_name, rows_at
+from kvtier.cli.results import Report, problems
 from kvtier.config import COPY_PATHS
 from kvtier.gpus import copy_paths, cuda_facts
 
@@ -95,6 +99,67 @@ def test_the_70b_rank_has_runs_of_4_kib() -> None:
     assert runs["llama-3.1-70b-tp8"] == 4096
     assert runs["llama-3.1-8b"] == 32768
     assert runs["deepseek-v3-mla"] == 16 * 576 * 2
+
+
+class StandIn:
+    """A GPU that is host memory and copies by memmove; `broken` loses the last byte of every run."""
+
+    def __init__(self, *, broken: bool) -> None:
+        self.lost = int(broken)
+        self.kept: list[Any] = []
+
+    def host_memory(self, size: int) -> Any:
+        self.kept.append(np.zeros(size, np.uint8))
+        return self.kept[-1]
+
+    def device_memory(self, size: int) -> int:
+        return int(self.host_memory(size).ctypes.data)
+
+    def fill_device(self, begin: int, value: int, size: int) -> None:
+        ctypes.memset(begin, value, size)
+
+    def read_device(self, begin: int, size: int) -> Any:
+        return np.frombuffer(ctypes.string_at(begin, size), np.uint8)
+
+    def time(self, *, stores: Any, loads: Any, **_: Any) -> tuple[float, float, float]:
+        for to, of, size in (*stores.tolist(), *loads.tolist()):
+            ctypes.memmove(to, of, size - self.lost)
+        return 1e-3, 1e-4, 1e-3
+
+    def decode_alone(self) -> float:
+        return 1e-3
+
+    def paths(self) -> list[str]:
+        return ["plain", "merged"]
+
+    def chosen(self, direction: str, run_bytes: int) -> str:
+        return "plain"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_benchmark_reports_every_name_once_and_no_figure_of_wrong_bytes(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    gpu = gpus.Gpu(0, "Stand-in", 90, 132, 1 << 30, "0000:00:00.0", "unknown", None)
+    monkeypatch.setattr(bench_device, "cuda_facts", lambda: gpus.CudaFacts(13000, 13000, (gpu,)))
+    monkeypatch.setattr(bench_device, "device_bench", lambda *_, **__: StandIn(broken=broken))
+    monkeypatch.setattr(bench_device, "LIMIT_BYTES", 1 << 20)
+    args = argparse.Namespace(gpu=0, mib=8, sms=8, rate="1GB", rounds=1, seed=1)
+    report = Report("bench device")
+    bench_device.measure(args, report)
+    assert problems(report.document()) == []
+    assert report.checks == {"bytes": not broken}
+    names = {result.name for result in report.results}
+    assert {"limit/both", "decode_slowdown/both/limited", "decode_rate/load/free"} <= names
+    reported = {
+        f"{shape.name}/{layout}/{direction}/{path}{end}"
+        for shape in SHAPES
+        for layout in LAYOUTS
+        for direction in ("store", "load")
+        for path in ("calibrated", "plain", "merged")
+        for end in ("", "/submit")
+    }
+    assert (reported & names) == (set() if broken else reported)
 
 
 def test_rows_are_found_by_their_address() -> None:
