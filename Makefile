@@ -8,7 +8,7 @@ cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # Folders too: their times change when a file comes or goes.
 native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
 
-.PHONY: help setup build demo test test-cpp test-py test-deep asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench wheel clean
+.PHONY: help setup build demo test test-cpp test-py test-deep asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench gpu-check offline-deps wheel clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -53,6 +53,11 @@ format: setup  ## formats Python and C++ in place
 bench: build  ## the benchmarks that need no GPU, each beside this machine's own limit
 	kvtier bench index
 	kvtier bench copy
+
+gpu-check:  ## on a machine with a GPU, network or none: builds, GPU tests, GPU benchmarks into benchmarks/results/
+	scripts/gpu-check.sh
+offline-deps:  ## the libraries that gpu-check needs where there is no network, into build/offline-deps
+	scripts/offline-deps.sh
 
 wheel: setup  ## a wheel, into dist/
 	pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

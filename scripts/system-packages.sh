@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs the system packages that the build and the C++ tests need, if any is missing. Each line of `needs`
 # is a Debian package and the header or command that shows it is there (so other distributions pass as well).
+# With --libraries it only prints the packages that are libraries, one a line (scripts/offline-deps.sh).
 set -euo pipefail
 
 needs="
@@ -12,6 +13,11 @@ liburing-dev      header:liburing.h
 liblmdb-dev       header:lmdb.h
 libxxhash-dev     header:xxhash.h
 "
+
+if [ "${1:-}" = --libraries ]; then
+  awk '$2 ~ /^header:/ { print $1 }' <<<"$needs"
+  exit 0
+fi
 
 has() {
   case "$1" in

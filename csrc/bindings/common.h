@@ -101,5 +101,6 @@ void bind_ranks(py::module_& m);
 void bind_simulated_drive(py::module_& m);
 void bind_bench(py::module_& m);
 void bind_bench_disk(py::module_& m);
+void bind_cuda(py::module_& m);
 
 }  // namespace kvtier::bindings

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_core, m) {
   bind_simulated_drive(m);
   bind_bench(m);
   bind_bench_disk(m);
+  bind_cuda(m);
 }
 
 }  // namespace kvtier::bindings

@@ -24,6 +24,7 @@ py::dict stats_dict(const EngineStats& s) {
     of_disk["classes"] = classes(disk.classes);
 #define KVTIER_FIELD(name) of_disk[#name] = disk.name
     KVTIER_FIELD(path);
+    KVTIER_FIELD(store);
     KVTIER_FIELD(capacity_bytes);
     KVTIER_FIELD(allocated_bytes);
     KVTIER_FIELD(bytes_read);
@@ -47,6 +48,7 @@ py::dict stats_dict(const EngineStats& s) {
     KVTIER_FIELD(opened_from);
     KVTIER_FIELD(queue);
     KVTIER_FIELD(queue_problem);
+    KVTIER_FIELD(growth);
     KVTIER_FIELD(health);
     KVTIER_FIELD(catalog_health);
 #undef KVTIER_FIELD

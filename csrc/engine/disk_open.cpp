@@ -68,6 +68,7 @@ Status EngineImpl::open_disks() {
   std::uint64_t capacity_bytes = 0;
   for (std::size_t d = 0; d < disks.size(); ++d) {
     const auto volume = static_cast<std::uint32_t>(opened.size());
+    std::string store_name;
     Result<SlotStore::Opened> store = [&]() -> Result<SlotStore::Opened> {
       Result<std::unique_ptr<StoreDirectory>> directory =
           StoreDirectory::open(disks[d].path, disks[d].capacity_bytes);
@@ -78,6 +79,7 @@ Status EngineImpl::open_disks() {
       Result<std::unique_ptr<StoreLease>> lease =
           (*directory)->acquire(config_.disk.fingerprint, strides, config_.disk.second_process);
       if (!lease) return lease.status();
+      store_name = (*lease)->name();
       return SlotStore::open(std::move(*lease), std::move(options),
                              [this, volume](const CatalogRecord& found) {
                                contained([&] { restore_blocks(volume, {&found, 1}); });
@@ -98,6 +100,7 @@ Status EngineImpl::open_disks() {
     capacity_bytes += disks[d].capacity_bytes;
     OpenedDisk next;
     next.volume.path = disks[d].path;
+    next.volume.store_name = std::move(store_name);
     next.volume.store = std::move(store->store);
     next.volume.report = std::move(store->report);
     next.classes = disk_classes(config_, disks[d].capacity_bytes);
@@ -232,6 +235,7 @@ void EngineImpl::add_disk_stats(EngineStats& stats) {
     const StoreStats store = volume.store->stats();
     DiskStats disk;
     disk.path = volume.path;
+    disk.store = volume.store_name;
     for (std::size_t c = 0; c < disk_->index.classes_per_volume(); ++c) {
       const SlotPool& slots = disk_->index.slots(v * disk_->index.classes_per_volume() + c);
       const SlotPool::Counts counts = slots.counts();
@@ -263,6 +267,7 @@ void EngineImpl::add_disk_stats(EngineStats& stats) {
     if (!volume.report.why_rebuilt.empty()) disk.opened_from += ": " + volume.report.why_rebuilt;
     disk.queue = volume.report.queue;
     disk.queue_problem = volume.report.queue_problem;
+    disk.growth = store.growth;
     disk.health = store.health;
     disk.catalog_health = store.catalog_health;
     stats.disks.push_back(std::move(disk));

@@ -82,6 +82,7 @@ class WriteBudget {
 struct DiskTier {
   struct Volume {
     std::string path;
+    std::string store_name;
     std::unique_ptr<SlotStore> store;
     OpenReport report;
     std::uint32_t writing = 0;  // write-backs under way

@@ -4,7 +4,7 @@ No prefix is computed twice: blocks that a server evicts are copied down, looked
 tokens, and copied back asynchronously. Importing this package needs NumPy and no GPU.
 """
 
-from kvtier.arrays import RawTensor
+from kvtier.arrays import GpuMemory, RawTensor
 from kvtier.config import Config, Disk, parse_size
 from kvtier.engine import (
     BlockOutcome,
@@ -52,6 +52,7 @@ __all__ = [
     "DiskStats",
     "Engine",
     "FlushResult",
+    "GpuMemory",
     "InternalError",
     "KVLayout",
     "KVTierError",

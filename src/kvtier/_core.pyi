@@ -11,6 +11,7 @@ import typing
 
 __all__: list[str] = [
     "Clock",
+    "CudaBench",
     "Device",
     "DisableOrdering",
     "Engine",
@@ -27,7 +28,11 @@ __all__: list[str] = [
     "arena_of",
     "chain_keys",
     "copy_limit",
+    "copy_paths",
     "cpu_device",
+    "cuda_device",
+    "cuda_facts",
+    "cuda_ordinal_of",
     "fault_calls",
     "faulty_device",
     "faulty_memory",
@@ -310,6 +315,45 @@ class RankWorker:
     ) -> Ticket: ...
     def take_ended(self) -> list[tuple[int, tuple[str, int, str], bool]]: ...
 
+class CudaBench:
+    def __init__(
+        self,
+        *,
+        ordinal: typing.SupportsInt | typing.SupportsIndex,
+        path: str | None,
+        max_sms: typing.SupportsInt | typing.SupportsIndex,
+        store_limit: typing.SupportsInt | typing.SupportsIndex | None,
+        load_limit: typing.SupportsInt | typing.SupportsIndex | None,
+        calibration: str,
+    ) -> None: ...
+    def chosen(self, direction: str, run_bytes: typing.SupportsInt | typing.SupportsIndex) -> str: ...
+    def decode_alone(self) -> float: ...
+    def device_memory(self, bytes: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    def fill_device(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        value: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def host_memory(
+        self, bytes: typing.SupportsInt | typing.SupportsIndex
+    ) -> numpy.typing.NDArray[numpy.uint8]: ...
+    def paths(self) -> list[str]: ...
+    def read_device(
+        self,
+        begin: typing.SupportsInt | typing.SupportsIndex,
+        bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> numpy.typing.NDArray[numpy.uint8]: ...
+    def time(
+        self,
+        *,
+        stores: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        loads: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        runs_per_batch: typing.SupportsInt | typing.SupportsIndex,
+        path: str | None,
+        beside: str,
+    ) -> tuple: ...
+
 def arena_of(engine: Engine) -> dict: ...
 def chain_keys(
     parent: bytes,
@@ -334,11 +378,27 @@ def copy_limit(
     Seconds that a plain contiguous copy takes: by 'memcpy' (the C library's) or 'streaming' (non-temporal).
     """
 
+def copy_paths() -> list[str]: ...
 def cpu_device(copy_threads: typing.SupportsInt | typing.SupportsIndex) -> Device:
     """
     A CPU device; copy_threads 0 is the default number.
     """
 
+def cuda_device(
+    *,
+    ordinal: typing.SupportsInt | typing.SupportsIndex,
+    path: str | None,
+    max_sms: typing.SupportsInt | typing.SupportsIndex,
+    store_limit: typing.SupportsInt | typing.SupportsIndex | None,
+    load_limit: typing.SupportsInt | typing.SupportsIndex | None,
+    calibration: str,
+) -> Device: ...
+def cuda_facts() -> dict:
+    """
+    What GPUs there are; UnsupportedError says why there is none.
+    """
+
+def cuda_ordinal_of(memory: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def fault_calls() -> list[str]: ...
 def faulty_device(inner: Device, plan: FaultPlan) -> Device: ...
 def faulty_memory(inner: HostMemory, plan: FaultPlan) -> HostMemory: ...

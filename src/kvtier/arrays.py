@@ -1,9 +1,10 @@
 """What arrays of other libraries say about their memory: pointer, shape, strides. None of them is imported.
 
-Sources: the NumPy array interface (version 3), the CUDA array interface (version 3), DLPack 1.0 through
-numpy.from_dlpack, and torch's data_ptr(), stride() and element_size(), which know every dtype.
+Sources: the NumPy and CUDA array interfaces (version 3), DLPack 1.0 (dlpack.h; on the CPU through
+numpy.from_dlpack), and torch's data_ptr(), stride() and element_size(), which know every dtype.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,17 @@ _MAX_PAGE = 2**32 - 1
 
 
 @dataclass(frozen=True)
+class GpuMemory:
+    """Says that memory is an NVIDIA GPU's.
+
+    Attributes:
+        ordinal: Which one's, as CUDA counts; None where the array does not say, and the driver is asked.
+    """
+
+    ordinal: int | None = None
+
+
+@dataclass(frozen=True)
 class RawTensor:
     """A tensor by its address, for memory that no array library describes.
 
@@ -28,7 +40,7 @@ class RawTensor:
         shape: Extent of each axis.
         strides: Bytes from one item to the next, per axis.
         itemsize: Bytes of an item.
-        device: The kvtier.testing device that has the memory; None for the host's own.
+        device: The kvtier.testing device that has the memory, or GpuMemory; None for the host's own.
     """
 
     ptr: int
@@ -45,37 +57,38 @@ def describe(tensor: Any, name: str, *, device_given: bool = False) -> RawTensor
         tensor: A RawTensor, a (ptr, shape, strides_bytes, itemsize) tuple, a torch tensor, or anything with
             __array_interface__, __cuda_array_interface__ (version 3; CuPy, Numba) or __dlpack__; writable.
         name: What messages call it.
-        device_given: The caller names the device, so that memory which is not the CPU's may be meant.
+        device_given: The caller names the device that has the memory, so what the array says is not asked.
 
     Returns:
         Its address, shape, strides in bytes and itemsize. The caller keeps `tensor` alive.
 
     Raises:
         ConfigError: Not a dense, writable tensor.
-        UnsupportedError: Its memory is on a device that this build cannot copy from.
+        UnsupportedError: Its memory is on a device that kvtier cannot copy from.
     """
     if isinstance(tensor, RawTensor):
         return tensor
     if isinstance(tensor, tuple):
         return _from_tuple(tensor, name)
-    if hasattr(tensor, "__cuda_array_interface__"):  # torch has it too, on a GPU
-        if not device_given:
-            raise _no_cuda(name)
-        return _from_interface(tensor.__cuda_array_interface__, name)
     if all(hasattr(tensor, a) for a in ("data_ptr", "stride", "element_size", "device")):
-        return _from_torch(tensor, name)
+        return _from_torch(tensor, name, device_given=device_given)
+    if hasattr(tensor, "__cuda_array_interface__"):
+        where = None if device_given else GpuMemory(_ordinal(tensor))
+        return _from_interface(tensor.__cuda_array_interface__, name, where)
     if hasattr(tensor, "__array_interface__"):
         return _from_interface(tensor.__array_interface__, name)
     if hasattr(tensor, "__dlpack__"):
-        return _from_dlpack(tensor, name)
+        return _from_dlpack(tensor, name, device_given=device_given)
     raise ConfigError(
         f"{name} is a {type(tensor).__name__}; allowed: a torch, NumPy or DLPack array, or a (ptr, shape, "
         "strides_bytes, itemsize) tuple"
     )
 
 
-def _no_cuda(name: str) -> UnsupportedError:
-    return UnsupportedError(f"{name} is in GPU memory: this build has no CUDA device yet")
+def _ordinal(tensor: Any) -> int | None:
+    """The GPU as CuPy's arrays know it (`device.id`); nothing in the interface itself says."""
+    found = getattr(getattr(tensor, "device", None), "id", None)
+    return found if isinstance(found, int) else None
 
 
 def _from_tuple(spec: tuple[Any, ...], name: str) -> RawTensor:
@@ -102,20 +115,21 @@ def _from_tuple(spec: tuple[Any, ...], name: str) -> RawTensor:
     return raw
 
 
-def _from_torch(tensor: Any, name: str) -> RawTensor:
+def _from_torch(tensor: Any, name: str, *, device_given: bool) -> RawTensor:
     kind = getattr(tensor.device, "type", str(tensor.device))
+    where = None
     if kind == "cuda":
-        raise _no_cuda(name)
-    if kind != "cpu":
-        raise UnsupportedError(f"{name} is on device {str(tensor.device)!r}; allowed: 'cpu'")
+        where = None if device_given else GpuMemory(tensor.device.index)
+    elif kind != "cpu":
+        raise UnsupportedError(f"{name} is on device {str(tensor.device)!r}; allowed: 'cpu', 'cuda'")
     if str(getattr(tensor, "layout", "torch.strided")) != "torch.strided":
         raise ConfigError(f"{name} has layout {tensor.layout}; allowed: torch.strided")
     itemsize = int(tensor.element_size())
     strides = tuple(int(stride) * itemsize for stride in tensor.stride())
-    return RawTensor(int(tensor.data_ptr()), tuple(map(int, tensor.shape)), strides, itemsize)
+    return RawTensor(int(tensor.data_ptr()), tuple(map(int, tensor.shape)), strides, itemsize, where)
 
 
-def _from_interface(interface: dict[str, Any], name: str) -> RawTensor:
+def _from_interface(interface: dict[str, Any], name: str, where: GpuMemory | None = None) -> RawTensor:
     data = interface.get("data")
     if not isinstance(data, tuple):
         raise ConfigError(f"{name} does not say where its data is")
@@ -129,15 +143,52 @@ def _from_interface(interface: dict[str, Any], name: str) -> RawTensor:
         strides = [itemsize] * len(shape)
         for axis in range(len(shape) - 2, -1, -1):
             strides[axis] = strides[axis + 1] * shape[axis + 1]
-    return RawTensor(int(ptr), shape, tuple(map(int, strides)), itemsize)
+    return RawTensor(int(ptr), shape, tuple(map(int, strides)), itemsize, where)
 
 
-def _from_dlpack(tensor: Any, name: str) -> RawTensor:
-    device_type = int(tensor.__dlpack_device__()[0])
+class _DLTensor(ctypes.Structure):
+    """DLTensor of dlpack.h; a DLManagedTensor begins with one."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def _from_gpu_dlpack(tensor: Any, name: str, where: GpuMemory | None) -> RawTensor:
+    # Stream -1: no ordering is asked for; stores and loads name their stream themselves.
+    capsule = tensor.__dlpack__(stream=-1)
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype = ctypes.c_void_p
+    pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    found = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))
+    itemsize = (found.bits * found.lanes + 7) // 8
+    shape = tuple(found.shape[i] for i in range(found.ndim))
+    interface: dict[str, Any] = {
+        "data": ((found.data or 0) + found.byte_offset, False),
+        "shape": shape,
+        "typestr": f"|V{itemsize}",
+        "strides": tuple(found.strides[i] * itemsize for i in range(found.ndim)) if found.strides else None,
+    }
+    return _from_interface(interface, name, where)
+
+
+def _from_dlpack(tensor: Any, name: str, *, device_given: bool) -> RawTensor:
+    device_type, device_id = map(int, tensor.__dlpack_device__())
     if device_type in (2, 13):  # kDLCUDA, kDLCUDAManaged
-        raise _no_cuda(name)
+        return _from_gpu_dlpack(tensor, name, None if device_given else GpuMemory(device_id))
     if device_type not in (1, 3):  # kDLCPU, kDLCUDAHost
-        raise UnsupportedError(f"{name} is on a device with DLPack type {device_type}; allowed: 1, the CPU")
+        raise UnsupportedError(
+            f"{name} is on a device with DLPack type {device_type}; allowed: 1, the CPU, and 2, CUDA"
+        )
     try:
         view = cast("npt.NDArray[Any]", np.from_dlpack(tensor))
     except (BufferError, RuntimeError, TypeError) as error:
@@ -163,12 +214,12 @@ def tensor_views(
         device_given: As for describe().
 
     Returns:
-        (pointer, axes) of each tensor, the tensors themselves, and the device of kvtier.testing that they are
-        on, None for the CPU.
+        (pointer, axes) of each tensor, the tensors themselves, and where they are: a device of
+        kvtier.testing, GpuMemory, or None for the CPU.
 
     Raises:
         ConfigError: A tensor is not what `layout` and `axes` say, or they are on different devices.
-        UnsupportedError: A tensor is on a device that this build does not have.
+        UnsupportedError: A tensor is on a device that kvtier cannot copy from.
     """
     letters = "P" + layout.page_order if axes is None else axes
     if not isinstance(letters, str):
@@ -194,7 +245,7 @@ def tensor_views(
             )
         views.append((raw.ptr, list(zip(letters, raw.shape, raw.strides, strict=True))))
         devices.append(raw.device)
-    if any(device is not devices[0] for device in devices):
+    if any(device != devices[0] for device in devices):
         raise ConfigError("tensors are on different devices; allowed: one device for each attach()")
     return views, owners, devices[0] if devices else None
 

@@ -19,6 +19,7 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
+COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
 
 def parse_size(value: int | str, key: str = "size") -> int:
@@ -112,6 +113,10 @@ class Config:
             Several, separated by commas: the first encrypts, the others only decrypt (for rotation).
         disk_queue_depth: Requests in flight on each drive.
         disk_commit_seconds: At most so long after a block was written it is durable.
+        gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
+        gpu_copy_sms: Multiprocessors that a copy kernel may use.
+        gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
+        gpu_load_rate: The same for loads.
     """
 
     groups: Sequence[KVLayout]
@@ -128,6 +133,10 @@ class Config:
     disk_key: str | None = None
     disk_queue_depth: int = 32
     disk_commit_seconds: float = 0.5
+    gpu_copy_path: str = "auto"
+    gpu_copy_sms: int = 8
+    gpu_store_rate: int | str | None = None
+    gpu_load_rate: int | str | None = None
 
     def __post_init__(self) -> None:
         groups = _checked_groups(self.groups)
@@ -152,6 +161,10 @@ class Config:
             )
         parse_size(self.chunk, "chunk")
         self._check_disk()
+        if self.gpu_copy_path not in COPY_PATHS:
+            raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
+        check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
+        self.gpu_store_bytes_per_second, self.gpu_load_bytes_per_second  # noqa: B018 - they check
 
     def _check_disk(self) -> None:
         disks: object = (self.disk,) if isinstance(self.disk, Disk) else self.disk
@@ -209,6 +222,16 @@ class Config:
     def chunk_bytes(self) -> int:
         """Size of a chunk in bytes."""
         return parse_size(self.chunk, "chunk")
+
+    @property
+    def gpu_store_bytes_per_second(self) -> int | None:
+        """What stores from a GPU may take; None: no limit."""
+        return None if self.gpu_store_rate is None else parse_size(self.gpu_store_rate, "gpu_store_rate")
+
+    @property
+    def gpu_load_bytes_per_second(self) -> int | None:
+        """What loads into a GPU may take; None: no limit."""
+        return None if self.gpu_load_rate is None else parse_size(self.gpu_load_rate, "gpu_load_rate")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> "Config":
@@ -289,7 +312,7 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
     return tuple(groups)
 
 
-_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth")
+_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "gpu_copy_sms")
 _ADMISSIONS = ("all", "second-use", "tiny-lfu")
 _SECOND_PROCESS = ("next", "refuse")
 _MAX_DISKS = 64

@@ -25,6 +25,7 @@ from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
 from kvtier.disk_keys import read_keys
 from kvtier.errors import ConfigError, KVTierError
+from kvtier.gpus import OpenGpus, located
 from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
@@ -141,6 +142,7 @@ class Engine:
         if not isinstance(config, Config):
             raise ConfigError(f"config is {config!r}; allowed: a kvtier.Config")
         self.config = config
+        self._gpus = OpenGpus(config)
         self._native = _core.Engine.open(
             groups=[group_spec(layout, config) for layout in config.groups],
             host_bytes=config.host_bytes,
@@ -164,21 +166,21 @@ class Engine:
             group: Index into Config.groups.
             axes: A letter for each dimension: P page, L layer, K part, T token, H head, D dimension.
                 Default: "P" and the layout's page_order. "PKTHD" FlashInfer NHD, "PKHTD" HND, "KPTHD" vLLM.
-            device: None: where the tensors are. Or a device of kvtier.testing.
+            device: None: where the tensors are, on the CPU or a GPU. Or a device of kvtier.testing.
 
         Returns:
             The pages. The engine keeps the tensors alive until they are detached.
 
         Raises:
             ConfigError: A tensor does not fit; the message names tensor, axis, value and what is allowed.
-            UnsupportedError: CUDA tensors; this build has no CUDA device.
+            UnsupportedError: GPU tensors, and no CUDA device; the message says what is missing.
             ClosedError: The engine is closed.
         """
         check_extent("group", group, 0, len(self.config.groups) - 1)
         layout = self.config.groups[group]
         views, owners, where = tensor_views(tensors, layout, axes, device_given=device is not None)
-        native, found = native_device(device), native_device(where)
-        pages = self._native.attach(found if native is None else native, group, views, owners)
+        native = native_device(located(where, views, self._gpus) if device is None else device)
+        pages = self._native.attach(native, group, views, owners)
         return Pages(self._native, pages, self.config.groups[group], group)
 
     def lookup(self, keys: Any) -> Match:
@@ -434,6 +436,9 @@ def stream_isa() -> str:
     """Which non-temporal stores this machine has."""
     return _core.stream_isa()
 
+
+# One slot store driven at full depth, for `kvtier bench disk`.
+DiskBench = _core.DiskBench
 
 # What kvtier.ranks needs of the core.
 NativeMoment = _core.Moment

@@ -35,11 +35,13 @@ class DiskStats:
     """One drive of the disk tier.
 
     Every `bad_` counts images that were read and did not prove to be what was looked for; all were misses.
-    `health` and `catalog_health` are "ok", or say why; a drive comes back by itself. `opened_from` is
-    "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the drive.
+    `store` is the directory below path/stores. `growth`, `health` and `catalog_health` are "ok", or say why
+    its files do not grow, it is out of service or its catalog is; a drive comes back by itself. `opened_from`
+    is "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the drive.
     """
 
     path: str
+    store: str
     classes: tuple[SlotClassStats, ...]
     capacity_bytes: int
     allocated_bytes: int
@@ -64,6 +66,7 @@ class DiskStats:
     opened_from: str
     queue: str
     queue_problem: str
+    growth: str
     health: str
     catalog_health: str
 

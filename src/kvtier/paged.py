@@ -179,7 +179,8 @@ class PagedKVCache:
         pages: instead, the caller's tensors, as `Engine.attach` takes them (all their pages are used).
         group: the cache group.
         axes: of `pages`, as in `Engine.attach`; needed for copy-on-write of tensors in another order.
-        device: torch's name of where to allocate; or a device of `kvtier.testing` on which `pages` lie.
+        device: torch's name of where to allocate, "cpu", "cuda", "cuda:1"; or a device of `kvtier.testing` on
+            which `pages` lie.
         write: "evict" stores a block to the host when its page is needed, "through" when it is committed.
         namespace: of sequences that are opened without one.
 

@@ -1,6 +1,6 @@
-"""`kvtier bench index` and `kvtier bench copy`: figures beside what the machine can do, from the same run.
+"""`kvtier bench index`, `copy` and `device`: figures beside what the machine can do, from the same run.
 
-Common to both: buffers are written once before anything is measured; every round runs all candidates in turn,
+Common to all: buffers are written once before anything is measured; every round runs all candidates in turn,
 so that what slows the machine down meets all of them; the first round warms up and does not count; figures
 are medians over the other rounds, with their extremes. Bytes are compared, and a figure whose bytes were
 wrong is not reported.
@@ -21,6 +21,9 @@ from kvtier.errors import ConfigError
 SUBJECTS = {
     "index": "lookups, keys, stores and evictions in an index of a million blocks, beside a Python dict",
     "copy": "pages to host slots and back, beside the machine's own copy of the same bytes",
+    "disk": "slots of the disk tier, written and read beside fio on the same file",
+    "reopen": "an engine's time to be ready again with what its disk tier holds",
+    "device": "a GPU's pages to host slots and back by every path, beside plain pinned copies",
 }
 
 

@@ -18,7 +18,8 @@ import kvtier
 from kvtier.cli import machine
 from kvtier.cli.results import Report, add_json_argument
 from kvtier.engine import copy_limit, stream_isa
-from kvtier.errors import KVTierError
+from kvtier.errors import KVTierError, UnsupportedError
+from kvtier.gpus import cuda_facts
 
 _OPTIONAL = {
     "torch": "kvtier demo",
@@ -56,9 +57,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _devices() -> list[Finding]:
-    nvidia = Path("/proc/driver/nvidia/version").exists()
-    text = "cpu; this build has no CUDA device"
-    return [Finding("devices", text + (", though a GPU is here" if nvidia else ""), None if nvidia else True)]
+    try:
+        facts = cuda_facts()
+    except UnsupportedError as error:
+        nvidia = Path("/proc/driver/nvidia/version").exists()  # a GPU that kvtier cannot use
+        return [Finding("devices", f"cpu; {error}", None if nvidia else True)]
+    driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in (facts.driver_version, facts.runtime_version))
+    gpus = [
+        f"cuda:{gpu.ordinal} {gpu.name} ({gpu.memory_bytes >> 30} GiB, {gpu.link}, NUMA node {gpu.numa_node})"
+        for gpu in facts.gpus
+    ]
+    text = f"cpu, {', '.join(gpus)}; driver for CUDA {driver}, built with {runtime}"
+    return [Finding("devices", text)]
 
 
 def _copies() -> list[Finding]:

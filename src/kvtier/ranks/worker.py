@@ -24,6 +24,7 @@ from kvtier.engine import (
     native_device,
 )
 from kvtier.errors import ClosedError, ConfigError, KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError
+from kvtier.gpus import OpenGpus, located
 from kvtier.keys import root_key
 from kvtier.layout import KVLayout, check_extent
 from kvtier.ranks.instruction import Instruction
@@ -102,6 +103,7 @@ class Worker:
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._cpu: Any = None
+        self._gpus = OpenGpus(config)
         self._closing = False
         self._stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -124,7 +126,7 @@ class Worker:
         self._check_open()
         check_extent("group", group, 0, len(self.config.groups) - 1)
         views, owners, where = tensor_views(tensors, self.config.groups[group], axes)
-        native = native_device(where if device is None else device)
+        native = native_device(located(where, views, self._gpus) if device is None else device)
         if native is None:
             with self._lock:
                 if self._cpu is None:

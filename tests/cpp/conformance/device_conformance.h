@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -32,6 +33,8 @@ namespace kvtier::conformance {
 class DeviceHarness {
  public:
   virtual ~DeviceHarness() = default;
+  // Why this implementation cannot be tested on this machine; nothing else is called then.
+  virtual std::optional<std::string> missing() { return std::nullopt; }
   virtual Device& device() = 0;
 
   virtual std::byte* allocate(std::size_t bytes) = 0;
@@ -153,8 +156,13 @@ class DeviceConformance : public ::testing::Test {
     return {begin, begin + bytes};
   }
 
+  void SetUp() override {
+    if (const std::optional<std::string> why = harness_.missing()) GTEST_SKIP() << *why;
+  }
+
   // Every test ends with all work completed, as the contract asks of its callers.
   void TearDown() override {
+    if (harness_.missing()) return;
     harness_.release_framework();  // a failed test may have left it held
     harness_.framework_synchronize();
     for (const OwnedStream& each : streams_) finish(each.handle());

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import kvtier
-from kvtier import Config, ConfigError, KVLayout, RawTensor, UnsupportedError
+from kvtier import Config, ConfigError, GpuMemory, KVLayout, RawTensor, UnsupportedError
+from kvtier.arrays import describe
+from kvtier.gpus import cuda_facts
 from kvtier.testing import SimulatedDevice
 
 Array = npt.NDArray[np.uint16]
@@ -147,16 +149,34 @@ def test_dlpack_arrays_and_raw_pointers_are_the_same_memory() -> None:
         store_wipe_and_load(config_of(layout, 4), [tensor], [view], None)
 
 
-class Cuda:
-    """What a CUDA tensor looks like from outside."""
+def has_gpu() -> bool:
+    try:
+        cuda_facts()
+    except UnsupportedError:
+        return False
+    return True
 
-    __cuda_array_interface__: dict[str, Any] = {}  # noqa: RUF012 - nobody writes into it
+
+class Cuda:
+    """What a CUDA array without a GPU's number looks like from outside; the memory is not a GPU's."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.__cuda_array_interface__ = {**array.__array_interface__, "stream": None}
 
 
 class CudaDLPack:
-    def __dlpack__(self) -> None: ...
+    """What a GPU array that only speaks DLPack looks like; the memory is not a GPU's."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        assert stream == -1  # asks for no ordering: store() and load() name their stream
+        return self.array.__dlpack__()
+
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
+        return (2, 3)
 
 
 def read_only() -> Array:
@@ -171,8 +191,6 @@ GOOD_SHAPE = (PAGES, 2, 4, HEADS, DIM)
 @pytest.mark.parametrize(
     ("tensors", "options", "error", "message"),
     [
-        ([Cuda()], {}, UnsupportedError, r"tensors\[0\] is in GPU memory: this build has no CUDA device yet"),
-        ([CudaDLPack()], {}, UnsupportedError, r"tensors\[0\] is in GPU memory"),
         ([torch.zeros(GOOD_SHAPE, device="meta")], {}, UnsupportedError, "'meta'"),
         ([read_only()], {}, ConfigError, r"tensors\[0\] is read-only"),
         ([fresh(GOOD_SHAPE).astype(np.float32)], {}, ConfigError, "items of 4 bytes; allowed: 2"),
@@ -201,6 +219,25 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         pytest.raises(error, match=message),
     ):
         engine.attach(tensors, **options)
+
+
+@pytest.mark.parametrize("kind", [Cuda, CudaDLPack])
+def test_gpu_tensors_without_a_gpu_are_refused_and_the_message_says_what_is_missing(kind: Any) -> None:
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    with (
+        kvtier.open(config_of(KVLayout(1, HEADS, DIM, "float16", 4), 4)) as engine,
+        pytest.raises(UnsupportedError, match="tensors are in GPU memory, but no CUDA device: "),
+    ):
+        engine.attach([kind(fresh(GOOD_SHAPE))])
+
+
+@pytest.mark.parametrize(("kind", "ordinal"), [(Cuda, None), (CudaDLPack, 3)])
+def test_gpu_arrays_are_described_as_they_lie_in_memory(kind: Any, ordinal: int | None) -> None:
+    array = fresh((4, 6, 8)).transpose(0, 2, 1)[:, 2:]
+    raw = describe(kind(array), "it")
+    assert raw == RawTensor(array.ctypes.data, array.shape, array.strides, 2, GpuMemory(ordinal))
+    assert describe(kind(array), "it", device_given=True).device is None
 
 
 def test_tensors_of_two_devices_are_refused() -> None:

@@ -22,6 +22,7 @@ struct SlotClassStats {
 // One drive of the disk tier.
 struct DiskStats {
   std::string path;
+  std::string store;  // its directory below path/stores; empty for a drive that is left out
   std::vector<SlotClassStats> classes;
   std::uint64_t capacity_bytes = 0;   // granted of what was asked for
   std::uint64_t allocated_bytes = 0;  // on the drive, when it was last looked at
@@ -47,6 +48,7 @@ struct DiskStats {
   std::string opened_from;  // "fresh", "catalog" or "headers", with the reason
   std::string queue;        // how requests reach the drive
   std::string queue_problem;
+  std::string growth = "ok";  // or why its files have stopped growing; tried again by and by
   std::string health = "ok";  // or why it is out of service; it comes back by itself
   std::string catalog_health = "ok";
 };

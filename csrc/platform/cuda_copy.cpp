@@ -1,0 +1,225 @@
+// CudaDevice::copy(): which path, at what rate, and what happens when a part of it fails.
+#ifdef KVTIER_HAVE_CUDA
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda_device_impl.h"
+#include "cuda_kernels.h"
+
+namespace kvtier::cuda {
+namespace {
+
+// Of a limited direction: what passes between two looks at the clock.
+constexpr std::size_t kBurstBytes = std::size_t{2} << 20;
+
+std::size_t index_of(Direction direction) { return direction == Direction::store ? 0 : 1; }
+
+}  // namespace
+
+Status CudaDevice::copy(StreamHandle handle, std::span<const CopyRun> runs, Direction direction) {
+  KVTIER_RETURN_IF_ERROR(health());
+  const Scope scope(*context_);
+  KVTIER_RETURN_IF_ERROR(scope.status());
+  Result<StreamPtr> stream = stream_of(handle);
+  if (!stream) return stream.status();
+  return copy_checked(**stream, runs, direction, std::nullopt);
+}
+
+Status CudaDevice::copy_by(StreamHandle handle, std::span<const CopyRun> runs, Direction direction,
+                           CopyPath path) {
+  KVTIER_RETURN_IF_ERROR(health());
+  const Scope scope(*context_);
+  KVTIER_RETURN_IF_ERROR(scope.status());
+  Result<StreamPtr> stream = stream_of(handle);
+  if (!stream) return stream.status();
+  return copy_checked(**stream, runs, direction, path);
+}
+
+Status CudaDevice::copy_checked(Stream& stream, std::span<const CopyRun> runs, Direction direction,
+                                std::optional<CopyPath> path) {
+  Result<HostRegions::Split> split = regions_.split(runs, direction);
+  if (!split) return split.status();
+  MutexLock lock(stream.mutex);
+  Status status = copy_registered(stream, split->registered, direction, path);
+  if (status && !split->pageable.empty()) status = copy_pageable(stream, split->pageable, direction);
+  if (status) return status;
+  status = noted(std::move(status));
+  // "On failure nothing of this call will run later": what was submitted of it has to be over.
+  if (health() && !drain(stream)) {
+    mark_lost(Status::device("copies that failed cannot be proved to be over: " + status.message(),
+                             status.native_code()));
+  }
+  return status;
+}
+
+Status CudaDevice::drain(Stream& stream) {
+  Status status = Status::ok();
+  if (stream.lane) {
+    status = noted(to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream.lane->side())));
+    stream.lane->fork_again();
+  }
+  const Status main = noted(to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream.native)));
+  return status ? main : status;
+}
+
+Status CudaDevice::join_lane(Stream& stream) {
+  return stream.lane ? noted(stream.lane->join()) : Status::ok();
+}
+
+// --- which path ---
+
+CopyPath CudaDevice::chosen(Direction direction, std::uint64_t run_bytes) const {
+  if (options_.path && paths_.has(*options_.path)) return *options_.path;
+  return choose_path(calibration_, paths_, direction, run_bytes);
+}
+
+CopyPath CudaDevice::usable(Stream& stream, CopyPath path, std::uint64_t run_bytes) {
+  CopyPaths here = paths_;
+  if (!stream.own || stream.lane_refused) here.remove(CopyPath::staged);
+  // A framework's stream may be the legacy default one, which the batched copy refuses.
+  if (!stream.own) here.remove(CopyPath::batched);
+  if (!here.has(path)) path = default_path(here, run_bytes);
+  if (path != CopyPath::staged || stream.lane) return path;
+  Result<std::unique_ptr<StagingLane>> lane = StagingLane::create(stream.native, priority_);
+  if (lane) {
+    stream.lane = std::move(*lane);
+    return path;
+  }
+  static_cast<void>(noted(lane.status()));
+  stream.lane_refused = true;
+  here.remove(CopyPath::staged);
+  return default_path(here, run_bytes);
+}
+
+// --- registered memory ---
+
+std::optional<RateLimit> CudaDevice::limit_of(Direction direction) const {
+  const std::optional<std::uint64_t>& limit =
+      direction == Direction::store ? options_.store_limit : options_.load_limit;
+  if (!limit) return std::nullopt;
+  return RateLimit{*limit, kBurstBytes};
+}
+
+Status CudaDevice::copy_registered(Stream& stream, std::span<const CopyRun> runs, Direction direction,
+                                   std::optional<CopyPath> path) {
+  if (runs.empty()) return Status::ok();
+  if (!path && stream.own) {
+    if (const std::optional<RateLimit> limit = limit_of(direction)) {
+      return copy_limited(stream, runs, direction, *limit);
+    }
+  }
+  const std::uint64_t mean = total_bytes(runs) / runs.size();
+  return submit(stream, runs, direction, usable(stream, path.value_or(chosen(direction, mean)), mean));
+}
+
+Status CudaDevice::copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction,
+                                const RateLimit& limit) {
+  TokenBucket*& bucket = stream.buckets[index_of(direction)];
+  if (bucket == nullptr) {
+    void* memory = nullptr;
+    KVTIER_RETURN_IF_ERROR(to_status("cudaMalloc", cudaMalloc(&memory, sizeof(TokenBucket))));
+    bucket = static_cast<TokenBucket*>(memory);
+    KVTIER_RETURN_IF_ERROR(
+        to_status("cudaMemsetAsync", cudaMemsetAsync(bucket, 0, sizeof(TokenBucket), stream.native)));
+  }
+  const std::vector<CopyRun> pieces = split_runs(runs, kBurstBytes);
+  std::span<const CopyRun> left = pieces;
+  while (!left.empty()) {
+    const std::span<const CopyRun> burst = left.first(burst_runs(left, kBurstBytes));
+    left = left.subspan(burst.size());
+    const std::uint64_t bytes = total_bytes(burst);
+    const std::uint64_t mean = bytes / burst.size();
+    const CopyPath path = usable(stream, chosen(direction, mean), mean);
+    cudaStream_t at = stream.native;
+    if (path == CopyPath::staged) {
+      if (direction == Direction::load) {
+        KVTIER_RETURN_IF_ERROR(stream.lane->join());
+        KVTIER_RETURN_IF_ERROR(stream.lane->fork());
+      }
+      at = stream.lane->bus_stream(direction);
+    }
+    KVTIER_RETURN_IF_ERROR(to_status("the pacing kernel", launch_pace(at, bucket, limit, bytes)));
+    KVTIER_RETURN_IF_ERROR(submit(stream, burst, direction, path));
+  }
+  return Status::ok();
+}
+
+Status CudaDevice::submit(Stream& stream, std::span<const CopyRun> runs, Direction direction, CopyPath path) {
+  if (path == CopyPath::staged) return stream.lane->copy(runs, direction, options_.max_sms);
+  if (stream.lane) {
+    KVTIER_RETURN_IF_ERROR(stream.lane->join());
+    stream.lane->fork_again();
+  }
+  switch (path) {
+    case CopyPath::merged:
+      return submit_merged(
+          context_->driver(), stream.native, runs, direction,
+          [this](const std::byte* begin, std::size_t bytes) { return regions_.holds(begin, bytes); });
+    case CopyPath::batched: return submit_batched(context_->driver(), stream.native, runs);
+    case CopyPath::kernel:
+      return submit_kernel(stream.native, regions_.mapped(runs, direction), CopyKernel::lanes,
+                           options_.max_sms);
+    case CopyPath::bulk: {
+      std::vector<MappedRun> mapped = regions_.mapped(runs, direction);
+      const auto rest = std::partition(mapped.begin(), mapped.end(), suits_bulk);
+      KVTIER_RETURN_IF_ERROR(
+          submit_kernel(stream.native, {mapped.begin(), rest}, CopyKernel::bulk, options_.max_sms));
+      return submit_kernel(stream.native, {rest, mapped.end()}, CopyKernel::lanes, options_.max_sms);
+    }
+    default: return submit_plain(stream.native, runs, direction);
+  }
+}
+
+// --- memory that is not registered ---
+
+Status CudaDevice::copy_pageable(Stream& stream, std::span<const CopyRun> runs, Direction direction) {
+  if (stream.lane) {
+    KVTIER_RETURN_IF_ERROR(stream.lane->join());
+    stream.lane->fork_again();
+  }
+  BounceRing& ring = bounce_[index_of(direction)];
+  MutexLock lock(ring.mutex());
+  const Status prepared = ring.prepare();
+  if (!prepared) {
+    // Not even a few megabytes can be pinned: then the driver's own staging, one run after another.
+    KVTIER_RETURN_IF_ERROR(submit_plain(stream.native, runs, direction));
+    return to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream.native));
+  }
+  return bounce(stream, runs, direction, ring);
+}
+
+Status CudaDevice::bounce(Stream& stream, std::span<const CopyRun> runs, Direction direction,
+                          BounceRing& ring) {
+  const bool load = direction == Direction::load;
+  const std::vector<CopyRun> pieces = split_runs(runs, BounceRing::kPartBytes);
+  std::span<const CopyRun> left = pieces;
+  while (!left.empty()) {
+    const std::span<const CopyRun> burst = left.first(burst_runs(left, BounceRing::kPartBytes));
+    left = left.subspan(burst.size());
+    Result<std::byte*> part = ring.next_part();
+    if (!part) return part.status();
+    std::vector<CopyRun> pinned;
+    pinned.reserve(burst.size());
+    std::byte* at = *part;
+    for (const CopyRun& run : burst) {
+      if (load) std::memcpy(at, run.source, run.bytes);
+      pinned.push_back(load ? CopyRun{run.destination, at, run.bytes} : CopyRun{at, run.source, run.bytes});
+      at += run.bytes;
+    }
+    KVTIER_RETURN_IF_ERROR(context_->driver().has_batch() && stream.own
+                               ? submit_batched(context_->driver(), stream.native, pinned)
+                               : submit_plain(stream.native, pinned, direction));
+    KVTIER_RETURN_IF_ERROR(ring.in_use(stream.native));
+    if (load) continue;
+    KVTIER_RETURN_IF_ERROR(ring.finish_part());
+    for (std::size_t i = 0; i < burst.size(); ++i) {
+      std::memcpy(burst[i].destination, pinned[i].destination, burst[i].bytes);
+    }
+  }
+  return Status::ok();
+}
+
+}  // namespace kvtier::cuda
+
+#endif

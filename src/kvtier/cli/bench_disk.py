@@ -1,0 +1,344 @@
+"""How fast the disk tier's slots are written and read, beside fio on the same file in the same run.
+
+Both sides read and write the same file with io_uring and O_DIRECT at the same depth, whole blocks in random
+order, each block once; rates count payload bytes. Ours moves and checks 4096 bytes of header with each block,
+checksums included, and both syncs are part of the time (fio: end_fsync). Pairs come in ABBA order with a
+second fio beside the first: fio against fio is the noise floor. Intervals are of the paired median, by
+bootstrap, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvtier
+from kvtier.cli import machine
+from kvtier.cli.bench import seconds
+from kvtier.cli.progress import Progress
+from kvtier.cli.results import Report, Result, measured, results_table
+from kvtier.engine import DiskBench
+from kvtier.errors import ConfigError, ResourceError
+
+SIZES = {"2MiB": 2 << 20, "256KiB": 256 << 10}
+TARGETS = {
+    "read_2MiB": "ratio >= 0.97",
+    "write_2MiB": "ratio >= 0.95",
+    "read_256KiB": "ratio >= 0.97",
+    "write_256KiB": "ratio >= 0.95",
+    "load_to_device": "ratio >= 0.9",
+}
+_RESAMPLES = 2000
+_LOADED_BLOCKS = 512
+_SLACK_BYTES = 64 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier bench disk`."""
+    parser.add_argument("--dir", required=True, metavar="D", help="a directory on the drive to be measured")
+    parser.add_argument("--pairs", type=int, default=15, help="of each kind (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=1024, help="moved by each pass (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=32, help="requests in flight (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=_LOADED_BLOCKS, help="of a load (default: %(default)s)")
+
+
+@dataclass
+class _Side:
+    """Passes of one side: payload bytes a second and CPU seconds per GB of each."""
+
+    rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def note(self, moved: int, took: float, cpu: float) -> None:
+        self.rates.append(moved / took / 1e9)
+        self.cpu.append(cpu / (moved / 1e9))
+
+
+@dataclass
+class _Run:
+    args: argparse.Namespace
+    report: Report
+    progress: Progress
+    home: Path
+    rng: np.random.Generator
+
+    def check(self, name: str, passed: bool) -> None:
+        self.report.checks[name] = self.report.checks.get(name, True) and passed
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
+    if args.pairs < 1 or args.mib < 16 or not 1 <= args.depth <= 1024 or args.blocks < 1:
+        raise ConfigError(
+            f"--pairs {args.pairs} --mib {args.mib} --depth {args.depth} --blocks {args.blocks}: "
+            "allowed: at least 1, 16, 1 (at most 1024) and 1"
+        )
+    if shutil.which("fio") is None:
+        raise ResourceError("fio is not installed; it is what the figures are held against (Debian: fio)")
+    _check_room(args)
+    report.machine |= {"pairs": args.pairs, "depth": args.depth, "mib": args.mib, "fio": _fio_version()}
+    # A pair is three passes, a measured size takes as many pairs for reads and for writes.
+    total = len(SIZES) * 2 * 3 * args.pairs + 4 * args.rounds + 2 * args.rounds
+    with _home(args.dir) as home, Progress(report.out, total) as progress:
+        run = _Run(args, report, progress, home, np.random.default_rng(args.seed))
+        for name, payload_bytes in SIZES.items():
+            _against_fio(run, name, payload_bytes)
+        _encryption(run)
+        _load_to_device(run)
+    print(
+        "\nlimit: fio on the same file; ratio: median of the pairs. *_ratio: with its bootstrap interval of\n"
+        "95 % (min, max), beside fio against fio (*_noise). *_cpu: CPU seconds per GB, limit is fio's.\n"
+        "load_to_device: one load of blocks that are on disk alone; limit is the plain read of as many bytes.\n"
+        "*_encrypted: limit is the same without encryption.\n",
+        file=report.out,
+    )
+    print(results_table(report.results, TARGETS), file=report.out)
+
+
+def _check_room(args: argparse.Namespace) -> None:
+    free = shutil.disk_usage(args.dir).free
+    needed = max(2 * (args.mib << 20), 2 * args.blocks * (2 << 20)) + 4 * _SLACK_BYTES
+    if free < needed:
+        raise ResourceError(f"--dir {args.dir}: {free >> 20} MiB are free; needs {needed >> 20} MiB")
+    if 3 * args.blocks * (2 << 20) > machine.available_bytes():
+        raise ResourceError(f"--blocks {args.blocks}: needs about three times as much free memory")
+
+
+@contextlib.contextmanager
+def _home(directory: str) -> Iterator[Path]:
+    home = Path(tempfile.mkdtemp(prefix="kvtier-bench.", dir=directory)).resolve()
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _open(run: _Run, name: str, payload_bytes: int, key: bytes | None = None) -> DiskBench:
+    blocks = max(8, (run.args.mib << 20) // payload_bytes)
+    # As many images beyond the drive's depth as keep it full while others are checked.
+    window = min(blocks, run.args.depth + max(8, run.args.depth // 2))
+    path = run.home / name
+    return DiskBench(
+        path=str(path),
+        payload_bytes=payload_bytes,
+        num_slots=blocks,
+        queue_depth=run.args.depth,
+        window=window,
+        key=key,
+    )
+
+
+def _ours(
+    run: _Run, bench: DiskBench, direction: str, payload_bytes: int, blocks: int
+) -> tuple[int, float, float]:
+    order = run.rng.permutation(blocks).astype(np.uint32)
+    took, cpu, good = bench.read(order) if direction == "read" else bench.write(order)
+    run.check("blocks_good", good == blocks)
+    return good * payload_bytes, took, cpu
+
+
+def _against_fio(run: _Run, name: str, payload_bytes: int) -> None:
+    run.progress.phase(f"{name}: preparing")
+    bench = _open(run, name, payload_bytes)
+    about = bench.about()
+    run.report.machine[f"queue_{name}"] = about["queue"]
+    run.check("same_engine", str(about["queue"]).startswith("io_uring") and bool(about["direct_io"]))
+    blocks = max(8, (run.args.mib << 20) // payload_bytes)
+    try:
+        for direction in ("read", "write"):
+            run.progress.phase(f"{direction} {name}")
+            _ours(run, bench, "write", payload_bytes, blocks)  # random data, and images that prove it
+            mine, fio, other_fio = _Side(), _Side(), _Side()
+
+            def our_pass(mine: _Side = mine, direction: str = direction) -> None:
+                mine.note(*_ours(run, bench, direction, payload_bytes, blocks))
+                run.progress.step()
+
+            def fio_pass(side: _Side, direction: str = direction) -> None:
+                side.note(*_fio(run, about["file"], direction, payload_bytes, blocks))
+                run.progress.step()
+
+            our_pass()  # both warm up, and do not count
+            fio_pass(fio)
+            mine.rates.clear(), mine.cpu.clear(), fio.rates.clear(), fio.cpu.clear()
+            for pair in range(run.args.pairs):
+                if pair % 2 == 0:
+                    our_pass()
+                    fio_pass(fio)
+                    fio_pass(other_fio)
+                else:
+                    fio_pass(other_fio)
+                    fio_pass(fio)
+                    our_pass()
+            _record_pairs(run, f"{direction}_{name}", mine, fio, other_fio)
+    finally:
+        bench.close()
+        shutil.rmtree(run.home / name, ignore_errors=True)
+
+
+def _record_pairs(run: _Run, name: str, mine: _Side, fio: _Side, other_fio: _Side) -> None:
+    run.report.add(measured(name, mine.rates, "GB/s", fio.rates))
+    for suffix, ours, theirs in (("ratio", mine, fio), ("noise", other_fio, fio)):
+        ratios = [a / b for a, b in zip(ours.rates, theirs.rates, strict=True)]
+        low, high = _interval(ratios, run.rng)
+        middle = statistics.median(ratios)
+        run.report.add(Result(f"{name}_{suffix}", middle, "x", n=len(ratios), min=low, max=high))
+    spent, theirs_spent = statistics.median(mine.cpu), statistics.median(fio.cpu)
+    run.report.add(
+        Result(
+            f"{name}_cpu",
+            spent,
+            "s/GB",
+            limit=theirs_spent,
+            ratio=theirs_spent / spent if spent > 0 else None,
+            n=len(mine.cpu),
+            min=min(mine.cpu),
+            max=max(mine.cpu),
+        )
+    )
+
+
+def _interval(values: list[float], rng: np.random.Generator) -> tuple[float, float]:
+    """The bootstrap interval of the median, 95 %."""
+    drawn = rng.choice(np.array(values), (_RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _fio(run: _Run, file: str, direction: str, payload_bytes: int, blocks: int) -> tuple[int, float, float]:
+    command = [
+        "fio",
+        "--name=kvtier",
+        f"--filename={file}",
+        f"--rw=rand{direction}",
+        f"--bs={payload_bytes}",
+        f"--size={blocks * payload_bytes}",
+        f"--iodepth={run.args.depth}",
+        "--ioengine=io_uring",
+        "--direct=1",
+        "--allow_file_create=0",
+        "--invalidate=0",
+        "--output-format=json",
+        *(["--end_fsync=1"] if direction == "write" else []),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)  # noqa: S603
+    if found.returncode != 0:
+        raise ResourceError(f"fio failed: {(found.stderr or found.stdout).strip()[-500:]}")
+    job = json.loads(found.stdout[found.stdout.index("{") :])["jobs"][0]
+    took = job["job_runtime"] / 1e3
+    cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * took
+    moved = int(job[direction]["io_bytes"])
+    # fio's own rate, without what comes before its first request.
+    return moved, moved / job[direction]["bw_bytes"], cpu
+
+
+def _fio_version() -> str:
+    found = subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False)  # noqa: S607
+    return found.stdout.strip()
+
+
+def _encryption(run: _Run) -> None:
+    """The cost of encryption: passes without and with it, in turn."""
+    run.progress.phase("encryption")
+    payload_bytes = SIZES["2MiB"]
+    blocks = max(8, (run.args.mib << 20) // payload_bytes)
+    plain = _open(run, "plain", payload_bytes)
+    secret = _open(run, "secret", payload_bytes, run.rng.bytes(32))
+    sides = {(kind, d): _Side() for kind in ("plain", "secret") for d in ("write", "read")}
+    try:
+        for i in range(run.args.rounds + 1):
+            order = [("plain", plain), ("secret", secret)]
+            for kind, bench in order if i % 2 == 0 else order[::-1]:
+                for direction in ("write", "read"):
+                    pass_ = _ours(run, bench, direction, payload_bytes, blocks)
+                    if i > 0:  # the first warms up
+                        sides[kind, direction].note(*pass_)
+                        run.progress.step()
+    finally:
+        plain.close()
+        secret.close()
+        shutil.rmtree(run.home / "plain", ignore_errors=True)
+        shutil.rmtree(run.home / "secret", ignore_errors=True)
+    for direction in ("read", "write"):
+        secret_rates, plain_rates = sides["secret", direction].rates, sides["plain", direction].rates
+        run.report.add(measured(f"{direction}_encrypted", secret_rates, "GB/s", plain_rates))
+
+
+def _load_to_device(run: _Run) -> None:
+    """Blocks that are on disk alone, into pages of the CPU device, through a whole engine."""
+    run.progress.phase("load to device: preparing")
+    layout = kvtier.KVLayout(32, 8, 128, "bfloat16", 16)  # 2 MiB, an 8B model's
+    blocks, block_bytes = run.args.blocks, layout.block_bytes(16)
+    moved = blocks * block_bytes
+    path = run.home / "engine"
+    config = kvtier.Config(
+        groups=[layout],
+        model="kvtier-bench@1",
+        host=(blocks + 64) * (block_bytes + 4096),
+        disk=kvtier.Disk(str(path), 2 * moved + _SLACK_BYTES),
+        disk_admission="all",
+        disk_write_budget="unlimited",
+        disk_queue_depth=run.args.depth,
+    )
+    shape = (32, 2, blocks, 16, 8, 128)
+    source = run.rng.integers(0, 1 << 16, shape[1:], np.uint16)
+    memory = np.empty(shape, np.uint16)
+    memory[:] = source
+    memory ^= np.arange(32, dtype=np.uint16).reshape(-1, 1, 1, 1, 1, 1)
+    keys = run.rng.integers(0, 256, (blocks, 32), np.uint8)
+    ids = np.arange(blocks)
+    with kvtier.open(config) as engine:
+        pages = engine.attach(list(memory), axes="KPTHD")
+        ticket = engine.store(keys, pages, ids)
+        ticket.wait()
+        engine.flush()
+        run.check("load_stored", ticket.durable_blocks == blocks)
+    rates, limits = [], []
+    # The same number of the same bytes.
+    bench = DiskBench(
+        path=str(run.home / "limit"),
+        payload_bytes=block_bytes,
+        num_slots=blocks,
+        queue_depth=run.args.depth,
+        window=min(blocks, run.args.depth + max(8, run.args.depth // 2)),
+        key=None,
+    )
+    try:
+        bench.write(np.arange(blocks, dtype=np.uint32))
+        run.progress.phase("load to device")
+        for i in range(run.args.rounds + 1):
+            memory[:] = 0
+            limit_first = i % 2 == 0
+            limit = bench.read(ids.astype(np.uint32))[0] if limit_first else 0.0
+            with kvtier.open(config) as engine:
+                engine.wait_until_whole()
+                pages = engine.attach(list(memory), axes="KPTHD")
+                tickets: list[Any] = []
+
+                def load(engine: Any = engine, pages: Any = pages, tickets: list[Any] = tickets) -> None:
+                    tickets.append(engine.load(keys, pages, ids).wait())
+
+                took = seconds(load)
+                run.check("load_complete", tickets[0].result().valid_blocks == blocks)
+            if not limit_first:
+                limit = bench.read(ids.astype(np.uint32))[0]
+            right = all(np.array_equal(memory[n] ^ np.uint16(n), source) for n in (0, 13, 31))
+            run.check("bytes", right)
+            if i > 0:  # the first warms up
+                rates.append(moved / took / 1e9)
+                limits.append(moved / limit / 1e9)
+                run.progress.step(2)
+    finally:
+        bench.close()
+    run.report.add(measured("load_to_device", rates, "GB/s", limits))

@@ -1,0 +1,185 @@
+"""What of the CUDA device can be promised without a GPU."""
+
+import argparse
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvtier
+from kvtier import Config, ConfigError, KVLayout, UnsupportedError, gpus
+from kvtier.cli import bench_device, main
+from kvtier.cli.bench_device import LAYOUTS, SHAPES, page_runs, result_file_name, rows_at
+from kvtier.cli.results import Report, problems
+from kvtier.config import COPY_PATHS
+from kvtier.gpus import copy_paths, cuda_facts
+
+LAYOUT = KVLayout(1, 2, 8, "float16", 4)
+
+
+def gpu_is_here() -> bool:
+    try:
+        cuda_facts()
+    except UnsupportedError:
+        return False
+    return True
+
+
+def test_the_config_knows_the_copy_paths_that_the_core_has() -> None:
+    assert ("auto", *copy_paths()) == COPY_PATHS
+
+
+def test_gpu_options_are_read_and_checked_by_name() -> None:
+    config = Config(groups=[LAYOUT], host="1MiB", model="m@1", gpu_load_rate="20GB", gpu_copy_path="staged")
+    assert config.gpu_load_bytes_per_second == 20_000_000_000
+    assert config.gpu_store_bytes_per_second is None
+    for wrong in (
+        {"gpu_copy_path": "fast"},
+        {"gpu_copy_sms": 0},
+        {"gpu_store_rate": "fast"},
+        {"gpu_load_rate": 0},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Config(groups=[LAYOUT], host="1MiB", model="m@1", **wrong)  # type: ignore[arg-type]
+
+
+def test_gpu_options_come_from_the_environment_too() -> None:
+    variables = {"KVTIER_GPU_COPY_SMS": "4", "KVTIER_GPU_STORE_RATE": "1GB", "KVTIER_GPU_COPY_PATH": "bulk"}
+    config = Config.from_env(variables, groups=[LAYOUT], host="1MiB", model="m@1")
+    assert (config.gpu_copy_sms, config.gpu_store_bytes_per_second) == (4, 10**9)
+    assert config.gpu_copy_path == "bulk"
+
+
+def test_the_core_imports_and_answers_without_a_driver() -> None:
+    """In a process of its own, with whatever GPU there is hidden."""
+    code = (
+        "import kvtier.gpus\n"
+        "try:\n    kvtier.gpus.cuda_facts()\nexcept kvtier.UnsupportedError as e:\n    print('no:', e)\n"
+    )
+    env = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.startswith("no: no CUDA device: ")
+
+
+def test_bench_device_refuses_clearly_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if gpu_is_here():
+        pytest.skip("there is a GPU")
+    target = tmp_path / "device.json"
+    assert main(["bench", "device", "--json", str(target)]) == 1
+    assert "kvtier bench: no CUDA device: " in capsys.readouterr().err
+    assert '"completed": false' in target.read_text()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_benchmarks_runs_cover_whole_blocks_and_mirror_each_other(shape: object, layout: str) -> None:
+    host, pages, total = 1 << 40, 1 << 44, 64 << 20
+    stores, loads = page_runs(shape, layout, host, pages, total, np.random.default_rng(0))  # type: ignore[arg-type]
+    assert (stores[:, [1, 0, 2]] == loads).all()
+    block = shape.layout.block_bytes(16)  # type: ignore[attr-defined]
+    count = total // block
+    assert int(stores[:, 2].sum()) == count * block
+    sizes, slots, in_pages = loads[:, 2], np.sort(loads[:, 1]), np.sort(loads[:, 0])
+    # No two runs share a byte on either side; the pages are dense, every slot has its header before it.
+    assert (np.diff(in_pages) == sizes[0]).all()
+    assert int(in_pages[0]) == pages
+    assert (np.diff(slots) >= sizes[0]).all()
+    assert int(slots[0]) == host + 4096
+    assert int(slots[-1] + sizes[0]) == host + count * (block + 4096)
+
+
+def test_the_70b_rank_has_runs_of_4_kib() -> None:
+    runs = {shape.name: shape.run_bytes("layers") for shape in SHAPES}
+    assert runs["llama-3.1-70b-tp8"] == 4096
+    assert runs["llama-3.1-8b"] == 32768
+    assert runs["deepseek-v3-mla"] == 16 * 576 * 2
+
+
+class StandIn:
+    """A GPU that is host memory and copies by memmove; `broken` loses the last byte of every run."""
+
+    def __init__(self, *, broken: bool) -> None:
+        self.lost = int(broken)
+        self.kept: list[Any] = []
+
+    def host_memory(self, size: int) -> Any:
+        self.kept.append(np.zeros(size, np.uint8))
+        return self.kept[-1]
+
+    def device_memory(self, size: int) -> int:
+        return int(self.host_memory(size).ctypes.data)
+
+    def fill_device(self, begin: int, value: int, size: int) -> None:
+        ctypes.memset(begin, value, size)
+
+    def read_device(self, begin: int, size: int) -> Any:
+        return np.frombuffer(ctypes.string_at(begin, size), np.uint8)
+
+    def time(self, *, stores: Any, loads: Any, **_: Any) -> tuple[float, float, float]:
+        for to, of, size in (*stores.tolist(), *loads.tolist()):
+            ctypes.memmove(to, of, size - self.lost)
+        return 1e-3, 1e-4, 1e-3
+
+    def decode_alone(self) -> float:
+        return 1e-3
+
+    def paths(self) -> list[str]:
+        return ["plain", "merged"]
+
+    def chosen(self, direction: str, run_bytes: int) -> str:
+        return "plain"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_benchmark_reports_every_name_once_and_no_figure_of_wrong_bytes(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    gpu = gpus.Gpu(0, "Stand-in", 90, 132, 1 << 30, "0000:00:00.0", "unknown", None)
+    monkeypatch.setattr(bench_device, "cuda_facts", lambda: gpus.CudaFacts(13000, 13000, (gpu,)))
+    monkeypatch.setattr(bench_device, "device_bench", lambda *_, **__: StandIn(broken=broken))
+    monkeypatch.setattr(bench_device, "LIMIT_BYTES", 1 << 20)
+    args = argparse.Namespace(gpu=0, mib=8, sms=8, rate="1GB", rounds=1, seed=1)
+    report = Report("bench device")
+    bench_device.measure(args, report)
+    assert problems(report.document()) == []
+    assert report.checks == {"bytes": not broken}
+    names = {result.name for result in report.results}
+    assert {"limit/both", "decode_slowdown/both/limited", "decode_rate/load/free"} <= names
+    reported = {
+        f"{shape.name}/{layout}/{direction}/{path}{end}"
+        for shape in SHAPES
+        for layout in LAYOUTS
+        for direction in ("store", "load")
+        for path in ("calibrated", "plain", "merged")
+        for end in ("", "/submit")
+    }
+    assert (reported & names) == (set() if broken else reported)
+
+
+def test_rows_are_found_by_their_address() -> None:
+    memory = np.arange(100, dtype=np.uint8)
+    rows = rows_at(memory, np.array([1010, 1050], np.uint64), 1000, 4)
+    assert rows.tolist() == [[10, 11, 12, 13], [50, 51, 52, 53]]
+
+
+def test_results_are_named_after_gpu_and_day() -> None:
+    assert (
+        result_file_name("NVIDIA H100 80GB HBM3", "2026-01-31") == "gpu-nvidia-h100-80gb-hbm3-2026-01-31.json"
+    )
+
+
+def test_gpu_memory_by_its_address_is_a_raw_tensor() -> None:
+    raw = kvtier.RawTensor(4096, (8, 2, 4, 2, 8), (256, 128, 32, 16, 2), 2, kvtier.GpuMemory(0))
+    if gpu_is_here():
+        pytest.skip("there is a GPU")
+    with (
+        kvtier.open(Config(groups=[LAYOUT], block_tokens=4, host="1MiB", model="m@1")) as engine,
+        pytest.raises(UnsupportedError, match="no CUDA device"),
+    ):
+        engine.attach([raw])
