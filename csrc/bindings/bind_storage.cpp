@@ -66,7 +66,7 @@ py::dict survey(const std::string& path, SurveyDepth depth, StoresInUse in_use,
       if (!go_on.is_none()) go_on(done, total);
     });
   };
-  const Result<DirectorySurvey> found = without_gil([&] { return survey_stores(path, options); });
+  Result<DirectorySurvey> found = without_gil([&] { return survey_stores(path, options); });
   if (raised) throw py::error_already_set(*raised);
   check(found.status());
   py::list stores;

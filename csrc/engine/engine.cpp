@@ -206,7 +206,12 @@ Status EngineImpl::close(Deadline deadline) {
       "close: a device cannot prove that its copies are over; the engine is closed, but its memory and "
       "attached "
       "pages must never be freed");
-  if (disk_) {
+  bool closed_before = false;
+  {
+    MutexLock lock(mutex_);
+    closed_before = closed_;
+  }
+  if (disk_ && !closed_before) {
     // What was stored goes to disk before the engine is closed.
     const Status durable = wait_durable(~std::uint64_t{0}, deadline);
     if (durable.code() == StatusCode::timeout) return durable;

@@ -40,18 +40,18 @@ class Purge {
  private:
   Status wipe_class(std::uint32_t class_index, std::uint64_t stride) {
     const std::string name = slot_file_name(class_index);
-    const Result<FileHandle> there = open_for_reading(store_, name);  // BlockFile::open() would make it
+    Result<FileHandle> there = open_for_reading(store_, name);  // BlockFile::open() would make it
     if (!there) return there.status().native_code() == ENOENT ? Status::ok() : there.status();
-    const Result<std::unique_ptr<BlockFile>> file = BlockFile::open(store_, name);
+    Result<std::unique_ptr<BlockFile>> file = BlockFile::open(store_, name);
     if (!file) return file.status();
-    const Result<std::uint64_t> size = (*file)->size_bytes();
+    Result<std::uint64_t> size = (*file)->size_bytes();
     if (!size) return size.status();
     const AlignedBuffer header = make_aligned_buffer(kSlotHeaderBytes);
     const AlignedBuffer zeros = make_aligned_buffer(kSlotHeaderBytes);
     if (header == nullptr || zeros == nullptr) return Status::resource("no memory to purge " + name);
     const std::string path = store_.path() + "/" + name;
     for (std::uint64_t slot = 0; slot < *size / stride; ++slot) {
-      const Result<std::uint64_t> got =
+      Result<std::uint64_t> got =
           read_at(*there, slot * stride, {header.get(), kSlotHeaderBytes}, path);
       if (!got) return got.status();
       if (*got < kSlotHeaderBytes) break;
@@ -111,24 +111,24 @@ class Purge {
 
 Result<std::vector<PurgedStore>> purge_stores(const std::string& path,
                                               const std::optional<NamespaceTag>& name_space) {
-  const Result<FoundDirectory> found = find_directory(path);
+  Result<FoundDirectory> found = find_directory(path);
   if (!found) return found.status();
-  const Result<std::vector<std::string>> names = found->stores.list();
+  Result<std::vector<std::string>> names = found->stores.list();
   if (!names) return names.status();
   std::vector<PurgedStore> all;
   for (const std::string& name : *names) {
     if (!parse_store_name(name)) continue;
-    const Result<Directory> store = found->stores.existing_subdirectory(name);
+    Result<Directory> store = found->stores.existing_subdirectory(name);
     if (!store) continue;  // removed meanwhile
     PurgedStore purged;
     purged.name = name;
-    const Result<std::unique_ptr<FileLock>> lock = FileLock::try_lock(*store, kStoreLockFile);
+    Result<std::unique_ptr<FileLock>> lock = FileLock::try_lock(*store, kStoreLockFile);
     if (!lock) return lock.status();
     if (*lock == nullptr) {
       purged.in_use = true;
       purged.not_purged = "a process has it open";
     } else {
-      const Result<FoundSuperblock> superblock = find_superblock(*store);
+      Result<FoundSuperblock> superblock = find_superblock(*store);
       if (!superblock) return superblock.status();
       if (superblock->verdict == RecordVerdict::good) {
         KVTIER_RETURN_IF_ERROR(Purge(*store, name_space, purged).run(superblock->superblock));

@@ -27,7 +27,7 @@ Result<FoundDirectory> find_directory(const std::string& path) {
   if (!S_ISDIR(status.st_mode)) return Status::invalid_argument(path + " is no directory");
   Result<Directory> root = Directory::open_or_create(path);
   if (!root) return root.status();
-  const Result<std::vector<std::byte>> version = root->read_file(kVersionFile);
+  Result<std::vector<std::byte>> version = root->read_file(kVersionFile);
   if (!version) {
     if (version.status().native_code() != ENOENT) return version.status();
     return Status::invalid_argument(path + " is no kvtier store directory: it has no file " + kVersionFile);
@@ -39,7 +39,7 @@ Result<FoundDirectory> find_directory(const std::string& path) {
   Result<Directory> stores = root->existing_subdirectory(kStoresDirectory);
   if (!stores) return stores.status();
   Ledger ledger;
-  if (const Result<std::vector<std::byte>> bytes = root->read_file(kLedgerFile)) {
+  if (Result<std::vector<std::byte>> bytes = root->read_file(kLedgerFile)) {
     static_cast<void>(decode_ledger(bytes.value(), ledger));  // without one: no capacity, no grants
   }
   return FoundDirectory{std::move(root).value(), std::move(stores).value(), std::move(ledger)};

@@ -62,7 +62,7 @@ class StoreSurveyor {
  private:
   Status read_class(std::uint32_t class_index, std::uint64_t stride) {
     const std::string name = slot_file_name(class_index);
-    const Result<FileHandle> file = open_for_reading(directory_, name);
+    Result<FileHandle> file = open_for_reading(directory_, name);
     if (!file) return file.status().native_code() == ENOENT ? Status::ok() : file.status();
     const std::uint64_t slots = size_of(*file) / stride;
     const bool headers_only = options_.depth == SurveyDepth::headers;
@@ -75,7 +75,7 @@ class StoreSurveyor {
     }
     for (std::uint64_t first = 0; first < slots; first += at_once) {
       const std::uint64_t n = std::min(at_once, slots - first);
-      const Result<std::uint64_t> got =
+      Result<std::uint64_t> got =
           read_at(*file, first * stride, {buffer.get(), n * each}, directory_.path() + "/" + name);
       for (std::uint64_t i = 0; i < n; ++i) {
         const SlotPlace place{class_index, SlotId{static_cast<std::uint32_t>(first + i)}};
@@ -97,7 +97,7 @@ class StoreSurveyor {
   // One slot that a drive cannot read must not hide its neighbours.
   void judge_alone(const FileHandle& file, const SlotPlace& place, std::byte* image, std::byte* plain,
                    std::uint64_t stride, std::uint64_t bytes) {
-    const Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
+    Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
                                               slot_file_name(place.class_index));
     if (!got || *got < bytes) {
       ++survey_.slots.failed;
@@ -112,7 +112,7 @@ class StoreSurveyor {
     Verdict verdict = verdict_of(place, image, plain, stride, header);
     for (int look = 0; survey_.in_use && look < kSecondLooks && is_corrupt(verdict); ++look) {
       std::this_thread::sleep_for(kBetweenLooks);
-      const Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
+      Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
                                                 slot_file_name(place.class_index));
       if (!got || *got < bytes) break;
       verdict = verdict_of(place, image, plain, stride, header);
@@ -149,7 +149,7 @@ std::string reason_not_to_read(const StoreSurvey& store, const SurveyOptions& op
 std::uint64_t bytes_to_read(const Directory& store, const Superblock& superblock) {
   std::uint64_t bytes = 0;
   for (std::size_t c = 0; c < superblock.class_strides.size(); ++c) {
-    const Result<FileHandle> file = open_for_reading(store, slot_file_name(c));
+    Result<FileHandle> file = open_for_reading(store, slot_file_name(c));
     if (file) bytes += size_of(*file) / superblock.class_strides[c] * superblock.class_strides[c];
   }
   return bytes;
@@ -158,14 +158,14 @@ std::uint64_t bytes_to_read(const Directory& store, const Superblock& superblock
 }  // namespace
 
 Result<DirectorySurvey> survey_stores(const std::string& path, const SurveyOptions& options) {
-  const Result<FoundDirectory> found = find_directory(path);
+  Result<FoundDirectory> found = find_directory(path);
   if (!found) return found.status();
   DirectorySurvey survey;
   survey.capacity_bytes = found->ledger.capacity_bytes;
-  const Result<std::uint64_t> allocated = found->root.allocated_bytes();
+  Result<std::uint64_t> allocated = found->root.allocated_bytes();
   if (!allocated) return allocated.status();
   survey.allocated_bytes = *allocated;
-  const Result<std::vector<std::string>> names = found->stores.list();
+  Result<std::vector<std::string>> names = found->stores.list();
   if (!names) return names.status();
   std::vector<Directory> directories;
   Progress progress;
@@ -173,15 +173,15 @@ Result<DirectorySurvey> survey_stores(const std::string& path, const SurveyOptio
     if (!parse_store_name(name)) continue;
     Result<Directory> directory = found->stores.existing_subdirectory(name);
     if (!directory) continue;  // removed meanwhile
-    const Result<FoundSuperblock> superblock = find_superblock(*directory);
+    Result<FoundSuperblock> superblock = find_superblock(*directory);
     if (!superblock) return superblock.status();
     StoreSurvey store;
     store.name = name;
-    const Result<bool> locked = FileLock::is_locked(*directory, kStoreLockFile);
+    Result<bool> locked = FileLock::is_locked(*directory, kStoreLockFile);
     store.in_use = locked && *locked;
     store.readable = superblock->verdict == RecordVerdict::good;
     store.superblock = superblock->superblock;
-    if (const Result<std::uint64_t> bytes = directory->allocated_bytes()) store.allocated_bytes = *bytes;
+    if (Result<std::uint64_t> bytes = directory->allocated_bytes()) store.allocated_bytes = *bytes;
     const auto& entries = found->ledger.entries;
     const auto entry = std::ranges::find(entries, name, &LedgerEntry::store);
     if (entry != entries.end()) {

@@ -10,10 +10,13 @@ import numpy.typing
 import typing
 
 __all__: list[str] = [
+    "Admission",
     "Clock",
     "CudaBench",
     "Device",
     "DisableOrdering",
+    "DiskBench",
+    "DiskOptions",
     "Engine",
     "FaultPlan",
     "GroupSpec",
@@ -23,9 +26,14 @@ __all__: list[str] = [
     "Moment",
     "Pages",
     "RankWorker",
+    "SecondProcess",
     "SimulatedDevice",
+    "SimulatedDrive",
+    "StoresInUse",
+    "SurveyDepth",
     "Ticket",
     "arena_of",
+    "catalog_blocks",
     "chain_keys",
     "copy_limit",
     "copy_paths",
@@ -40,9 +48,14 @@ __all__: list[str] = [
     "grant_load",
     "grant_store",
     "host_memory",
+    "namespace_tag",
     "ordering_points",
+    "probe_file",
+    "probe_queue",
+    "purge_stores",
     "root_key",
     "stream_isa",
+    "survey_stores",
 ]
 
 class Device:
@@ -146,6 +159,7 @@ class Moment:
 
 class Ticket:
     def done_fd(self) -> int: ...
+    def durable_blocks(self) -> int: ...
     def failure(self) -> typing.Any: ...
     def outcomes(self) -> numpy.typing.NDArray[numpy.uint8]: ...
     def settled(self, moment: Moment) -> bool: ...
@@ -159,6 +173,159 @@ class Ticket:
         stream: typing.SupportsInt | typing.SupportsIndex,
     ) -> None: ...
     def wait_stream(self, stream: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class SecondProcess:
+    """
+    Members:
+
+      next_store
+
+      refuse
+    """
+
+    __members__: typing.ClassVar[dict[str, SecondProcess]]
+    next_store: typing.ClassVar[SecondProcess]
+    refuse: typing.ClassVar[SecondProcess]
+    @typing.overload
+    def __eq__(self, other: SecondProcess) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: SecondProcess) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class Admission:
+    """
+    Members:
+
+      all
+
+      second_use
+
+      tiny_lfu
+    """
+
+    __members__: typing.ClassVar[dict[str, Admission]]
+    all: typing.ClassVar[Admission]
+    second_use: typing.ClassVar[Admission]
+    tiny_lfu: typing.ClassVar[Admission]
+    @typing.overload
+    def __eq__(self, other: Admission) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Admission) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class DiskOptions:
+    def __init__(
+        self,
+        *,
+        disks: collections.abc.Sequence[tuple[str, typing.SupportsInt | typing.SupportsIndex]],
+        fingerprint: bytes,
+        second_process: SecondProcess,
+        admission: Admission,
+        write_bytes_per_day: typing.SupportsInt | typing.SupportsIndex | None,
+        keys: collections.abc.Sequence[bytes],
+        queue_depth: typing.SupportsInt | typing.SupportsIndex,
+        commit_seconds: typing.SupportsFloat | typing.SupportsIndex,
+        catalog_helper: str,
+    ) -> None: ...
+
+class SurveyDepth:
+    """
+    Members:
+
+      superblocks
+
+      headers
+
+      payloads
+    """
+
+    __members__: typing.ClassVar[dict[str, SurveyDepth]]
+    headers: typing.ClassVar[SurveyDepth]
+    payloads: typing.ClassVar[SurveyDepth]
+    superblocks: typing.ClassVar[SurveyDepth]
+    @typing.overload
+    def __eq__(self, other: SurveyDepth) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: SurveyDepth) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class StoresInUse:
+    """
+    Members:
+
+      skip
+
+      read
+    """
+
+    __members__: typing.ClassVar[dict[str, StoresInUse]]
+    read: typing.ClassVar[StoresInUse]
+    skip: typing.ClassVar[StoresInUse]
+    @typing.overload
+    def __eq__(self, other: StoresInUse) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: StoresInUse) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
 
 class GroupSpec:
     def __init__(
@@ -207,6 +374,7 @@ class Engine:
         memory: HostMemory,
         clock: Clock,
         hash_seed: typing.SupportsInt | typing.SupportsIndex | None,
+        disk: DiskOptions | None,
     ) -> Engine: ...
     def attach(
         self,
@@ -226,11 +394,12 @@ class Engine:
         ],
         owner: typing.Any,
     ) -> Pages: ...
+    def cancel_prefetch(self, ticket: Ticket) -> int: ...
     def close(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
     def detach(self, pages: Pages, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
     def drop(self, keys: numpy.typing.NDArray[numpy.uint8]) -> int: ...
     def drop_namespace(self, name_space: str) -> int: ...
-    def flush(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> tuple[int, int]: ...
+    def flush(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> tuple[int, int, int]: ...
     def load(
         self,
         pages: Pages,
@@ -248,6 +417,11 @@ class Engine:
         ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
     ) -> Lease: ...
     def poll(self) -> int: ...
+    def prefetch(
+        self,
+        keys: numpy.typing.NDArray[numpy.uint8],
+        timeout: typing.SupportsFloat | typing.SupportsIndex | None,
+    ) -> Ticket: ...
     def stats(self) -> dict: ...
     def store(
         self,
@@ -315,6 +489,48 @@ class RankWorker:
     ) -> Ticket: ...
     def take_ended(self) -> list[tuple[int, tuple[str, int, str], bool]]: ...
 
+class SimulatedDrive:
+    def __init__(
+        self,
+        *,
+        seed: typing.SupportsInt | typing.SupportsIndex,
+        read_error: typing.SupportsFloat | typing.SupportsIndex,
+        write_error: typing.SupportsFloat | typing.SupportsIndex,
+        sync_error: typing.SupportsFloat | typing.SupportsIndex,
+        bit_flip: typing.SupportsFloat | typing.SupportsIndex,
+        misplaced: typing.SupportsFloat | typing.SupportsIndex,
+        lost_write: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+    def faults_injected(self) -> int: ...
+    def power_loss(self) -> None: ...
+    def simulate(self, options: DiskOptions) -> None: ...
+    def unsynced_writes(self) -> int: ...
+
+class DiskBench:
+    def __init__(
+        self,
+        *,
+        path: str,
+        payload_bytes: typing.SupportsInt | typing.SupportsIndex,
+        num_slots: typing.SupportsInt | typing.SupportsIndex,
+        queue_depth: typing.SupportsInt | typing.SupportsIndex,
+        window: typing.SupportsInt | typing.SupportsIndex,
+        key: bytes | None,
+    ) -> None:
+        """
+        A slot store of its own in a directory, to be measured. Every slot may be used.
+        """
+    def about(self) -> dict: ...
+    def close(self) -> None: ...
+    def read(self, order: numpy.typing.NDArray[numpy.uint32]) -> tuple[float, float, int]:
+        """
+        Reads slots and proves them: (seconds, CPU seconds, good blocks).
+        """
+    def write(self, order: numpy.typing.NDArray[numpy.uint32]) -> tuple[float, float, int]:
+        """
+        Writes slots and waits until they are durable: (seconds, CPU seconds, blocks written).
+        """
+
 class CudaBench:
     def __init__(
         self,
@@ -355,6 +571,7 @@ class CudaBench:
     ) -> tuple: ...
 
 def arena_of(engine: Engine) -> dict: ...
+def catalog_blocks(*, directory_path: str, helper_path: str) -> list: ...
 def chain_keys(
     parent: bytes,
     tokens: numpy.typing.NDArray[numpy.int32],
@@ -425,7 +642,11 @@ def grant_store(
     name_space: str,
 ) -> tuple: ...
 def host_memory() -> HostMemory: ...
+def namespace_tag(name: str) -> bytes: ...
 def ordering_points() -> list[str]: ...
+def probe_file(directory_path: str) -> tuple: ...
+def probe_queue(depth: typing.SupportsInt | typing.SupportsIndex) -> tuple: ...
+def purge_stores(*, path: str, name_space: str | None) -> list: ...
 def root_key(fields: collections.abc.Sequence[bytes]) -> bytes:
     """
     Key that stands for namespace, model and layout.
@@ -435,5 +656,15 @@ def stream_isa() -> str:
     """
     Which non-temporal stores this machine has.
     """
+
+def survey_stores(
+    *,
+    path: str,
+    depth: SurveyDepth,
+    in_use: StoresInUse,
+    keys: collections.abc.Sequence[bytes],
+    on_block: typing.Any,
+    go_on: typing.Any,
+) -> dict: ...
 
 __version__: str

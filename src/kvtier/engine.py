@@ -14,6 +14,7 @@ with kvtier.open(config) as engine:
 import atexit
 import contextlib
 import weakref
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +24,9 @@ import numpy.typing as npt
 from kvtier import _core
 from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
+from kvtier.control import ControlServer
 from kvtier.disk_keys import read_keys
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located
 from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
@@ -129,7 +131,13 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, *, memory: Any = None, clock: Any = None, hash_seed: int | None = None
+        self,
+        config: Config,
+        *,
+        memory: Any = None,
+        clock: Any = None,
+        hash_seed: int | None = None,
+        drive: Any = None,
     ) -> None:
         """Opens an engine; kvtier.open() is the same.
 
@@ -138,11 +146,15 @@ class Engine:
             memory: For tests: a host memory of kvtier.testing.
             clock: For tests: a kvtier.testing.ManualClock.
             hash_seed: For tests: seed of the index; None is random.
+            drive: For tests: a kvtier.testing.SimulatedDrive; the disk tier is on it.
         """
         if not isinstance(config, Config):
             raise ConfigError(f"config is {config!r}; allowed: a kvtier.Config")
         self.config = config
         self._gpus = OpenGpus(config)
+        disk = disk_options(config)
+        if drive is not None and disk is not None:
+            drive.native.simulate(disk)
         self._native = _core.Engine.open(
             groups=[group_spec(layout, config) for layout in config.groups],
             host_bytes=config.host_bytes,
@@ -151,8 +163,14 @@ class Engine:
             memory=getattr(memory, "native", memory),
             clock=clock,
             hash_seed=hash_seed,
-            disk=disk_options(config),
+            disk=disk,
         )
+        self._control: ControlServer | None = None
+        if stores := [Path(disk.path) / "stores" / disk.store for disk in self.stats().disks if disk.store]:
+            # Not bound to us: an engine that nobody refers to any more ends, and its sockets with it.
+            engine = weakref.ref(self)
+            self._control = ControlServer(stores, lambda namespace: _purge(engine(), namespace))
+            weakref.finalize(self, self._control.close, _EXIT_PATIENCE_SECONDS).atexit = False
         _open_engines.add(self)
 
     def attach(self, tensors: Any, group: int = 0, *, axes: str | None = None, device: Any = None) -> Pages:
@@ -380,7 +398,10 @@ class Engine:
             DeviceError: A device cannot prove that its copies are over. The engine is closed; its memory and
                 the attached tensors are never freed.
         """
-        self._native.close(checked_timeout(timeout))
+        seconds = checked_timeout(timeout)
+        if self._control is not None:
+            self._control.close(seconds)
+        self._native.close(seconds)
 
     def __enter__(self) -> "Engine":
         return self
@@ -389,6 +410,13 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _purge(engine: Engine | None, namespace: str) -> int:
+    """What the control socket asks for."""
+    if engine is None:
+        raise ClosedError("the engine is closed")
+    return engine.drop(namespace=namespace)
 
 
 def open_engine(config: Config) -> Engine:

@@ -373,6 +373,55 @@ def faulty_memory(plan: FaultPlan, inner: HostMemory | None = None) -> HostMemor
     return HostMemory(_core.faulty_memory((inner or host_memory()).native, plan.native))
 
 
+# --- drives ---
+
+
+class SimulatedDrive:
+    """A drive that keeps writes in its memory until a sync, for an engine's disk tier: Engine(drive=...).
+
+    csrc/platform/include/kvtier/platform/simulated_drive.h says what its faults do; each is a probability of
+    a request.
+
+    Attributes:
+        native: The handle.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        read_error: float = 0,
+        write_error: float = 0,
+        sync_error: float = 0,
+        bit_flip: float = 0,
+        misplaced: float = 0,
+        lost_write: float = 0,
+    ) -> None:
+        self.native = _core.SimulatedDrive(
+            seed=seed,
+            read_error=read_error,
+            write_error=write_error,
+            sync_error=sync_error,
+            bit_flip=bit_flip,
+            misplaced=misplaced,
+            lost_write=lost_write,
+        )
+
+    def power_loss(self) -> None:
+        """Ends the drive: of what was not synced a random part reaches the files. Every request fails then."""
+        self.native.power_loss()
+
+    @property
+    def unsynced_writes(self) -> int:
+        """Writes that a power loss now may lose."""
+        return self.native.unsynced_writes()
+
+    @property
+    def faults_injected(self) -> int:
+        """So far."""
+        return self.native.faults_injected()
+
+
 # --- orders ---
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import kvtier
 from kvtier.cli import machine
 from kvtier.cli.bench import seconds
+from kvtier.cli.bench_reopen import store_durably
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, results_table
 from kvtier.engine import DiskBench
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     _check_room(args)
     report.machine |= {"pairs": args.pairs, "depth": args.depth, "mib": args.mib, "fio": _fio_version()}
     # A pair is three passes, a measured size takes as many pairs for reads and for writes.
-    total = len(SIZES) * 2 * 3 * args.pairs + 4 * args.rounds + 2 * args.rounds
+    total = len(SIZES) * 2 * (2 + 3 * args.pairs) + 4 * args.rounds + 2 * args.rounds
     with _home(args.dir) as home, Progress(report.out, total) as progress:
         run = _Run(args, report, progress, home, np.random.default_rng(args.seed))
         for name, payload_bytes in SIZES.items():
@@ -300,10 +301,7 @@ def _load_to_device(run: _Run) -> None:
     ids = np.arange(blocks)
     with kvtier.open(config) as engine:
         pages = engine.attach(list(memory), axes="KPTHD")
-        ticket = engine.store(keys, pages, ids)
-        ticket.wait()
-        engine.flush()
-        run.check("load_stored", ticket.durable_blocks == blocks)
+        store_durably(engine, pages, keys)
     rates, limits = [], []
     # The same number of the same bytes.
     bench = DiskBench(

@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         config = kvtier.Config(
             groups=[layout],
             model="kvtier-bench@1",
-            host=8 * _AT_ONCE * _SLOT_BYTES,
+            host=2 * _AT_ONCE * _SLOT_BYTES,
             disk=kvtier.Disk(str(home / "disk"), capacity),
             disk_admission="all",
             disk_write_budget="unlimited",
@@ -82,11 +82,11 @@ def _write(config: kvtier.Config, keys: Any, progress: Progress) -> None:
         pages = engine.attach([memory])
         for begin in range(0, len(keys), _AT_ONCE):
             some = keys[begin : begin + _AT_ONCE]
-            _store_durably(engine, pages, some)
+            store_durably(engine, pages, some)
             progress.step()
 
 
-def _store_durably(engine: kvtier.Engine, pages: kvtier.Pages, keys: Any) -> None:
+def store_durably(engine: kvtier.Engine, pages: kvtier.Pages, keys: Any) -> None:
     """Blocks that a busy or a growing disk did not take are offered again."""
     until = time.monotonic() + 60
     while True:

@@ -1,7 +1,7 @@
 """One life of a process of the demo's disk row; `python -m kvtier.cli.demo_life save|restore ARGUMENTS`.
 
 It says on standard output, a JSON object a line, how far it is ({"phase": ...}, {"step": ...}) and at last
-what it found, and waits to be killed. When nobody is left to kill it, its standard input ends, and it does too.
+what it found, and waits to be killed. When nobody is left to kill it, its input ends, and it does too.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import kvtier
+from kvtier import stores
 from kvtier.cli import machine
 from kvtier.cli.results import Report, add_json_argument
 from kvtier.engine import copy_limit, stream_isa
@@ -39,6 +41,7 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kvtier doctor`."""
+    parser.add_argument("--disk", metavar="DIR", help="also: what the disk tier finds there")
     add_json_argument(parser)
 
 
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs every check; returns the exit status."""
     with Report("doctor", args.json) as report:
         print(machine.describe(report.machine), file=report.out)
-        for check in CHECKS:
+        checks = CHECKS if args.disk is None else (*CHECKS, lambda: _disk(args.disk))
+        for check in checks:
             for finding in check():
                 mark = {True: "ok    ", None: "note  ", False: "FAILED"}[finding.passed]
                 print(f"{mark} {finding.name}: {finding.text}", file=report.out)
@@ -128,6 +132,36 @@ def _round_trip() -> list[Finding]:
     right = bool(np.array_equal(memory[:, :4], memory[:, 4:]))
     text = f"stored 4 blocks, found {found}, loaded {loaded}, bytes {'right' if right else 'WRONG'}"
     return [Finding("round trip", text, right and found == loaded == 4)]
+
+
+def _disk(directory: str) -> list[Finding]:
+    path = Path(directory).absolute()
+    try:
+        found = stores.probe(str(path))
+        space = os.statvfs(path)
+    except (KVTierError, OSError) as error:
+        return [Finding("disk", f"{path}: {error}", passed=False)]
+    queue = found["queue"]
+    if found["queue_problem"]:
+        queue += f"; not io_uring: {found['queue_problem']}"
+    direct = "O_DIRECT" if found["direct"] else "buffered: the file system takes no O_DIRECT"
+    alignment = f", requests aligned to {found['alignment']} bytes" if found["direct"] else ""
+    helper = stores.catalog_helper()
+    helper_there = os.access(helper, os.X_OK)
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    free = space.f_bavail * space.f_frsize
+    memlock = "without limit" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
+    return [
+        Finding("disk queue", queue, None if found["queue_problem"] else True),
+        Finding("disk files", direct + alignment, True if found["direct"] else None),
+        Finding("disk file system", f"{machine.file_system(path)}, {free / 2**30:.1f} GiB free"),
+        Finding("disk memlock", f"{memlock}; registered buffers are charged to it, else ordinary ones serve"),
+        Finding(
+            "catalog helper",
+            str(helper) if helper_there else f"{helper} is missing: restarts read all headers",
+            helper_there,
+        ),
+    ]
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (_devices, _copies, _memory, _packages, _round_trip)

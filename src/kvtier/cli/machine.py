@@ -42,6 +42,21 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
+def file_system(path: Path) -> str:
+    """The type of file system that a path is on, and its device; "unknown" where /proc does not tell."""
+    best, found = -1, "unknown"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point, kind = Path(before.split()[4]), after.split()
+        if path.resolve().is_relative_to(point) and len(point.parts) >= best:
+            best, found = len(point.parts), f"{kind[0]} on {kind[1]}"
+    return found
+
+
 @functools.cache
 def commit() -> str:
     """The commit of the checkout that runs, with "+" if it has changes; "unknown" outside of one."""

@@ -14,6 +14,9 @@ from kvtier.errors import KVTierError
 _COMMANDS = {
     "demo": "a real transformer: time to first token, cold and with its prefix restored",
     "bench": "how fast the parts are, beside what the machine can do",
+    "verify": "reads every block on a drive and proves it",
+    "inspect": "what is on a drive: occupancy, namespaces, ages",
+    "purge": "forgets a tenant's blocks on a drive for good",
     "doctor": "what kvtier finds on this machine, and whether it works here",
 }
 

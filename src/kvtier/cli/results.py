@@ -86,7 +86,7 @@ class Report:
     @property
     def out(self) -> TextIO:
         """Where to print for people: standard error when the JSON goes to standard output."""
-        return sys.stderr if self.path == "-" else sys.stdout
+        return out_of(self.path)
 
     @property
     def status(self) -> int:
@@ -110,20 +110,7 @@ class Report:
 
     def write(self) -> None:
         """Writes the JSON now. A file is replaced as a whole: a reader never sees half of it."""
-        if self.path is None:
-            return
-        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
-        if self.path == "-":
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            return
-        target = Path(self.path)
-        part = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            part.write_text(text)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_json(self.path, self.document())
 
     def __enter__(self) -> Report:
         if self.path is not None and self.path != "-" and not Path(self.path).absolute().parent.is_dir():
@@ -135,6 +122,29 @@ class Report:
     ) -> None:
         self.checks["completed"] = kind is None
         self.write()
+
+
+def out_of(json_path: str | None) -> TextIO:
+    """Where to print for people: standard error when the JSON goes to standard output."""
+    return sys.stderr if json_path == "-" else sys.stdout
+
+
+def write_json(path: str | None, document: Any) -> None:
+    """Writes a document to a file, which is replaced as a whole, to standard output for "-", or nowhere."""
+    if path is None:
+        return
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(text)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,17 @@ namespace {
 
 using namespace store_world;
 
-Tally campaign(const CampaignPlan& plan, std::uint64_t seeds, std::uint64_t first_seed = 1) {
+// For longer campaigns: so many times the seeds.
+std::uint64_t factor() {
+  const char* set = std::getenv("KVTIER_CAMPAIGN_FACTOR");
+  return set == nullptr ? 1 : std::max<std::uint64_t>(1, std::strtoull(set, nullptr, 10));
+}
+
+Tally campaign(const CampaignPlan& plan, std::uint64_t seeds) {
   Tally tally;
-  for (std::uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
+  for (std::uint64_t seed = 1; seed <= seeds; ++seed) {
     tally += Campaign(seed, plan).run();
-    if (testing::Test::HasFatalFailure()) break;
+    if (testing::Test::HasFailure()) break;  // the seed is the last one
   }
   return tally;
 }
@@ -48,16 +54,16 @@ CampaignPlan lying_drive() {
 }
 
 TEST_F(SlotStoreCampaign, after_power_loss_what_was_durable_is_served_and_what_was_wiped_is_not) {
-  const Tally tally = campaign({}, 30);
+  const Tally tally = campaign({}, 30 * factor());
   expect_kept(tally);
   EXPECT_GE(tally.hits_expected, 500U) << "or it proves nothing";
-  EXPECT_EQ(tally.cycles, 120U);
+  EXPECT_GE(tally.cycles, 120U);
 }
 
 TEST_F(SlotStoreCampaign, an_older_or_lost_catalog_costs_what_it_lies_about_and_nothing_else) {
   CampaignPlan plan;
   plan.catalogs = CampaignPlan::Catalogs::any_older;
-  const Tally tally = campaign(plan, 30);
+  const Tally tally = campaign(plan, 30 * factor());
   expect_kept(tally);
   EXPECT_GE(tally.hits_expected, 200U);
 }
@@ -69,14 +75,14 @@ TEST_F(SlotStoreCampaign, power_loss_on_a_drive_that_fails_now_and_then_keeps_it
   plan.faults.sync_error = 0.05;
   plan.faults.no_space = 0.01;
   plan.faults.delay = 0.1;
-  const Tally tally = campaign(plan, 20);
+  const Tally tally = campaign(plan, 20 * factor());
   expect_kept(tally);
   EXPECT_GE(tally.hits_expected, 50U);
   EXPECT_GE(tally.faults, 50U);
 }
 
 TEST_F(SlotStoreCampaign, a_drive_that_flips_bits_loses_and_misplaces_writes_never_makes_wrong_bytes) {
-  const Tally tally = campaign(lying_drive(), 20);
+  const Tally tally = campaign(lying_drive(), 20 * factor());
   EXPECT_EQ(tally.wrong, 0U);
   EXPECT_GE(tally.faults, 500U);
   EXPECT_GE(tally.checked, 1000U);

@@ -199,6 +199,32 @@ TEST(SlotStore, plaintext_never_reaches_the_drive_with_a_cipher) {
   EXPECT_EQ(bytes.find(std::string(16, 0x5a)), std::string::npos) << "the image's padding";
 }
 
+TEST(SlotStore, registered_buffers_are_used_or_said_not_to_be) {
+  Home home;
+  const Image region(16 * kStride);
+  SlotStoreOptions options = options_of(home);
+  options.buffers = {{region.data(), 16 * kStride}};
+  SlotStore::Opened opened = open(home, std::move(options));
+  const bool registered = opened.report.queue.find("registered") != std::string::npos;
+  EXPECT_EQ(registered, opened.report.buffers_problem.empty()) << opened.report.buffers_problem;
+  wait_for_slots(*opened.store, 4);
+  Told<Status> written;
+  SlotWrite write;
+  write.place = {0, SlotId{2}};
+  write.block = identity_of(5);
+  write.payload_bytes = kPayload;
+  write.image = region.data() + 3 * kStride;
+  write.on_written = [&written](const Status& status) { written.tell(status); };
+  opened.store->write(std::move(write));
+  EXPECT_TRUE(written.wait());
+  const auto read = start_read(*opened.store, 2, {5, 1});
+  EXPECT_TRUE(read->done.wait().good());
+  EXPECT_EQ(std::memcmp(read->image.data() + kSlotHeaderBytes, region.data() + 3 * kStride + kSlotHeaderBytes,
+                        kPayload),
+            0);
+  EXPECT_TRUE(opened.store->close(soon()));
+}
+
 TEST(SlotStore, threads_and_descriptors_come_back_to_where_they_began) {
   const auto count = [](const char* path) {
     return std::distance(std::filesystem::directory_iterator(path), std::filesystem::directory_iterator());

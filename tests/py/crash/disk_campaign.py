@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from disk_driver import ROOMY
+
 DRIVER = Path(__file__).with_name("disk_driver.py")
-ROOMY = 24 << 20  # nothing is evicted
-TIGHT = 6 << 20  # about forty blocks of each group
 PATIENCE = 40.0
 
 

@@ -33,6 +33,8 @@ GROUPS = [
     kvtier.KVLayout(2, 1, 192, "uint8", BLOCK_TOKENS, name="large"),  # 12 KiB
 ]
 LONGEST_CHAIN = 4
+ROOMY = 24 << 20  # a disk on which nothing is evicted
+TIGHT = 6 << 20  # about forty blocks of each group
 HOST = "1MiB"
 AT_ONCE = 24  # blocks of one load: fewer than host slots of a group
 PAGES = 32

@@ -14,7 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import disk_campaign
-from disk_campaign import ROOMY, TIGHT, Campaign, Tally
+import disk_mutants
+from disk_campaign import Campaign, Tally
+from disk_driver import ROOMY, TIGHT
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -79,3 +81,16 @@ def test_slot_files_that_others_write_to_give_right_bytes_or_a_miss(campaigns: A
     tally = finished(campaigns, name)
     assert tally.sabotages >= 8
     assert tally.served >= 50
+
+
+@pytest.mark.parametrize("point", disk_mutants.SCENARIOS)
+def test_a_store_that_skips_a_proof_is_caught(point: str, tmp_path: Path) -> None:
+    assert not disk_mutants.run(point, tmp_path / "mutant", 1, mutant=True).good
+
+
+@pytest.mark.parametrize("point", disk_mutants.SCENARIOS)
+@pytest.mark.parametrize("seed", range(3))
+def test_with_every_proof_made_nothing_is_noticed(point: str, seed: int, tmp_path: Path) -> None:
+    found = disk_mutants.run(point, tmp_path / "sound", seed, mutant=False)
+    assert found.good
+    assert found.checked > 0

@@ -43,7 +43,7 @@ RESERVED = [
 # Modules that only some files of the package may import.
 IMPORTERS = {
     "torch": r"paged\.py|adapters/.*|cli/demo.*",
-    "kvtier._core": r"engine\.py|gpus\.py|keys\.py|testing\.py",
+    "kvtier._core": r"engine\.py|gpus\.py|keys\.py|stores\.py|testing\.py",
 }
 
 

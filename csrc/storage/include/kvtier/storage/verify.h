@@ -34,7 +34,7 @@ struct StoreSurvey {
   std::string name;
   bool in_use = false;    // some process has it open
   std::string not_read;   // why its slots were not looked at; empty if they were
-  Superblock superblock;  // meaningful unless `readable` is false
+  Superblock superblock;  // meaningful if `readable`
   bool readable = false;  // the superblock is sound
   std::uint64_t granted_bytes = 0;
   std::uint64_t allocated_bytes = 0;  // st_blocks
