@@ -8,7 +8,7 @@ cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 # Folders too: their times change when a file comes or goes.
 native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
 
-.PHONY: help setup build demo test test-cpp test-py test-deep asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench gpu-check offline-deps wheel clean
+.PHONY: help setup build demo test test-cpp test-py test-deep torture asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench gpu-check offline-deps wheel clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -26,6 +26,8 @@ test-py: build  ## Python tests (PYTEST_ARGS="-k name")
 	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 test-deep: build  ## the model tests with many more examples (minutes)
 	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
+torture: build  ## thousands of crashes of the disk tier, and its mutants (KVTIER_TORTURE_CYCLES=4000)
+	python scripts/torture.py
 asan: setup  ## C++ tests under AddressSanitizer and UBSan
 	scripts/ctest.sh asan $(CTEST_ARGS)
 tsan: setup  ## C++ tests under ThreadSanitizer
@@ -53,6 +55,8 @@ format: setup  ## formats Python and C++ in place
 bench: build  ## the benchmarks that need no GPU, each beside this machine's own limit
 	kvtier bench index
 	kvtier bench copy
+	kvtier bench disk --dir .
+	kvtier bench reopen --dir .
 
 gpu-check:  ## on a machine with a GPU, network or none: builds, GPU tests, GPU benchmarks into benchmarks/results/
 	scripts/gpu-check.sh

@@ -2,8 +2,8 @@
 
 KVTIER_TORTURE_CYCLES says how many cycles there are (default 4000), KVTIER_TORTURE_SEED where their seeds
 begin (default: the time; printed). The last line is JSON: {"cycles", "blocks_checked", "hits",
-"hits_expected", "wrong_bytes", "mutants_caught", "mutants"}. The exit status is 1 after a wrong byte, a dropped
-block that came back, a driver that crashed or hung, a missing hit (below 99 %), or a mutant that was not
+"hits_expected", "wrong_bytes", "mutants_caught", "mutants"}. The exit status is 1 after a wrong byte, a
+dropped block that came back, a driver that crashed or hung, a missing hit (below 99 %), or a mutant that was not
 caught.
 """
 
@@ -43,7 +43,9 @@ def campaign(home: Path, number: int, cycles: int, seed: int) -> Tally:
     place.mkdir()
     one = Campaign(place, seed + number, **arguments)
     tally = one.run(cycles - 1)  # and one more to see what is left
-    print(f"{number:4d} {name}: {tally.cycles} cycles, {tally.hits} of {tally.hits_expected} hits", flush=True)
+    print(
+        f"{number:4d} {name}: {tally.cycles} cycles, {tally.hits} of {tally.hits_expected} hits", flush=True
+    )
     if tally.good:
         shutil.rmtree(place)
     else:
@@ -93,7 +95,9 @@ def main() -> int:
         name: getattr(total, name)
         for name in ("cycles", "blocks_checked", "hits", "hits_expected", "wrong_bytes")
     }
-    print(json.dumps({**summary, "mutants_caught": caught, "mutants": len(disk_mutants.SCENARIOS)}), flush=True)
+    print(
+        json.dumps({**summary, "mutants_caught": caught, "mutants": len(disk_mutants.SCENARIOS)}), flush=True
+    )
     return 0 if good else 1
 
 

@@ -51,8 +51,7 @@ class Purge {
     if (header == nullptr || zeros == nullptr) return Status::resource("no memory to purge " + name);
     const std::string path = store_.path() + "/" + name;
     for (std::uint64_t slot = 0; slot < *size / stride; ++slot) {
-      Result<std::uint64_t> got =
-          read_at(*there, slot * stride, {header.get(), kSlotHeaderBytes}, path);
+      Result<std::uint64_t> got = read_at(*there, slot * stride, {header.get(), kSlotHeaderBytes}, path);
       if (!got) return got.status();
       if (*got < kSlotHeaderBytes) break;
       slot_format::HeaderFields fields;

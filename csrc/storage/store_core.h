@@ -279,6 +279,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   OnGrown on_grown_ KVTIER_GUARDED_BY(mutex_);
   void attend(const MutexLock& lock) KVTIER_REQUIRES(mutex_);
   void claim(const SlotPlace& place, const MutexLock& lock) KVTIER_REQUIRES(mutex_);
+  bool is_claimed(const SlotPlace& place, const MutexLock& lock) const KVTIER_REQUIRES(mutex_);
   Status refusal(const MutexLock& lock) const KVTIER_REQUIRES(mutex_);
 
   // --- the I/O thread's (the opener's before it starts) ---

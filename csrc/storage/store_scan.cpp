@@ -59,11 +59,8 @@ void StoreCore::finish_scan() {
   std::vector<CatalogRecord> found;
   {
     MutexLock lock(mutex_);
-    const auto is_claimed = [this](const SlotPlace& place) {
-      return claimed_[place.class_index][raw(place.slot)];
-    };
     for (const CatalogRecord& record : outcome.found) {
-      if (is_claimed(record.place)) continue;
+      if (is_claimed(record.place, lock)) continue;
       if (image_bytes(record.payload_bytes) > options_.classes[record.place.class_index].slot_stride_bytes) {
         outcome.to_wipe.push_back(record.place);
         continue;
@@ -72,10 +69,10 @@ void StoreCore::finish_scan() {
       found.push_back(record);
     }
     for (const SlotPlace& place : outcome.untouchable) {
-      if (!is_claimed(place)) table_.set_content(place, SlotContent::untouchable);
+      if (!is_claimed(place, lock)) table_.set_content(place, SlotContent::untouchable);
     }
     for (const SlotPlace& place : outcome.to_wipe) {
-      if (is_claimed(place)) continue;
+      if (is_claimed(place, lock)) continue;
       table_.at(place).busy = true;
       table_.set_content(place, SlotContent::writing);
       own_wipes_.push_back(place);

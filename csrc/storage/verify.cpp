@@ -98,7 +98,7 @@ class StoreSurveyor {
   void judge_alone(const FileHandle& file, const SlotPlace& place, std::byte* image, std::byte* plain,
                    std::uint64_t stride, std::uint64_t bytes) {
     Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
-                                              slot_file_name(place.class_index));
+                                        slot_file_name(place.class_index));
     if (!got || *got < bytes) {
       ++survey_.slots.failed;
       return;
@@ -113,7 +113,7 @@ class StoreSurveyor {
     for (int look = 0; survey_.in_use && look < kSecondLooks && is_corrupt(verdict); ++look) {
       std::this_thread::sleep_for(kBetweenLooks);
       Result<std::uint64_t> got = read_at(file, std::uint64_t{raw(place.slot)} * stride, {image, bytes},
-                                                slot_file_name(place.class_index));
+                                          slot_file_name(place.class_index));
       if (!got || *got < bytes) break;
       verdict = verdict_of(place, image, plain, stride, header);
     }

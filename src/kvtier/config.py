@@ -179,7 +179,7 @@ class Config:
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
         if self.disk_write_budget not in (None, "unlimited"):
-            parse_size(self.disk_write_budget, "disk_write_budget")  # type: ignore[arg-type]
+            parse_size(self.disk_write_budget, "disk_write_budget")
         places: object = self.disk_key
         if places is not None and (
             not isinstance(places, str) or not all(place.strip() for place in places.split(","))

@@ -122,10 +122,11 @@ class ControlServer:
     def _answer(self, peer: socket.socket) -> None:
         peer.settimeout(_PEER_PATIENCE_SECONDS)
         _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid != os.geteuid():
-            _send(peer, {"error": f"you are user {uid}; allowed: {os.geteuid()}, who runs the engine"})
-            return
         for line in _lines(peer):
+            if uid != os.geteuid():
+                # After its question: a socket that is closed unread would take our answer with it.
+                _send(peer, {"error": f"you are user {uid}; allowed: {os.geteuid()}, who runs the engine"})
+                return
             _send(peer, self._outcome(line))
             if self._stopping:
                 return

@@ -408,7 +408,7 @@ class SimulatedDrive:
         )
 
     def power_loss(self) -> None:
-        """Ends the drive: of what was not synced a random part reaches the files. Every request fails then."""
+        """Ends the drive: of what was not synced, a random part reaches the files. Requests fail then."""
         self.native.power_loss()
 
     @property

@@ -5,6 +5,9 @@ order, each block once; rates count payload bytes. Ours moves and checks 4096 by
 checksums included, and both syncs are part of the time (fio: end_fsync). Pairs come in ABBA order with a
 second fio beside the first: fio against fio is the noise floor. Intervals are of the paired median, by
 bootstrap, 95 %.
+
+fio is given what makes it fastest: registered files, and registered buffers in huge pages, as ours are
+(measured for reads of 2 MiB: 1.6 GB/s without, 2.9 with).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kvtier bench disk`."""
     parser.add_argument("--dir", required=True, metavar="D", help="a directory on the drive to be measured")
     parser.add_argument("--pairs", type=int, default=15, help="of each kind (default: %(default)s)")
-    parser.add_argument("--mib", type=int, default=1024, help="moved by each pass (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=2048, help="moved by each pass (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=32, help="requests in flight (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=_LOADED_BLOCKS, help="of a load (default: %(default)s)")
 
@@ -100,7 +104,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     print(
         "\nlimit: fio on the same file; ratio: median of the pairs. *_ratio: with its bootstrap interval of\n"
         "95 % (min, max), beside fio against fio (*_noise). *_cpu: CPU seconds per GB, limit is fio's.\n"
-        "load_to_device: one load of blocks that are on disk alone; limit is the plain read of as many bytes.\n"
+        "load_to_device: one load of blocks that are on disk alone; limit is a plain read of as many.\n"
         "*_encrypted: limit is the same without encryption.\n",
         file=report.out,
     )
@@ -172,7 +176,8 @@ def _against_fio(run: _Run, name: str, payload_bytes: int) -> None:
 
             our_pass()  # both warm up, and do not count
             fio_pass(fio)
-            mine.rates.clear(), mine.cpu.clear(), fio.rates.clear(), fio.cpu.clear()
+            for values in (mine.rates, mine.cpu, fio.rates, fio.cpu):
+                values.clear()
             for pair in range(run.args.pairs):
                 if pair % 2 == 0:
                     our_pass()
@@ -230,10 +235,15 @@ def _fio(run: _Run, file: str, direction: str, payload_bytes: int, blocks: int) 
         "--direct=1",
         "--allow_file_create=0",
         "--invalidate=0",
+        "--fixedbufs=1",
+        "--registerfiles=1",
         "--output-format=json",
         *(["--end_fsync=1"] if direction == "write" else []),
     ]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)  # noqa: S603
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its buffers in huge pages
+    found = subprocess.run(  # noqa: S603
+        command, capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
     if found.returncode != 0:
         raise ResourceError(f"fio failed: {(found.stderr or found.stdout).strip()[-500:]}")
     job = json.loads(found.stdout[found.stdout.index("{") :])["jobs"][0]

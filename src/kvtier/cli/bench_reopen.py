@@ -70,7 +70,8 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                 progress.step()
             report.add(measured(name, took[1:], "s"))  # the first warms up
     print(
-        f"\n{args.blocks} blocks of 4 KiB. Time of open(); then every block is a hit. rebuild: without a catalog.\n",
+        f"\n{args.blocks} blocks of 4 KiB. Time of open(); then every block is a hit.\n"
+        "rebuild: without a catalog.\n",
         file=report.out,
     )
     print(results_table(report.results, TARGETS), file=report.out)

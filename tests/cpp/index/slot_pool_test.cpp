@@ -148,5 +148,26 @@ TEST(SlotPool, a_slot_has_at_most_one_holder_I2) {
   }
 }
 
+TEST(SlotPool, a_slot_taken_by_name_is_not_handed_out_again_until_it_is_free) {
+  SlotPool pool(6);
+  pool.grow(5);
+  EXPECT_TRUE(pool.take_at(SlotId{3}));
+  EXPECT_FALSE(pool.take_at(SlotId{3}));
+  EXPECT_FALSE(pool.take_at(SlotId{5}));  // not usable yet
+  std::vector<SlotId> taken;
+  while (const auto slot = pool.take()) taken.push_back(*slot);
+  EXPECT_EQ(taken, (std::vector{SlotId{0}, SlotId{1}, SlotId{2}, SlotId{4}}));
+  EXPECT_FALSE(pool.has_free());
+  pool.step(SlotId{3}, SlotState::free);
+  pool.step(SlotId{1}, SlotState::free);
+  EXPECT_TRUE(pool.has_free());
+  EXPECT_TRUE(pool.take_at(SlotId{1}));  // freed, and standing among the recycled ones
+  EXPECT_EQ(pool.take(), SlotId{3});
+  EXPECT_EQ(pool.take(), std::nullopt);
+  pool.step(SlotId{1}, SlotState::free);
+  EXPECT_EQ(pool.take(), SlotId{1});
+  EXPECT_EQ(pool.take(), std::nullopt);
+}
+
 }  // namespace
 }  // namespace kvtier

@@ -569,7 +569,49 @@ TEST(TierIndex, agrees_with_a_naive_model_I1_I2_I3_I4) {
 }
 
 #ifndef NDEBUG
-TEST(HostTierDeathTest, misuse_is_a_bug) {
+TEST(TierIndex, restored_blocks_are_ready_in_their_own_slots_and_age_in_the_order_given) {
+  TierIndex tier = tier_of(4);
+  Entry* parent = tier.restore(key_of(1), kGroup, kTenant, 0, 0, SlotId{2});
+  Entry* child = tier.restore(key_of(2), kGroup, kTenant, 1, 0, SlotId{0});
+  ASSERT_NE(parent, nullptr);
+  ASSERT_NE(child, nullptr);
+  tier.link_parent(*child, *parent);
+  EXPECT_EQ(child->slot, SlotId{0});
+  EXPECT_EQ(tier.restore(key_of(3), kGroup, kTenant, 0, 0, SlotId{2}), nullptr);  // taken
+  EXPECT_EQ(tier.restore(key_of(1), kGroup, kTenant, 0, 0, SlotId{3}), nullptr);  // there already
+  EXPECT_EQ(tier.restore(key_of(4), kGroup, kTenant, 0, 0, SlotId{4}), nullptr);  // no such slot
+  expect_counts(tier, 2, 0, 2, 0);
+  store(tier, 10);
+  store(tier, 11);
+  expect_counts(tier, 0, 0, 4, 0);
+  store(tier, 12);  // the child goes first, although its parent is older
+  EXPECT_FALSE(resident(tier, 2));
+  EXPECT_TRUE(resident(tier, 1));
+  store(tier, 13);
+  EXPECT_FALSE(resident(tier, 1));
+}
+
+TEST(TierIndex, each_volume_has_slots_and_victims_of_its_own) {
+  TierIndex tier({.slots_per_class = {1, 2}, .class_of_group = {0}, .num_volumes = 2});
+  tier.slots(0).grow(1);
+  tier.slots(1).grow(2);
+  const auto put = [&tier](std::uint64_t n, std::uint32_t volume) {
+    const TierIndex::Reservation found = tier.reserve(key_of(n), kGroup, kTenant, 0, nullptr, volume);
+    ASSERT_EQ(found.outcome, ReserveOutcome::reserved);
+    EXPECT_EQ(found.entry->volume, volume);
+    EXPECT_TRUE(tier.commit(*found.entry));
+  };
+  put(1, 0);
+  put(2, 1);
+  put(3, 1);
+  put(4, 1);
+  EXPECT_FALSE(resident(tier, 2));  // the oldest of its volume
+  EXPECT_TRUE(resident(tier, 1));   // older, on the other one
+  EXPECT_EQ(tier.next_victim(0)->key, key_of(1));
+  EXPECT_EQ(tier.next_victim(1)->key, key_of(3));
+}
+
+TEST(TierIndexDeathTest, misuse_is_a_bug) {
   TierIndex tier = tier_of(4);
   Entry& filling = *reserve(tier, 0).entry;
   EXPECT_DEATH(tier.pin(filling), "broken invariant");

@@ -293,7 +293,7 @@ class Campaign:
             self.tally.wrong_bytes += 1
         if words[0] != "missing":
             self.tally.troubles.append(f"{words[0]} bytes of chain {words[1]} in cycle {self.cycle}")
-        print(f"seed {self.seed}, cycle {self.cycle}: {' '.join(words)}", file=sys.stderr)
+        sys.stderr.write(f"seed {self.seed}, cycle {self.cycle}: {' '.join(words)}\n")
 
     def _note_end(self, status: int, killed: bool) -> None:
         if killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:

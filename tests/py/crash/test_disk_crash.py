@@ -47,7 +47,6 @@ def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "F
 
 def finished(campaigns: dict[str, "Future[tuple[Tally, str]]"], name: str) -> Tally:
     tally, log = campaigns[name].result()
-    print(f"{name}: {tally}")
     assert tally.good, f"{tally}\n{log}"
     assert tally.cycles == CAMPAIGNS[name]["cycles"] + 1
     assert tally.killed >= 0.7 * tally.cycles

@@ -151,7 +151,7 @@ def test_a_limit_on_the_size_of_files_is_lived_through(tmp_path: Path) -> None:
 
 
 def main() -> None:
-    # The catalog's helper and the arena are not meant: the limit comes after them, before the files are whole.
+    # Above what the host tier and the catalog need, below what the slot files want.
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (18 << 20, hard))
     world = World(Path(sys.argv[1]))

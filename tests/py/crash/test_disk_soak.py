@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +93,7 @@ class Soak:
 
 
 def test_full_tiers_give_back_what_they_took(tmp_path: Path) -> None:
+    Soak(tmp_path / "first").engine.close(PATIENCE)  # the CPU device's copy thread stays
     before = held()
     soak = Soak(tmp_path / "disk")
     for _ in range(3):  # until both tiers are full, and every pool has grown
@@ -116,7 +116,6 @@ def test_full_tiers_give_back_what_they_took(tmp_path: Path) -> None:
     closed = held()
     assert closed.descriptors == before.descriptors
     assert closed.threads == before.threads
-    assert threading.active_count() <= 2  # this one and pytest-timeout's
 
 
 def test_engines_that_come_and_go_leave_nothing_behind(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ config = Config(groups=[KVLayout(2, 2, 8, "float16", 4)], block_tokens=8, host="
 engine = kvtier.open(config)
 while any(c.usable < 64 for disk in engine.stats().disks for c in disk.classes):
     time.sleep(0.002)
-pages = engine.attach([np.ones((16, 2, 4, 2, 8), np.float16)] * 2)
+pages = engine.attach([np.ones((16, 2, 4, 2, 8), np.float16) for _ in range(2)])
 for name in ("a", "b"):
     keys = kvtier.block_keys(np.arange(64), config, namespace=name)
     ticket = engine.store(keys, pages, range(16), namespace=name)

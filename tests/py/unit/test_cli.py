@@ -12,7 +12,20 @@ from kvtier.cli import bench_copy, bench_index, demo, main
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import problems
 
-DEMO = ["demo", "--size", "tiny", "--tokens", "200", "--block-tokens", "16", "--chunk", "64", "--runs", "2"]
+DEMO = [
+    "demo",
+    "--size",
+    "tiny",
+    "--tokens",
+    "200",
+    "--block-tokens",
+    "16",
+    "--chunk",
+    "64",
+    "--runs",
+    "2",
+    "--no-disk",
+]
 INDEX = ["bench", "index", "--blocks", "2000", "--batch", "512", "--tokens", "1000", "--rounds", "2"]
 COPY = ["bench", "copy", "--mib", "4", "--rounds", "2"]
 
@@ -131,6 +144,27 @@ class TestDemo:
         assert checks["identical_logits"] is checks["control_differs"] is checks["completed"] is True
         assert "memcpy GB/s" in printed
         assert "[100 %]" in printed
+
+    def test_the_disk_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(disk)]
+        status, document = run_with_json(argv, tmp_path / "out.json")
+        printed = capsys.readouterr().out
+        assert status == 0, printed
+        assert {"ttft_disk", "restore_disk", "reopen"} <= names(document)
+        checks = {name for name, passed in document["checks"].items() if passed}
+        assert {"disk_saved_whole_prefix", "disk_restored_whole_prefix"} <= checks
+        assert {"disk_identical_logits", "disk_cold_identical_logits", "disk_control_differs"} <= checks
+        assert "killed with SIGKILL" in printed
+        assert list(disk.iterdir()) == []  # nothing is left
+
+    def test_a_disk_row_that_cannot_be_is_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(tmp_path / "none")]
+        assert main(argv) == 1
+        assert str(tmp_path / "none") in capsys.readouterr().err
 
     def test_json_on_standard_output(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*DEMO, "--json", "-"]) == 0

@@ -129,7 +129,9 @@ class SlotStore {
   struct Opened;
   // Blocks for the catalog (milliseconds), or, without a usable one, for a rebuild from the headers. After an
   // unclean end, slots that the catalog does not know but that were used are scanned in the background and,
-  // where sound, handed to `on_found` (on the I/O thread, before scan_done).
+  // where sound, handed to `on_found` (on the I/O thread, before scan_done). A slot that the owner has
+  // written to or wiped meanwhile is his: what stood there is not reported, but a report may cross with such
+  // a write, and is void then. Of what it does not want the owner wipes the slot.
   static Result<Opened> open(std::unique_ptr<StoreLease> lease, SlotStoreOptions options,
                              std::function<void(const CatalogRecord& found)> on_found);
   virtual ~SlotStore() = default;  // close() with no deadline
@@ -154,7 +156,7 @@ class SlotStore {
   virtual void note_use(SlotPlace place) = 0;
 
   // A queued operation that has not begun ends with `closed` through its callback; false when it has begun or
-  // is over.
+  // is over. What stood in the slot of a cancelled write stands there still.
   virtual bool cancel(StoreJob job) = 0;
   // A queued prefetch becomes a demand read.
   virtual void hurry(StoreJob job) = 0;
