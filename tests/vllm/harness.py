@@ -56,11 +56,26 @@ class Server:
 
     def generate(self, prompts: list[list[int]], tokens: int = 8, **extra: Any) -> list[Any]:
         """Greedy; each result has `.tokens`, `.logprobs` (of the chosen), `.cached`."""
-        params = SamplingParams(
+        asked = [{"prompt_token_ids": p} for p in prompts]
+        outputs = self.llm.generate(asked, self.params(tokens, **extra), use_tqdm=False)
+        return [Result(output) for output in outputs]
+
+    @staticmethod
+    def params(tokens: int, **extra: Any) -> SamplingParams:
+        return SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=1, **extra
         )
-        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [Result(output) for output in outputs]
+
+    def drain(self, seconds: float = 60.0) -> dict[str, Any]:
+        """Steps until nothing is left to do; returns what finished meanwhile, by the name it was given."""
+        finished = {}
+        end = time.monotonic() + seconds
+        while self.llm.llm_engine.has_unfinished_requests() or self.vllm_scheduler.has_requests():
+            assert time.monotonic() < end, "the engine does not come to rest"
+            for output in self.llm.llm_engine.step():
+                if output.finished:
+                    finished[output.request_id] = output
+        return finished
 
     def forget_device(self) -> None:
         """Empties vLLM's own prefix cache; the connector keeps its blocks."""
@@ -103,7 +118,8 @@ class Result:
     def __init__(self, output: Any) -> None:
         completion = output.outputs[0]
         self.tokens = list(completion.token_ids)
-        self.logprobs = [step[token].logprob for token, step in zip(self.tokens, completion.logprobs, strict=True)]
+        steps = zip(self.tokens, completion.logprobs, strict=True)
+        self.logprobs = [step[token].logprob for token, step in steps]
         self.cached = output.num_cached_tokens
         self.finish_reason = completion.finish_reason
 

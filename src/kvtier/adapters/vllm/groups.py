@@ -128,7 +128,7 @@ def _check_group(index: int, group: Any) -> int | None:
                 f"{name}: layer {layer!r} keeps {names[0]}, which kvtier cannot restore yet; allowed: full "
                 "attention, MLA, sliding windows"
             )
-        if not getattr(spec, "prefix_cacheable", True) or getattr(spec, "prefix_replay_tokens", 0):
+        if not getattr(spec, "prefix_cacheable", True) or bool(getattr(spec, "prefix_replay_tokens", None)):
             raise UnsupportedError(f"{name}: vLLM does not cache prefixes of layer {layer!r} by block")
         if _WINDOW in names:
             windows.add(int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", None) or 0))

@@ -91,9 +91,7 @@ def _parse_disk(value: object) -> tuple[DiskOption, ...]:
         return ()
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, (list, tuple)):
-        raise ConfigError(
-            f'{SOURCE}: disk is {value!r}; allowed: a list of {{"path": ..., "capacity": ...}}'
-        )
+        raise ConfigError(f'{SOURCE}: disk is {value!r}; allowed: a list of {{"path": ..., "capacity": ...}}')
     disks: list[DiskOption] = []
     for i, entry in enumerate(entries):
         name = f"{SOURCE}: disk[{i}]"

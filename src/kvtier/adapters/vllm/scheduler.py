@@ -323,9 +323,7 @@ class SchedulerSide:
         self.counters.add("miss_tokens_pending", pending * tokens)
         self.counters.add("miss_tokens_absent", (len(match.keys) - ready - pending) * tokens)
 
-    def _store(
-        self, state: RequestState, num_tokens: int, output: Any, stores: Copies, now: float
-    ) -> None:
+    def _store(self, state: RequestState, num_tokens: int, output: Any, stores: Copies, now: float) -> None:
         request = state.request
         # Tokens whose KV this step completes; drafts that may be rejected are not among num_tokens.
         tokens = min(request.num_computed_tokens + num_tokens, request.num_tokens)

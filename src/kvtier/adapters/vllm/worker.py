@@ -58,9 +58,7 @@ class WorkerSide:
         }
         for g, group in enumerate(self._plan.groups):
             views = [
-                view
-                for name, size in group.layers
-                for view in _views(name, size, group, kv_caches, strides)
+                view for name, size in group.layers for view in _views(name, size, group, kv_caches, strides)
             ]
             if views[0].device.type == "cuda":
                 self._cuda = views[0].device
