@@ -312,3 +312,11 @@ def test_a_request_keeps_nothing_when_no_slot_is_free(tmp_path: Path) -> None:
     assert (stores, bench.pool.references) == ([], {})
     assert bench.side.counters.take()["store_blocks_declined"] == 3
     bench.close()
+
+
+def test_closing_leaves_nothing_where_keeper_and_workers_met(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert (tmp_path / "meet").is_dir()
+    bench.close()
+    assert list(tmp_path.iterdir()) == []
+    bench.side.close()

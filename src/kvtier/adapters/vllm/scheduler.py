@@ -3,10 +3,12 @@
 It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLLM's scheduler, calls it.
 """
 
+import contextlib
 import logging
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +71,7 @@ class SchedulerSide:
         self._options = options
         self._recompute_failures = recompute_failures
         self._clock = clock
+        self._directory = directory
         self._recompute = RecomputeClock()
         self._loras = LoRAIdentity()
         self._epoch = b""
@@ -256,6 +259,8 @@ class SchedulerSide:
         self._requests.clear()
         self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
         self._keeper.close(_CLOSE_SECONDS)
+        with contextlib.suppress(OSError):  # somebody's own things stand there; or it is gone already
+            Path(self._directory).rmdir()
         self._engine.close(_CLOSE_SECONDS)
 
     # --- inside ---
