@@ -1,4 +1,4 @@
-"""`kvtier bench index` and `kvtier bench copy`: figures beside what the machine can do, from the same run.
+"""`kvtier bench index`, `copy` and `vllm`: figures beside what the machine can do, from the same run.
 
 Common to both: buffers are written once before anything is measured; every round runs all candidates in turn,
 so that what slows the machine down meets all of them; the first round warms up and does not count; figures
@@ -21,6 +21,7 @@ from kvtier.errors import ConfigError
 SUBJECTS = {
     "index": "lookups, keys, stores and evictions in an index of a million blocks, beside a Python dict",
     "copy": "pages to host slots and back, beside the machine's own copy of the same bytes",
+    "vllm": "time to the first token of a real vLLM server: cold, on the device, restored from host memory",
 }
 
 
