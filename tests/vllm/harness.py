@@ -24,14 +24,19 @@ class Server:
         self, model: Path, *, connector: bool = True, extra: dict[str, Any] | None = None, **options: Any
     ) -> None:
         policy = options.pop("policy", "recompute")
+        multi = options.pop("multi", False)
         if connector:
-            options["kv_transfer_config"] = KVTransferConfig(
-                kv_connector="KVTierConnector",
-                kv_connector_module_path="kvtier.adapters.vllm",
-                kv_role="kv_both",
-                kv_load_failure_policy=policy,
-                kv_connector_extra_config={"host": "256MiB"} | (extra or {}),
-            )
+            ours = {
+                "kv_connector": "KVTierConnector",
+                "kv_connector_module_path": "kvtier.adapters.vllm",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"host": "256MiB"} | (extra or {}),
+            }
+            if multi:
+                children = {"connectors": [ours]}
+                ours = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+                ours["kv_connector_extra_config"] = children
+            options["kv_transfer_config"] = KVTransferConfig(**ours, kv_load_failure_policy=policy)
         defaults = {
             "model": str(model),
             "skip_tokenizer_init": True,
@@ -49,8 +54,10 @@ class Server:
         if connector:
             from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-            self.scheduler = self.vllm_scheduler.connector._scheduler
-            self.worker = get_kv_transfer_group()._worker
+            sides = [self.vllm_scheduler.connector, get_kv_transfer_group()]
+            if multi:
+                sides = [side.sub_connectors[0] for side in sides]
+            self.scheduler, self.worker = sides[0]._scheduler, sides[1]._worker
             if self.worker is not None:
                 self.wait(lambda: self.worker._worker.joined)
 

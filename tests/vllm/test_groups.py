@@ -65,3 +65,13 @@ def test_a_model_with_other_state_is_declined_and_served(
         (second,) = server.generate(PROMPTS[:1])
         assert second.cached == 0
         assert second.tokens == first.tokens
+
+
+def test_as_a_child_of_multi_connector(llama: Path) -> None:
+    with serving(llama, multi=True) as server:
+        cold = server.generate(PROMPTS)
+        server.forget_device()
+        restored = server.generate(PROMPTS)
+        assert [r.cached for r in restored] == [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
+        assert same(restored, cold) == [True] * len(PROMPTS)
+        server.check_empty()

@@ -116,6 +116,7 @@ class SchedulerSide:
         if state is None or request.skip_reading_prefix_cache:
             return 0
         state.end_lease()
+        state.stored_blocks = 0  # it may have been preempted, and what it stored evicted
         block_tokens = self._plan.block_tokens
         first = computed_tokens // block_tokens
         # At least the last token is computed, for somebody must compute the logits.
