@@ -1,4 +1,7 @@
-"""Server: vLLM's engine in this process, with or without the connector, and what the tests ask of it."""
+"""Server: vLLM's engine in this process, with or without the connector, and what the tests ask of it.
+
+One at a time: the worker's side of a connector is one for each process.
+"""
 
 import contextlib
 import gc
@@ -116,7 +119,10 @@ class Server:
         assert (stats.pins, stats.leases, stats.quarantined_blocks) == (0, 0, 0)
 
     def close(self) -> None:
+        from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
         self.llm.llm_engine.engine_core.shutdown()
+        ensure_kv_transfer_shutdown()  # one for each process: the next engine would take this one's
         del self.llm, self.core, self.vllm_scheduler
         gc.collect()
 

@@ -86,7 +86,8 @@ def gemma3(path: Path, seed: int = 0, layers: int = 6, window: int = 64) -> Path
     }
     random = _Random(seed)
     weights = {
-        "model.embed_tokens.weight": random(VOCAB, HIDDEN, scale=0.3),
+        # Small: what attention adds must outweigh it, or the last token alone would decide the next.
+        "model.embed_tokens.weight": random(VOCAB, HIDDEN, scale=0.05),
         "model.norm.weight": torch.zeros(HIDDEN),
     }
     norms = (

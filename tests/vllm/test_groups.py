@@ -25,7 +25,9 @@ def check_restored(model: Path, groups: int, block: int = BLOCK, **options: Any)
         server.check_empty()
         server.forget_device()
         damage(server)
-        assert not any(same(server.generate(PROMPTS), computed))
+        damaged = server.generate(PROMPTS)
+        assert not any(a.logprobs == b.logprobs for a, b in zip(damaged, restored, strict=True))
+        assert not all(same(damaged, computed))
 
 
 def test_sliding_windows_and_full_attention(gemma3: Path) -> None:
@@ -39,11 +41,11 @@ def test_latent_attention(deepseek: Path) -> None:
 def test_sliding_windows_under_pressure(gemma3: Path) -> None:
     prompts = [prompt(seed, 500) for seed in range(6)]
     with serving(gemma3, connector=False, enable_prefix_caching=False) as plain:
-        computed = plain.generate(prompts, 60)
+        computed = plain.generate(prompts, 40)
     options = {"num_gpu_blocks_override": 70, "max_model_len": 640, "max_num_batched_tokens": 128}
     with serving(gemma3, **options) as server:
-        for _ in range(3):
-            assert same(server.generate(prompts, 60), computed) == [True] * len(prompts)
+        for _ in range(2):
+            assert same(server.generate(prompts, 40), computed) == [True] * len(prompts)
         assert server.count("load_requests") > 0
         assert server.count("load_failures") == 0
         server.check_empty()

@@ -30,7 +30,7 @@ def computed(llama: Path) -> list[Result]:
 
 
 @pytest.fixture(scope="module")
-def shared(llama: Path) -> Iterator[Server]:
+def shared(llama: Path, computed: list[Result]) -> Iterator[Server]:  # computed: its engine has ended
     with serving(llama, extra={"host": "32MiB"}) as server:
         yield server
 

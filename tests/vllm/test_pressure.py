@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BLOCK, Result, Server, prompt, same, serving
+from harness import Result, Server, prompt, same, serving
 
 SMALL: dict[str, Any] = {
     "num_gpu_blocks_override": 40,
@@ -24,7 +24,7 @@ def computed(llama: Path) -> list[Result]:
 
 
 @pytest.fixture(scope="module")
-def shared(llama: Path) -> Iterator[Server]:
+def shared(llama: Path, computed: list[Result]) -> Iterator[Server]:  # computed: its engine has ended
     with serving(llama, **SMALL) as server:
         yield server
 
@@ -210,39 +210,3 @@ def test_a_reset_in_the_middle_of_a_load_serves_nothing_old(
         outputs = server.drain()
     assert outputs["resetting"].outputs[0].token_ids == computed[0].tokens
     assert server.count("load_failures") == failures + 1
-
-
-def test_blocks_that_are_being_stored_are_waited_for_but_not_long(llama: Path) -> None:
-    with serving(llama, enable_prefix_caching=False, extra={"max_wait": 0.5}) as server:
-        long = prompt(3, 1500)
-        (cold,) = server.generate([long], 1)
-        server.llm.reset_prefix_cache(reset_connector=True)
-        server.generate([prompt(4, 1500)], 1)  # now it knows how fast this machine computes
-        slow = SlowStores(server, steps=10**9)  # stores that never begin
-        server.generate([long], 1)
-        asked, loads = server.count("ask_again"), server.count("load_requests")
-        (again,) = server.generate([long], 1)
-        assert server.count("ask_again") > asked
-        assert again.tokens == cold.tokens
-        assert again.cached == 0
-        assert server.count("load_requests") == loads
-        slow.restore()
-        server.drain()
-        (restored,) = server.generate([long], 1)
-        assert restored.cached == 1499 // BLOCK * BLOCK
-        assert restored.tokens == cold.tokens
-
-
-def test_policy_fail_fails_the_request_and_not_the_server(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serving(llama, policy="fail") as server:
-        (cold,) = server.generate(PROMPTS[:1])
-        server.forget_device()
-        with monkeypatch.context() as patch:
-            patch.setattr(server.worker, "_execute", lambda copy: None)
-            engine = server.llm.llm_engine
-            engine.add_request("failing", {"prompt_token_ids": PROMPTS[0]}, server.params(4))
-            outputs = server.drain()
-        assert outputs["failing"].outputs[0].finish_reason == "error"
-        assert same(server.generate(PROMPTS[:1]), [cold]) == [True]
