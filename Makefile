@@ -26,7 +26,7 @@ test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
 test-py: build  ## Python tests (PYTEST_ARGS="-k name")
 	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 test-vllm: .venv-vllm/.built  ## the connector against the real vLLM on the CPU (PYTEST_ARGS="-k name")
-	.venv-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+	.venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm $(PYTEST_ARGS)
 test-deep: build  ## the model tests with many more examples (minutes)
 	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
 asan: setup  ## C++ tests under AddressSanitizer and UBSan

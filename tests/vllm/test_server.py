@@ -46,9 +46,8 @@ def test_two_ranks_share_a_slot(
     cold, device, restored = told["runs"]
     hits = [(length - 1) // block * block for length in told["lengths"]]
     assert (cold["cached"], device["cached"], restored["cached"]) == ([0] * 3, hits, hits)
-    if (
-        model == "llama"
-    ):  # with latents, this vLLM on two ranks answers differently from run to run without us
+    # With latents, vLLM 0.32 on two ranks answers differently from run to run, with us or without.
+    if model == "llama":
         assert cold["tokens"] == device["tokens"] == restored["tokens"]
     assert told["resets"] == [True]
     assert told["counters"]["vllm:kvtier_load_failures"] == 0

@@ -49,8 +49,10 @@ class WorkerSide:
             kv_cache_config: Where the pages are.
 
         Raises:
-            KVTierError: The tensors are not where the configuration says.
+            KVTierError: The tensors are not where the configuration says, or there were others before.
         """
+        if self._pages:
+            raise ConfigError("vLLM registers KV caches a second time; allowed: once")
         strides = {
             name: (int(tensor.block_stride), kv_cache_config.num_blocks)
             for tensor in kv_cache_config.kv_cache_tensors
