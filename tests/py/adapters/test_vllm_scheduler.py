@@ -1,5 +1,7 @@
 """SchedulerSide without vLLM: a scheduler and a block pool of a few lines, the real keeper, a real worker."""
 
+import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from kvtier import Config, KVLayout
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.ranks import Worker
@@ -312,6 +315,30 @@ def test_a_request_keeps_nothing_when_no_slot_is_free(tmp_path: Path) -> None:
     assert (stores, bench.pool.references) == ([], {})
     assert bench.side.counters.take()["store_blocks_declined"] == 3
     bench.close()
+
+
+def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> None:
+    place = meeting_place(str(tmp_path), "engine")
+    assert place == meeting_place(str(tmp_path), "engine") != meeting_place(str(tmp_path), "another")
+    living = Bench(tmp_path)
+    kept = [tmp_path / "meet"]
+    kept[0] = kept[0].rename(meeting_place(str(tmp_path), "living"))
+    for name in ("dead", "young", "strange"):
+        folder = meeting_place(str(tmp_path), name)
+        folder.mkdir(mode=0o700)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ended:
+            ended.bind(str(folder / "keeper.sock"))
+        (folder / "keeper.lock").touch()
+        kept.append(folder)
+    dead = kept.pop(1)
+    (meeting_place(str(tmp_path), "strange") / "mine").touch()
+    for folder in [dead, kept[0], kept[2]]:
+        os.utime(folder, (0, 0))
+    sweep(place)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert (kept[0] / "keeper.sock").exists()
+    kept[0].rename(tmp_path / "meet")
+    living.close()
 
 
 def test_closing_leaves_nothing_where_keeper_and_workers_met(tmp_path: Path) -> None:

@@ -1,12 +1,8 @@
 """KVTierConnector: the face that vLLM sees. It only passes on; needs vLLM."""
 
 import contextlib
-import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 import kvtier
 from kvtier.adapters.vllm.groups import CachePlan, plan_cache
 from kvtier.adapters.vllm.identity import check_persistent, model_identity
+from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.metadata import Copy, KVTierMetadata
 from kvtier.adapters.vllm.options import SOURCE, Options, parse_options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
@@ -56,10 +53,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             _log.warning("kvtier caches nothing of this model: %s", error)
             return
         config = _engine_config(vllm_config, kv_cache_config, plan, options, tp_size)
-        directory = _meeting_place(options, vllm_config.kv_transfer_config.engine_id)
+        place = meeting_place(options.directory, str(vllm_config.kv_transfer_config.engine_id))
+        directory = str(place)
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerSide(config, plan, directory, vllm_config.parallel_config.rank)
             return
+        sweep(place)
         recompute = vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
         if not recompute:
             _log.warning(
@@ -268,10 +267,3 @@ def _engine_config(
         copy_threads=options.copy_threads,
         **extra,
     )
-
-
-def _meeting_place(options: Options, engine_id: str) -> str:
-    """Where this engine's keeper and workers meet: equal in all its processes, and nobody else's."""
-    parent = options.directory or os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    name = hashlib.sha256(str(engine_id).encode()).hexdigest()[:16]
-    return str(Path(parent) / f"kvtier-{os.geteuid()}-{name}")
