@@ -77,3 +77,21 @@ def test_as_a_child_of_multi_connector(llama: Path) -> None:
         assert [r.cached for r in restored] == [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
         assert same(restored, cold) == [True] * len(PROMPTS)
         server.check_empty()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_cache_dtype": "fp8"}, {"dtype": "bfloat16"}, {"enforce_eager": False}],
+    ids=["fp8", "bfloat16", "compiled"],
+)
+def test_other_pages_come_back_as_the_device_would_have_kept_them(
+    llama: Path, options: dict[str, Any]
+) -> None:
+    with serving(llama, **options) as server:
+        server.generate(PROMPTS)
+        device = [server.generate([p])[0] for p in PROMPTS]  # one by one: the same batches, the same sums
+        server.forget_device()
+        restored = [server.generate([p])[0] for p in PROMPTS]
+        assert [r.cached for r in restored] == [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
+        assert server.count("load_bytes") > 0
+        assert [(r.tokens, r.logprobs) for r in restored] == [(r.tokens, r.logprobs) for r in device]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -231,3 +232,37 @@ def test_a_reset_in_the_middle_of_a_load_serves_nothing_old(
         outputs = server.drain()
     assert outputs["resetting"].outputs[0].token_ids == computed[0].tokens
     assert server.count("load_failures") == failures + 1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_traffic(server: Server, computed: list[Result], seed: int) -> None:
+    """Requests come, go and are aborted at random; whoever finishes has what vLLM gives without us."""
+    random = Random(seed)
+    loads, failures = server.count("load_requests"), server.count("load_failures")
+    engine = server.llm.llm_engine
+    wanted: dict[str, tuple[int, int]] = {}
+    finished: dict[str, list[int]] = {}
+    alive: list[str] = []
+    for i in range(60):
+        which, tokens, name = random.randrange(len(PROMPTS)), random.choice([1, 8, 40]), f"{seed}-{i}"
+        engine.add_request(name, {"prompt_token_ids": PROMPTS[which]}, server.params(tokens))
+        wanted[name] = (which, tokens)
+        alive.append(name)
+        for _ in range(random.randrange(8)):
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id] = list(output.outputs[0].token_ids)
+        if random.random() < 0.3:
+            gone = alive.pop(random.randrange(len(alive)))
+            engine.abort_request([gone])
+            if gone not in finished:
+                del wanted[gone]
+        if random.random() < 0.2:
+            server.llm.reset_prefix_cache()  # refused while somebody runs
+    for name, output in server.drain().items():
+        finished[name] = list(output.outputs[0].token_ids)
+    assert set(wanted) <= set(finished)
+    for name, (which, tokens) in wanted.items():
+        assert finished[name] == computed[which].tokens[:tokens], name
+    assert server.count("load_requests") > loads
+    assert server.count("load_failures") == failures
