@@ -1,4 +1,4 @@
-"""`kvtier bench index`, `copy` and `device`: figures beside what the machine can do, from the same run.
+"""`kvtier bench SUBJECT`: figures beside what the machine can do, from the same run.
 
 Common to all: buffers are written once before anything is measured; every round runs all candidates in turn,
 so that what slows the machine down meets all of them; the first round warms up and does not count; figures
@@ -24,6 +24,7 @@ SUBJECTS = {
     "disk": "slots of the disk tier, written and read beside fio on the same file",
     "reopen": "an engine's time to be ready again with what its disk tier holds",
     "device": "a GPU's pages to host slots and back by every path, beside plain pinned copies",
+    "vllm": "time to the first token of a real vLLM server: cold, on the device, restored from host memory",
 }
 
 

@@ -1,0 +1,171 @@
+"""Groups: what vLLM's KV cache configuration means to kvtier. Pure: it reads attributes, imports no vLLM.
+
+A page is opaque here: its bytes are copied as they stand, whatever the backend packs into them (the CPU
+backend packs K by columns, quantised caches keep scales beside the values). Keys say which packing it is.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kvtier.errors import UnsupportedError
+from kvtier.layout import KVLayout
+
+# In these layouts the heads of one page lie apart; nobody who can choose chooses them.
+_SCATTERED_LAYOUTS = ("LHBNC", "BHLNC")
+# By the names of vLLM's classes, base classes included; the first that fits decides.
+_DECLINED = ("RSWASpec", "SinkFullAttentionSpec", "HiddenStateCacheSpec", "SlidingWindowMLASpec")
+_FULL = "FullAttentionSpec"
+_MLA = "MLAAttentionSpec"
+_WINDOW = "SlidingWindowSpec"
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """One of vLLM's cache groups that kvtier keeps.
+
+    Attributes:
+        index: Its index among vLLM's groups.
+        layout: Its pages, as rows of bytes. A layer whose page is larger than that of another stands for
+            several of the layout's layers.
+        layers: (layer name, bytes of its page) in order.
+        pages_per_block: Pages in one block of kvtier.
+    """
+
+    index: int
+    layout: KVLayout
+    layers: tuple[tuple[str, int], ...]
+    pages_per_block: int
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a page of one of the layout's layers."""
+        return self.layout.page_bytes(0)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """All groups, and the block that they share.
+
+    Attributes:
+        groups: The groups, in kvtier's order.
+        block_tokens: Tokens of a block: the least common multiple of the groups' page sizes.
+        hash_tokens: Tokens of one of vLLM's block hashes; a divisor of block_tokens.
+        volatile_blocks: Blocks at a request's end that are not stored yet: 1 where a drafter may still
+            rewrite its KV of them.
+    """
+
+    groups: tuple[CacheGroup, ...]
+    block_tokens: int
+    hash_tokens: int
+    volatile_blocks: int
+
+
+def plan_cache(kv_cache_config: Any, tp_size: int) -> CachePlan:
+    """Reads vLLM's KVCacheConfig.
+
+    Args:
+        kv_cache_config: As vLLM gives it to a connector.
+        tp_size: Ranks that share the cache.
+
+    Raises:
+        UnsupportedError: A group has state that cannot be restored (yet): then no prefix of this model can.
+    """
+    layout_name = str(getattr(kv_cache_config, "kv_cache_layout", None) or "LBHNC")
+    if layout_name in _SCATTERED_LAYOUTS:
+        raise UnsupportedError(
+            f"the KV cache layout is {layout_name}, which scatters the heads of a page; allowed: LBHNC, "
+            "LBNHC, BLHNC, BLNHC (VLLM_KV_CACHE_LAYOUT)"
+        )
+    replicas = int(getattr(kv_cache_config, "kv_tp_replicas", 1) or 1)
+    replicated = tp_size > 1 and replicas >= tp_size
+    kept = [
+        (index, group)
+        for index, group in enumerate(kv_cache_config.kv_cache_groups)
+        if getattr(group, "enable_kv_transfer", True)
+    ]
+    if not kept:
+        raise UnsupportedError("the model has no KV cache")
+    checked = [(index, group, _check_group(index, group)) for index, group in kept]
+    block_tokens = math.lcm(*(int(group.kv_cache_spec.block_size) for _, group in kept))
+    # Unknown to the workers, which need no hashes, until vLLM has resolved it.
+    hash_tokens = int(getattr(kv_cache_config, "hash_block_size", None) or block_tokens)
+    if block_tokens % hash_tokens:
+        raise UnsupportedError(
+            f"vLLM hashes every {hash_tokens} tokens; allowed: a divisor of {block_tokens}, which all page "
+            "sizes divide (prefix_match_unit)"
+        )
+    groups = tuple(
+        _make_group(index, group, window, block_tokens, replicated=replicated)
+        for index, group, window in checked
+    )
+    drafts = any(bool(getattr(group, "is_eagle_group", None)) for _, group, _ in checked)
+    return CachePlan(groups, block_tokens, hash_tokens, 1 if drafts else 0)
+
+
+def _names(spec: object) -> list[str]:
+    return [base.__name__ for base in type(spec).__mro__]
+
+
+def _members(group: Any) -> list[tuple[str, Any]]:
+    """(layer name, its own spec) of a group, whose spec may be one for each layer."""
+    spec = group.kv_cache_spec
+    each = getattr(spec, "kv_cache_specs", None)
+    return [(name, each[name] if each is not None else spec) for name in group.layer_names]
+
+
+def _check_group(index: int, group: Any) -> int | None:
+    """Returns the tokens that a sliding window reaches back, None for full attention."""
+    windows: set[int | None] = set()
+    name = f"cache group {index} ({type(group.kv_cache_spec).__name__})"
+    if getattr(group, "host_resident", False):
+        raise UnsupportedError(f"{name} lies in host memory already; allowed: groups in device memory")
+    for layer, spec in _members(group):
+        names = _names(spec)
+        wanted = (_FULL, _WINDOW)
+        if any(base in names for base in _DECLINED) or not any(base in names for base in wanted):
+            raise UnsupportedError(
+                f"{name}: layer {layer!r} keeps {names[0]}, which kvtier cannot restore yet; allowed: full "
+                "attention, MLA, sliding windows"
+            )
+        if not getattr(spec, "prefix_cacheable", True) or bool(getattr(spec, "prefix_replay_tokens", None)):
+            raise UnsupportedError(f"{name}: vLLM does not cache prefixes of layer {layer!r} by block")
+        if _WINDOW in names:
+            windows.add(int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", None) or 0))
+        else:
+            windows.add(None)
+    if len(windows) != 1:
+        raise UnsupportedError(f"{name} mixes windows {windows}; allowed: one for all its layers")
+    return windows.pop()
+
+
+def _make_group(
+    index: int, group: Any, window: int | None, block_tokens: int, *, replicated: bool
+) -> CacheGroup:
+    page_tokens = int(group.kv_cache_spec.block_size)
+    if window is not None and page_tokens != block_tokens:
+        raise UnsupportedError(
+            f"cache group {index}: its window has pages of {page_tokens} tokens and another group of "
+            f"{block_tokens}; allowed: pages of one size, for a window may begin inside a block"
+        )
+    layers = tuple((name, int(spec.page_size_bytes)) for name, spec in _members(group))
+    unit = math.gcd(*(size for _, size in layers))
+    if unit % page_tokens:
+        raise UnsupportedError(
+            f"cache group {index}: pages of {sorted({size for _, size in layers})} bytes are no multiple of "
+            f"its {page_tokens} tokens"
+        )
+    latent = all(_MLA in _names(spec) for _, spec in _members(group))
+    layout = KVLayout(
+        num_layers=sum(size for _, size in layers) // unit,
+        num_kv_heads=1,
+        head_dim=unit // page_tokens,
+        dtype="uint8",
+        page_tokens=page_tokens,
+        page_order="TD",
+        window_tokens=window,
+        name=f"group {index}" + (" (MLA)" if latent else ""),
+        num_parts=1,
+        replicated=replicated,
+    )
+    return CacheGroup(index, layout, layers, block_tokens // page_tokens)

@@ -1,0 +1,398 @@
+"""SchedulerSide: what the connector does in vLLM's scheduler process - lookup, promises, grants, holds.
+
+It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLLM's scheduler, calls it.
+"""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtier.adapters.vllm.counters import Counters
+from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.identity import LoRAIdentity
+from kvtier.adapters.vllm.keys import BlockKeys
+from kvtier.adapters.vllm.options import Options, parse_request_options
+from kvtier.adapters.vllm.recompute import RecomputeClock
+from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
+from kvtier.config import Config
+from kvtier.engine import BlockOutcome, BlockState, Engine, Match, Tier, open_engine
+from kvtier.errors import ConfigError
+from kvtier.keys import root_key
+from kvtier.ranks import Instruction, Keeper
+from kvtier.tickets import StoreResult
+
+_log = logging.getLogger(__name__)
+
+_NULL_PAGE = 0  # vLLM's block 0 stands for "nothing here"
+_LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
+_IDLE_PATIENCE_SECONDS = 0.5
+_CLOSE_SECONDS = 10.0
+
+Copies = list[tuple[Instruction, Any]]  # with the page ids, uint32 [num_blocks * pages_per_block]
+
+
+class SchedulerSide:
+    """Owns the engine and the keeper; promises blocks to vLLM and grants copies to the workers."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: CachePlan,
+        options: Options,
+        directory: str,
+        *,
+        recompute_failures: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Opens the engine and begins to serve the workers.
+
+        Args:
+            config: The engine's, as the workers made it.
+            plan: The cache groups.
+            options: The connector's.
+            directory: Where the workers find the keeper.
+            recompute_failures: Whether vLLM recomputes what could not be loaded; otherwise only what is in
+                memory already is promised.
+            clock: Monotonic seconds, for tests.
+
+        Raises:
+            KVTierError: As kvtier.open() and Keeper.
+        """
+        self.counters = Counters()
+        self.holds = PageHolds()
+        self._config = config
+        self._plan = plan
+        self._options = options
+        self._recompute_failures = recompute_failures
+        self._clock = clock
+        self._directory = directory
+        self._recompute = RecomputeClock()
+        self._loras = LoRAIdentity()
+        self._epoch = b""
+        self._roots: dict[tuple[str, bytes], bytes] = {}
+        self._namespaces: set[str] = set()
+        self._requests: dict[str, RequestState] = {}
+        self._leased: list[RequestState] = []
+        self._loading: dict[str, RunningLoad] = {}
+        self._new_loads: list[tuple[str, Copies]] = []
+        self._stale: list[str] = []
+        self._engine: Engine = open_engine(config)
+        try:
+            self._keeper = Keeper(self._engine, directory)
+        except BaseException:
+            self._engine.close()
+            raise
+
+    # --- requests ---
+
+    def on_new_request(self, request: Any) -> None:
+        """A request has arrived: the earliest moment to read its prefix from disk."""
+        try:
+            options = parse_request_options(request.kv_transfer_params)
+        except ConfigError as error:  # whose cache it would be is not known: it is left alone
+            _log.warning("request %s is not cached: %s", request.request_id, error)
+            return
+        root = self._root(options.namespace, self._loras.of(request.lora_request))
+        keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
+        state = RequestState(request, options, keys)
+        self._requests[request.request_id] = state
+        if self._options.disk and "disk" in options.tiers:
+            state.prefetch = start_prefetch(
+                self._engine, keys.rows(0, keys.update(request.block_hashes)), self._options.max_wait
+            )
+
+    def match(self, request: Any, computed_tokens: int) -> int | None:
+        """Tokens beyond `computed_tokens` that can be loaded; None to be asked again. Never waits.
+
+        What it answers is leased until grant(), or the end of this step.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None or request.skip_reading_prefix_cache:
+            return 0
+        state.end_lease()
+        state.stored_blocks = 0  # it may have been preempted, and what it stored evicted
+        block_tokens = self._plan.block_tokens
+        first = computed_tokens // block_tokens
+        # At least the last token is computed, for somebody must compute the logits.
+        last = min((request.num_tokens - 1) // block_tokens, state.keys.update(request.block_hashes))
+        if state.options.max_load_tokens is not None:
+            last = min(last, first + state.options.max_load_tokens // block_tokens)
+        if not state.may_load or last <= first or computed_tokens % block_tokens:
+            return 0
+        match = self._engine.lookup(state.keys.rows(first, last))
+        ready = self._servable(match, state)
+        pending = self._pending_after(match, ready)
+        if pending and self._worth_waiting(state, pending * block_tokens):
+            self.counters.add("ask_again")
+            return None
+        self._count_lookup(match, ready, pending)
+        if ready == 0:
+            return 0
+        lease = match.pin(_LEASE_SECONDS)
+        state.lease, state.first_block = lease, first
+        self._leased.append(state)
+        return min(ready, lease.num_blocks) * block_tokens
+
+    def grant(self, request: Any, block_ids: tuple[list[int], ...], external_tokens: int) -> None:
+        """What match() promised was taken by vLLM, or left, and pages were allocated.
+
+        Args:
+            request: The request.
+            block_ids: For each of vLLM's groups the request's pages from its beginning.
+            external_tokens: Tokens to load; 0 to load nothing.
+        """
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return
+        if external_tokens == 0:
+            state.end_lease()
+            return
+        count = external_tokens // self._plan.block_tokens
+        first = state.first_block
+        keys = state.keys.rows(first, first + count).copy()
+        copies: Copies = []
+        num_bytes = 0
+        for g, group in enumerate(self._plan.groups):
+            pages = _pages(block_ids[group.index], group, first, first + count)
+            here = np.flatnonzero(pages.all(axis=1))  # a window's pages below it are null: nothing to load
+            if len(here):
+                order = self._keeper.load(keys[here], g, first_block=first)
+                copies.append((order.instruction, pages[here].reshape(-1)))
+                num_bytes += len(here) * self._block_bytes(g)
+        state.end_lease()  # the grants have pinned what they load
+        if first == 0:
+            state.stored_blocks = count
+        self._new_loads.append((request.request_id, copies))
+        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock())
+
+    def finish(self, request: Any) -> None:
+        """The request is over. Its pages under a store are held; a load of it goes on and is reported."""
+        state = self._requests.pop(request.request_id, None)
+        if state is not None:
+            state.end_lease()
+            if state.prefetch is not None:
+                state.prefetch.cancel()
+
+    # --- steps ---
+
+    def step(self, output: Any) -> tuple[list[tuple[str, Copies]], Copies, list[str]]:
+        """Everything for the workers in this step.
+
+        Args:
+            output: vLLM's SchedulerOutput.
+
+        Returns:
+            New loads, new stores, and requests whose load is to be reported as failed.
+        """
+        for leased in self._leased:
+            leased.end_lease()
+        self._leased.clear()
+        now = self._clock()
+        self._recompute.step(output.total_num_scheduled_tokens, now)
+        self._poll(now)
+        stores: Copies = []
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            state = self._requests.get(request_id)
+            if state is not None and state.may_store:
+                self._store(state, num_tokens, output, stores, now)
+        loads, self._new_loads = self._new_loads, []
+        stale, self._stale = self._stale, []
+        return loads, stores, stale
+
+    def received(self, finished: set[str], failed: set[str]) -> None:
+        """Every rank has reported these loads."""
+        now = self._clock()
+        for request_id in finished:
+            load = self._loading.pop(request_id, None)
+            if load is None:
+                continue
+            if request_id not in failed:
+                self.counters.add("load_requests")
+                self.counters.add("load_blocks", len(load.keys))
+                self.counters.add("load_bytes", load.num_bytes)
+                self.counters.add("load_seconds", now - load.began)
+                continue
+            self.counters.add("load_failures")
+            if not load.stale:  # those of a reset are gone
+                self._engine.drop(load.keys)
+            state = self._requests.get(request_id)
+            if state is not None:
+                state.may_load, state.stored_blocks = False, 0
+        self.settle()
+
+    def settle(self) -> None:
+        """Lets go of pages whose stores are over; waits a little for the rest where nobody else is waiting.
+
+        An engine without requests stops stepping, and would otherwise refuse to reset its prefix cache for
+        the sake of pages that were free long ago.
+        """
+        if self.holds.pending:
+            self._poll(self._clock(), patience=0.0 if self._requests else _IDLE_PATIENCE_SECONDS)
+
+    def reset(self) -> None:
+        """Forgets every block of every tier: nothing stored before is ever served.
+
+        What requests that are running now have computed may be as old as what is forgotten: they neither
+        store nor load any more, and their running loads are reported as failed.
+        """
+        self._epoch = secrets.token_bytes(16)
+        self._roots.clear()
+        for state in self._requests.values():
+            state.end_lease()
+            state.may_load = state.may_store = False
+        for request_id, load in self._loading.items():
+            load.stale = True
+            self._stale.append(request_id)
+        for namespace in self._namespaces:
+            self._engine.drop(namespace=namespace)
+        self.counters.add("resets")
+
+    def close(self) -> None:
+        """Stops. Idempotent; waits some seconds at most for copies that run."""
+        for state in self._requests.values():
+            state.end_lease()
+        self._requests.clear()
+        self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
+        self._keeper.close(_CLOSE_SECONDS)
+        with contextlib.suppress(OSError):  # somebody's own things stand there; or it is gone already
+            Path(self._directory).rmdir()
+        self._engine.close(_CLOSE_SECONDS)
+
+    # --- inside ---
+
+    def _root(self, namespace: str, lora: bytes) -> bytes:
+        root = self._roots.get((namespace, lora))
+        if root is None:
+            root = root_key(self._config, namespace, self._epoch + lora)
+            self._roots[namespace, lora] = root
+            self._namespaces.add(namespace)
+        return root
+
+    def _block_bytes(self, g: int) -> int:
+        layout = self._config.groups[g]
+        ranks = 1 if layout.replicated else self._config.world_size
+        return layout.block_bytes(self._plan.block_tokens) * ranks
+
+    def _servable(self, match: Match, state: RequestState) -> int:
+        """Blocks at the beginning of a match that this request may have, and that will not fail."""
+        ready = match.ready_blocks
+        allowed = {"host": Tier.HOST, "disk": Tier.DISK}
+        tiers = set(state.options.tiers)
+        if not self._recompute_failures:
+            tiers.discard("disk")  # a read can fail, and vLLM would fail the request: memory cannot
+        if tiers >= set(allowed):
+            return ready
+        good = [allowed[tier] for tier in tiers]
+        for g in range(len(self._plan.groups)):
+            here = match.tiers(g)[:ready]
+            # What a window does not reach has no tier; what counts is that nothing is in another one.
+            bad = np.flatnonzero(~np.isin(here, [*good, Tier.NONE]))
+            if len(bad):
+                ready = min(ready, int(bad[0]))
+        whole = all(group.layout.window_tokens is None for group in self._plan.groups)
+        return ready if whole or ready == match.ready_blocks else 0
+
+    def _pending_after(self, match: Match, ready: int) -> int:
+        """Blocks behind the ready ones that would be usable if the running stores were over."""
+        if ready >= len(match.keys):
+            return 0
+        run = len(match.keys) - ready
+        pending = False
+        for g, group in enumerate(self._plan.groups):
+            states = match.states(g)[ready:]
+            pending = pending or bool(states[0] == BlockState.PENDING)
+            if group.layout.window_tokens is None:
+                gap = np.flatnonzero(states == BlockState.MISS)
+                run = min(run, int(gap[0])) if len(gap) else run
+        return run if pending else 0
+
+    def _worth_waiting(self, state: RequestState, tokens: int) -> bool:
+        now = self._clock()
+        if state.asked_again_since is None:
+            state.asked_again_since = now
+        patience = min(self._options.max_wait, self._recompute.seconds(tokens))
+        return now - state.asked_again_since < patience
+
+    def _count_lookup(self, match: Match, ready: int, pending: int) -> None:
+        tokens = self._plan.block_tokens
+        self.counters.add("lookup_tokens", len(match.keys) * tokens)
+        tiers = match.tiers(0)[:ready]
+        disk = int(np.count_nonzero(tiers == Tier.DISK))
+        self.counters.add("hit_tokens_host", (ready - disk) * tokens)
+        self.counters.add("hit_tokens_disk", disk * tokens)
+        self.counters.add("miss_tokens_pending", pending * tokens)
+        self.counters.add("miss_tokens_absent", (len(match.keys) - ready - pending) * tokens)
+
+    def _store(self, state: RequestState, num_tokens: int, output: Any, stores: Copies, now: float) -> None:
+        request = state.request
+        # Tokens whose KV this step completes; drafts that may be rejected are not among num_tokens.
+        tokens = min(request.num_computed_tokens + num_tokens, request.num_tokens)
+        if self._options.store == "prompt":
+            tokens = min(tokens, request.num_prompt_tokens)
+        if state.options.max_store_tokens is not None:
+            tokens = min(tokens, state.options.max_store_tokens)
+        first, last = state.stored_blocks, tokens // self._plan.block_tokens - self._plan.volatile_blocks
+        if last <= first:
+            return
+        last = min(last, state.keys.update(request.block_hashes))
+        block_ids = output.kv_connector_block_state.get_block_ids(request.request_id)
+        if last <= first or block_ids is None or not self.holds.bound:
+            return
+        state.stored_blocks = last
+        keys = state.keys.rows(first, last)
+        parent = state.keys.rows(first - 1, first)[0] if first else None
+        for g, group in enumerate(self._plan.groups):
+            pages = _pages(block_ids[group.index], group, first, last)
+            here = np.flatnonzero(pages.all(axis=1))
+            if not len(here):
+                continue
+            instruction, ticket = self._keeper.store(
+                keys[here], g, first_block=first, parent=parent, namespace=state.options.namespace
+            )
+            running = instruction.outcomes == BlockOutcome.RUNNING
+            if instruction.grant:
+                stores.append((instruction, pages[here].reshape(-1)))
+                self.holds.add(
+                    ticket,
+                    pages[here][running].reshape(-1).tolist(),
+                    int(np.count_nonzero(running)) * self._block_bytes(g),
+                    now,
+                )
+            else:
+                self._count_store(ticket.result(), 0, 0.0)
+            declined = instruction.outcomes == BlockOutcome.DECLINED
+            if group.layout.window_tokens is None and declined.any():
+                state.may_store = False  # nothing behind a gap is ever found
+
+    def _poll(self, now: float, patience: float = 0.0) -> None:
+        for ended in self.holds.poll(now, patience=patience):
+            self._count_store(ended.ticket.result(), ended.num_bytes, ended.seconds)
+
+    def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
+        for name in ("stored", "present", "pending", "declined", "failed", "dropped"):
+            self.counters.add(f"store_blocks_{name}", getattr(result, name))
+        if result.stored:
+            self.counters.add("store_bytes", num_bytes)
+            self.counters.add("store_seconds", seconds)
+        if result.error is not None:
+            _log.warning("blocks were not stored: %s", result.error)
+
+
+def _pages(block_ids: list[int], group: CacheGroup, first: int, last: int) -> Any:
+    """Pages of blocks [first, last), uint32 [last - first, pages_per_block]; missing ones are null."""
+    each = group.pages_per_block
+    ids = np.asarray(block_ids[first * each : last * each], np.uint32)
+    if len(ids) < (last - first) * each:
+        ids = np.pad(ids, (0, (last - first) * each - len(ids)), constant_values=_NULL_PAGE)
+    return ids.reshape(-1, each)
+
+
+def start_prefetch(engine: Any, keys: Any, deadline: float) -> Any:
+    """Begins to read a request's blocks from disk into host memory; the handle's cancel() ends that."""
+    return engine.prefetch(keys, deadline=deadline)

@@ -1,0 +1,161 @@
+"""What the scheduler side remembers: requests, running loads, and pages under a store."""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kvtier.adapters.vllm.keys import BlockKeys
+from kvtier.adapters.vllm.options import RequestOptions
+from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
+from kvtier.handles import Lease
+from kvtier.keys import Keys
+from kvtier.tickets import StoreTicket
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class RequestState:
+    """One request, from on_new_request() until it has finished.
+
+    Attributes:
+        request: vLLM's.
+        options: What it asked for.
+        keys: Of its blocks.
+        stored_blocks: Blocks at its beginning that need no store any more.
+        may_load: False once a load of it has failed, so that it cannot fail for ever.
+        may_store: False once nothing behind what is stored could be found, or after a reset.
+        lease: On what was promised to vLLM in this step, None if nothing is.
+        first_block: Index of the lease's first block.
+        asked_again_since: When it was first told to ask again, monotonic seconds.
+        prefetch: Handle of its prefetch, None without.
+    """
+
+    request: Any
+    options: RequestOptions
+    keys: BlockKeys
+    stored_blocks: int = 0
+    may_load: bool = True
+    may_store: bool = True
+    lease: Lease | None = None
+    first_block: int = 0
+    asked_again_since: float | None = None
+    prefetch: Any = None
+
+    def end_lease(self) -> None:
+        """Lets go of what was promised and not taken. Idempotent."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+
+@dataclass(eq=False)
+class RunningLoad:
+    """A load that vLLM has been promised, until every rank has reported it.
+
+    Attributes:
+        keys: Of its blocks.
+        num_bytes: What it copies, all ranks together.
+        began: Monotonic seconds.
+        stale: Whether the cache was reset since.
+    """
+
+    keys: Keys
+    num_bytes: int
+    began: float
+    stale: bool = False
+
+
+class _Hold(NamedTuple):
+    ticket: StoreTicket
+    blocks: list[Any]
+    num_bytes: int
+    began: float
+
+
+class Ended(NamedTuple):
+    """A store that is over: its ticket, its bytes and the seconds it took."""
+
+    ticket: StoreTicket
+    num_bytes: int
+    seconds: float
+
+
+class PageHolds:
+    """Keeps pages under a store from being reused, whatever frees them: preemption, finish, abort, a window.
+
+    A hold is one more reference in vLLM's block pool. Only for the scheduler's thread.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._holds: deque[_Hold] = deque()
+        self._quarantined = 0
+
+    def bind(self, pool: Any) -> None:
+        """Takes vLLM's BlockPool."""
+        self._pool = pool
+
+    @property
+    def bound(self) -> bool:
+        """Whether there is a pool; nothing may be stored without one."""
+        return self._pool is not None
+
+    @property
+    def pending(self) -> bool:
+        """Whether pages are held that will be let go."""
+        return bool(self._holds)
+
+    @property
+    def quarantined_pages(self) -> int:
+        """Pages that are held for good: a device cannot prove that its copies are over."""
+        return self._quarantined
+
+    def add(self, ticket: StoreTicket, page_ids: Sequence[int], num_bytes: int, now: float) -> None:
+        """Holds pages until a store has let go of them.
+
+        Args:
+            ticket: The keeper's, which all ranks' parts settle.
+            page_ids: vLLM's block ids.
+            num_bytes: What is stored.
+            now: Monotonic seconds.
+        """
+        blocks = [self._pool.blocks[page] for page in page_ids]
+        self._pool.touch(blocks)
+        self._holds.append(_Hold(ticket, blocks, num_bytes, now))
+
+    def poll(self, now: float, *, patience: float = 0.0) -> list[Ended]:
+        """Lets go of pages whose stores are over.
+
+        Args:
+            now: Monotonic seconds.
+            patience: Seconds to wait for those that are not, all together.
+
+        Returns:
+            The stores that are over.
+        """
+        if not self._holds:
+            return []
+        ended: list[Ended] = []
+        left: deque[_Hold] = deque()
+        for hold in self._holds:
+            released = hold.ticket.released
+            try:
+                if not released.done() and patience <= 0:
+                    left.append(hold)
+                    continue
+                released.wait(patience)
+            except TimeoutError:
+                left.append(hold)
+                patience = 0.0
+                continue
+            except KVTierError as error:
+                self._quarantined += len(hold.blocks)
+                _log.error("%d pages of vLLM are never used again: %s", len(hold.blocks), error)
+                continue
+            self._pool.free_blocks(reversed(hold.blocks))  # the tail is evicted first, as vLLM does
+            ended.append(Ended(hold.ticket, hold.num_bytes, now - hold.began))
+        self._holds = left
+        return ended

@@ -1,0 +1,431 @@
+"""The connector without vLLM: options, keys, groups, identity, the recompute clock, the import."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvtier
+from kvtier.adapters import vllm as adapter
+from kvtier.adapters.vllm.counters import Counters, add_up
+from kvtier.adapters.vllm.groups import plan_cache
+from kvtier.adapters.vllm.identity import (
+    LoRAIdentity,
+    check_persistent,
+    files_digest,
+    model_identity,
+    weights_identity,
+)
+from kvtier.adapters.vllm.keys import BlockKeys
+from kvtier.adapters.vllm.options import parse_options, parse_request_options
+from kvtier.adapters.vllm.recompute import RecomputeClock
+
+# --- the import ---
+
+
+def test_importing_needs_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys; sys.modules['vllm'] = sys.modules['torch'] = None\n"
+        "import kvtier.adapters.vllm as v\n"
+        "import kvtier.adapters.vllm.scheduler, kvtier.adapters.vllm.groups, kvtier.adapters.vllm.identity\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0+cpu", "0.33.1rc1", "1.0", "dev"])
+def test_supported_versions(version: str) -> None:
+    adapter.check_vllm(version)
+
+
+@pytest.mark.parametrize("version", ["0.30.9", "0.27.1", "0.8"])
+def test_an_older_vllm_is_refused_with_what_is_supported(version: str) -> None:
+    with pytest.raises(kvtier.UnsupportedError, match=rf"vLLM is {version}; allowed: 0\.31 or later"):
+        adapter.check_vllm(version)
+
+
+def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "_vllm_version", lambda: None)
+    with pytest.raises(kvtier.UnsupportedError, match=r"needs vLLM, which is not installed; allowed: 0\.31"):
+        _ = adapter.KVTierConnector
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = adapter.nothing
+
+
+# --- options ---
+
+
+def test_options_of_the_documented_flag() -> None:
+    options = parse_options(
+        {"host": "64GiB", "disk": [{"path": "/mnt/nvme0/kvtier", "capacity": "1TiB"}], "store": "prompt"}
+    )
+    assert options.host == 64 << 30
+    assert [(disk.path, disk.capacity) for disk in options.disk] == [("/mnt/nvme0/kvtier", 1 << 40)]
+    assert (options.store, options.max_wait, options.copy_threads) == ("prompt", 2.0, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, '"host" is missing; allowed: the size'),
+        ({"host": "lots"}, "host is 'lots'; allowed"),
+        ({"host": 1, "hots": 2}, "'hots' is not a key; allowed: host, disk"),
+        ({"host": 1, "store": "decode"}, "store is 'decode'; allowed"),
+        ({"host": 1, "max_wait": -1}, "max_wait is -1; allowed: seconds from 0"),
+        ({"host": 1, "max_wait": True}, "max_wait is True; allowed"),
+        ({"host": 1, "copy_threads": 0}, "copy_threads is 0; allowed"),
+        ({"host": 1, "directory": ""}, "directory is ''; allowed: a path"),
+        ({"host": 1, "disk": "/mnt"}, "disk is '/mnt'; allowed: a list of"),
+        ({"host": 1, "disk": [{"path": "/mnt"}]}, r"disk\[0\] is .*; allowed"),
+        ({"host": 1, "disk": [{"path": "mnt", "capacity": 1}]}, r"disk\[0\]: path is 'mnt'; allowed: an abs"),
+        ({"host": 1, "disk": [{"path": "/m", "capacity": "x"}]}, r"disk\[0\]: capacity is 'x'; allowed"),
+        ({"host": 1, "disk": [{"path": "/m", "capacity": 1}] * 2}, r"disk\[1\]: path '/m' is given twice"),
+    ],
+)
+def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(kvtier.ConfigError, match=message):
+        parse_options(values)
+
+
+def test_request_options() -> None:
+    assert parse_request_options(None) == parse_request_options({"do_remote_prefill": True})
+    options = parse_request_options(
+        {"kvtier": {"tiers": ["host"], "max_load_tokens": 0, "max_store_tokens": None, "namespace": "a"}}
+    )
+    assert (options.tiers, options.max_load_tokens, options.max_store_tokens) == (("host",), 0, None)
+    assert options.namespace == "a"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "allowed: an object"),
+        ({"tier": []}, "'tier' is not a key; allowed: tiers"),
+        ({"tiers": ["gpu"]}, "tiers is .*; allowed: a list of host, disk"),
+        ({"max_load_tokens": -1}, "max_load_tokens is -1"),
+        ({"max_store_tokens": "9"}, "max_store_tokens is '9'"),
+        ({"namespace": 3}, "namespace is 3; allowed: a str"),
+    ],
+)
+def test_bad_request_options_are_named(values: Any, message: str) -> None:
+    with pytest.raises(kvtier.ConfigError, match=message):
+        parse_request_options({"kvtier": values})
+
+
+# --- keys ---
+
+
+def hashes(count: int, length: int = 32, seed: int = 0) -> list[bytes]:
+    return [row.tobytes() for row in np.random.default_rng(seed).integers(0, 256, (count, length), np.uint8)]
+
+
+ROOT_A, ROOT_B = hashes(2, seed=9)
+
+
+@pytest.mark.parametrize("length", [16, 32])
+def test_keys_differ_by_hash_and_by_root(length: int) -> None:
+    given = hashes(50, length)
+    rows = []
+    for root in (ROOT_A, ROOT_B):
+        keys = BlockKeys(root, 1)
+        assert keys.update(given) == 50
+        rows += [row.tobytes() for row in keys.rows(0, 50)]
+    assert len(set(rows)) == 100
+
+
+def test_keys_grow_with_the_request_as_if_made_at_once() -> None:
+    given = hashes(300)
+    at_once, grown = BlockKeys(ROOT_A, 3), BlockKeys(ROOT_A, 3)
+    at_once.update(given)
+    for count in (0, 1, 2, 3, 100, 101, 300):
+        assert grown.update(given[:count]) == count // 3
+    assert np.array_equal(grown.rows(0, 100), at_once.rows(0, 100))
+    assert len(at_once.rows(90, 200)) == 10
+
+
+def test_the_last_of_several_hashes_names_a_block() -> None:
+    given = hashes(8)
+    one, four = BlockKeys(ROOT_A, 1), BlockKeys(ROOT_A, 4)
+    one.update(given)
+    four.update(given)
+    assert np.array_equal(four.rows(0, 2), one.rows(0, 8)[3::4])
+
+
+def test_keys_follow_a_request_that_was_rewritten() -> None:
+    first, second = hashes(10), hashes(10, seed=1)
+    keys, fresh = BlockKeys(ROOT_A, 1), BlockKeys(ROOT_A, 1)
+    keys.update(first)
+    assert keys.update(second) == fresh.update(second)
+    assert np.array_equal(keys.rows(0, 10), fresh.rows(0, 10))
+    assert keys.update(second[:4]) == 4
+
+
+def test_hashes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(kvtier.ConfigError, match="has 64 bytes; allowed: at most 32"):
+        BlockKeys(ROOT_A, 1).update(hashes(1, 64))
+    with pytest.raises(kvtier.ConfigError, match="all of one length"):
+        BlockKeys(ROOT_A, 1).update([b"a" * 32, b"b" * 16])
+
+
+# --- groups: classes with vLLM's names ---
+
+
+@dataclass
+class FullAttentionSpec:
+    block_size: int
+    page_size_bytes: int
+    prefix_cacheable: bool = True
+
+
+class MLAAttentionSpec(FullAttentionSpec):
+    pass
+
+
+class RSWASpec(FullAttentionSpec):
+    pass
+
+
+@dataclass
+class SlidingWindowSpec:
+    block_size: int
+    page_size_bytes: int
+    sliding_window: int
+    extra_retained_tokens: int = 0
+
+
+@dataclass
+class MambaSpec:
+    block_size: int
+    page_size_bytes: int
+
+
+@dataclass
+class UniformTypeKVCacheSpecs:
+    block_size: int
+    kv_cache_specs: dict[str, Any]
+
+
+@dataclass
+class Group:
+    kv_cache_spec: Any
+    layer_names: list[str]
+    enable_kv_transfer: bool = True
+    host_resident: bool = False
+    is_eagle_group: bool = False
+
+
+@dataclass
+class CacheConfig:
+    kv_cache_groups: list[Group]
+    kv_cache_layout: str | None = "LBHNC"
+    hash_block_size: int | None = None
+    kv_tp_replicas: int = 1
+    other: dict[str, Any] = field(default_factory=dict)
+
+
+def test_one_group_of_full_attention() -> None:
+    plan = plan_cache(CacheConfig([Group(FullAttentionSpec(32, 32 * 512), ["a", "b", "c"])]), 1)
+    (group,) = plan.groups
+    assert (plan.block_tokens, plan.hash_tokens, plan.volatile_blocks) == (32, 32, 0)
+    assert group.layers == (("a", 16384), ("b", 16384), ("c", 16384))
+    assert (group.layout.num_layers, group.layout.page_bytes(0), group.layout.window_tokens) == (
+        3,
+        16384,
+        None,
+    )
+    assert not group.layout.replicated
+
+
+def test_windows_and_drafters() -> None:
+    config = CacheConfig(
+        [
+            Group(SlidingWindowSpec(32, 4096, 100, 5), ["w"]),
+            Group(FullAttentionSpec(32, 4096), ["f"], is_eagle_group=True),
+            Group(MambaSpec(32, 64), ["rebuilt"], enable_kv_transfer=False),
+        ],
+        hash_block_size=16,
+    )
+    plan = plan_cache(config, 1)
+    assert [group.index for group in plan.groups] == [0, 1]
+    assert plan.groups[0].layout.window_tokens == 105
+    assert (plan.hash_tokens, plan.volatile_blocks) == (16, 1)
+
+
+def test_layers_with_pages_of_several_sizes_are_cut_into_equal_ones() -> None:
+    specs = {"latent": MLAAttentionSpec(16, 16 * 96), "index": MLAAttentionSpec(16, 16 * 32)}
+    group = Group(UniformTypeKVCacheSpecs(16, specs), ["latent", "index"])
+    plan = plan_cache(CacheConfig([group], kv_tp_replicas=2), 2)
+    layout = plan.groups[0].layout
+    assert (layout.num_layers, layout.page_bytes(0), layout.replicated) == (4, 512, True)
+    assert plan.groups[0].unit_bytes == 512
+
+
+def test_groups_whose_pages_differ_share_the_larger_block() -> None:
+    config = CacheConfig(
+        [Group(FullAttentionSpec(16, 1600), ["a"]), Group(FullAttentionSpec(64, 640), ["b"])]
+    )
+    plan = plan_cache(config, 1)
+    assert plan.block_tokens == 64
+    assert [group.pages_per_block for group in plan.groups] == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            CacheConfig([Group(MambaSpec(16, 64), ["m"])]),
+            "group 0 .MambaSpec.*cannot restore yet; allowed: full",
+        ),
+        (CacheConfig([Group(RSWASpec(16, 64), ["m"])]), "RSWASpec.*cannot restore yet"),
+        (
+            CacheConfig([Group(FullAttentionSpec(16, 64, prefix_cacheable=False), ["m"])]),
+            "does not cache prefixes",
+        ),
+        (CacheConfig([Group(FullAttentionSpec(16, 65), ["m"])]), "no multiple of its 16 tokens"),
+        (CacheConfig([Group(FullAttentionSpec(16, 64), ["m"], host_resident=True)]), "host memory already"),
+        (CacheConfig([Group(FullAttentionSpec(16, 64), ["m"])], kv_cache_layout="LHBNC"), "layout is LHBNC"),
+        (CacheConfig([Group(FullAttentionSpec(16, 64), ["m"])], hash_block_size=12), "every 12 tokens"),
+        (CacheConfig([]), "no KV cache"),
+        (
+            CacheConfig(
+                [Group(SlidingWindowSpec(16, 64, 64), ["w"]), Group(FullAttentionSpec(32, 64), ["f"])]
+            ),
+            "pages of 16 tokens and another group of 32",
+        ),
+    ],
+)
+def test_what_cannot_be_restored_is_named(config: CacheConfig, message: str) -> None:
+    with pytest.raises(kvtier.UnsupportedError, match=message):
+        plan_cache(config, 1)
+
+
+# --- identity ---
+
+
+def vllm_config(model: Path, **changes: Any) -> Any:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=str(model),
+            revision=None,
+            seed=0,
+            hf_overrides={},
+            dtype="torch.bfloat16",
+            quantization=None,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="sha256_cbor"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        load_config=SimpleNamespace(load_format="auto"),
+        speculative_config=None,
+        attention_config=None,
+    )
+    for path, value in changes.items():
+        owner, name = path.split("__")
+        setattr(getattr(config, owner), name, value)
+    return config
+
+
+def identity(model: Path, *, backend: str = "cpu AVX512", version: str = "0.32.0", **changes: Any) -> str:
+    cache = CacheConfig([Group(FullAttentionSpec(16, 64), ["a"])])
+    return model_identity(vllm_config(model, **changes), cache, version, backend)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(300_000))
+    return folder
+
+
+def test_everything_that_changes_the_bytes_changes_the_identity(weights: Path) -> None:
+    changed = [
+        identity(weights),
+        identity(weights, backend="cpu AVX2"),
+        identity(weights, version="0.33.0"),
+        identity(weights, model_config__dtype="torch.float16"),
+        identity(weights, model_config__quantization="fp8"),
+        identity(weights, model_config__hf_overrides={"rope_theta": 1}),
+        identity(weights, cache_config__cache_dtype="fp8"),
+        identity(weights, cache_config__prefix_caching_hash_algo="xxhash"),
+        identity(weights, parallel_config__tensor_parallel_size=2),
+        identity(weights, load_config__load_format="dummy"),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert identity(weights) == changed[0]
+    file = weights / "model.safetensors"
+    times = file.stat()
+    data = bytearray(file.read_bytes())
+    data[150_000] ^= 1  # one bit, same size, same time of change
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert identity(weights) != changed[0]
+
+
+def test_hub_models_are_named_by_revision(tmp_path: Path) -> None:
+    assert weights_identity("meta-llama/Llama-3.1-8B", "0e9e39f") == "revision 0e9e39f"
+    snapshot = tmp_path / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    assert weights_identity(str(snapshot), None) == f"snapshot {'ab' * 20}"
+
+
+def test_adapters_are_named_by_their_weights(tmp_path: Path) -> None:
+    def adapter_at(name: str, content: bytes) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        return SimpleNamespace(lora_name="sql", lora_path=str(folder))
+
+    loras = LoRAIdentity()
+    one, other = adapter_at("one", b"1" * 100), adapter_at("other", b"2" * 100)
+    assert loras.of(None) == b""
+    assert loras.of(one) == loras.of(one) == LoRAIdentity().of(one)
+    assert loras.of(one) != loras.of(other)
+    assert loras.of(SimpleNamespace(lora_name="hub", lora_path="org/hub")) == b"lora\0hub\0org/hub"
+
+
+def test_a_digest_reads_one_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 10)
+    before = files_digest(file)
+    file.write_bytes(b"x" * 11)
+    assert files_digest(file) != before
+
+
+def test_a_disk_needs_weights_with_identity_and_safe_hashes(weights: Path) -> None:
+    check_persistent(vllm_config(weights))
+    with pytest.raises(kvtier.ConfigError, match='load_format is "dummy"'):
+        check_persistent(vllm_config(weights, load_config__load_format="dummy"))
+    with pytest.raises(kvtier.ConfigError, match="prefix_caching_hash_algo is 'xxhash'; allowed"):
+        check_persistent(vllm_config(weights, cache_config__prefix_caching_hash_algo="xxhash"))
+
+
+# --- clocks and counters ---
+
+
+def test_recompute_is_estimated_from_steps_that_compute_much() -> None:
+    clock = RecomputeClock()
+    assert clock.seconds(1000) == 0  # nothing is waited for before anything is known
+    for i, tokens in enumerate([1000, 8, 8, 8]):
+        clock.step(tokens, now=10.0 + i)  # the first took 1 s; the rest says nothing about a prefill
+    assert clock.seconds(500) == pytest.approx(0.5)
+    clock.step(1000, now=20.0)
+    clock.step(0, now=23.0)
+    assert clock.seconds(1000) == pytest.approx(1.5)
+
+
+def test_counters_are_taken_once_and_add_up() -> None:
+    counters = Counters()
+    counters.add("load_blocks", 3)
+    counters.add("load_blocks")
+    counters.add("load_bytes", 0)
+    assert counters.take() == {"load_blocks": 4}
+    assert counters.take() == {}
+    assert add_up({"a": 1, "b": 2}, {"b": 3}) == {"a": 1, "b": 5}
+    with pytest.raises(KeyError):
+        counters.add("lode_blocks")

@@ -1,0 +1,349 @@
+"""SchedulerSide without vLLM: a scheduler and a block pool of a few lines, the real keeper, a real worker."""
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import Config, KVLayout
+from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.meeting import meeting_place, sweep
+from kvtier.adapters.vllm.options import Options
+from kvtier.adapters.vllm.scheduler import SchedulerSide
+from kvtier.ranks import Worker
+
+T, D, PAGES = 4, 8, 64
+
+
+@dataclass
+class Request:
+    request_id: str
+    block_hashes: list[bytes]
+    num_tokens: int
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    kv_transfer_params: Any = None
+    lora_request: Any = None
+    skip_reading_prefix_cache: bool = False
+
+
+def request(name: str, blocks: int, seed: int = 0, **more: Any) -> Request:
+    numbers = np.random.default_rng(seed).integers(0, 256, (blocks, 32), np.uint8)
+    tokens = blocks * T + 1
+    return Request(name, [row.tobytes() for row in numbers], tokens, tokens, **more)
+
+
+@dataclass
+class Pool:
+    """vLLM's block pool, as far as holds need it."""
+
+    blocks: list[int] = field(default_factory=lambda: list(range(PAGES)))
+    references: dict[int, int] = field(default_factory=dict)
+
+    def touch(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.references[block] = self.references.get(block, 0) + 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for block in blocks:
+            self.references[block] -= 1
+            if not self.references[block]:
+                del self.references[block]
+
+
+class Bench:
+    def __init__(self, directory: Path, window: int | None = None, **options: Any) -> None:
+        layout = KVLayout(2, 1, D, "uint8", T, "TD", num_parts=1)
+        windowed = KVLayout(1, 1, D, "uint8", T, "TD", window_tokens=window, num_parts=1)
+        layouts = [layout] if window is None else [layout, windowed]
+        groups = [CacheGroup(g, each, (), 1) for g, each in enumerate(layouts)]
+        config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T)
+        self.now = 0.0
+        recompute = options.pop("recompute_failures", True)
+        self.side = SchedulerSide(
+            config,
+            CachePlan(tuple(groups), T, T, 0),
+            Options(host=4 << 20, **options),
+            str(directory / "meet"),
+            recompute_failures=recompute,
+            clock=lambda: self.now,
+        )
+        self.pool = Pool()
+        self.side.holds.bind(self.pool)
+        self.worker = Worker(directory / "meet", 0, config)
+        self.tensors = [[np.zeros((PAGES, T, D), np.uint8) for _ in range(n.num_layers)] for n in layouts]
+        self.pages = [self.worker.attach(each, g, axes="PTD") for g, each in enumerate(self.tensors)]
+        self.worker.join(10)
+
+    def step(self, scheduled: dict[str, tuple[int, Any]] | None = None, total: int | None = None) -> Any:
+        """One step of vLLM: {request: (tokens, block ids of each group)}."""
+        scheduled = scheduled or {}
+        tokens = {name: count for name, (count, _) in scheduled.items()}
+        return self.side.step(
+            SimpleNamespace(
+                num_scheduled_tokens=tokens,
+                total_num_scheduled_tokens=sum(tokens.values()) if total is None else total,
+                kv_connector_block_state=SimpleNamespace(get_block_ids=lambda name: scheduled[name][1]),
+            )
+        )
+
+    def execute(self, copies: Any) -> None:
+        for instruction, ids in copies:
+            self.worker.execute(instruction, self.pages[instruction.group], ids).wait(10)
+
+    def settle(self) -> None:
+        """Until every page is free."""
+        for ended in self.side.holds.poll(self.now, patience=10):
+            assert ended.ticket.result().failed == 0
+
+    def store(self, one: Request, pages: list[int]) -> None:
+        """Computes and stores the whole of a request that is new."""
+        self.side.on_new_request(one)
+        for tensors in self.tensors:
+            for layer, tensor in enumerate(tensors):
+                for page in pages:
+                    tensor[page] = page + 100 * layer
+        ids = tuple(pages for _ in self.tensors)
+        _, stores, _ = self.step({one.request_id: (one.num_tokens, ids)})
+        self.execute(stores)
+        self.settle()
+        self.side.finish(one)
+
+    def close(self) -> None:
+        self.worker.close(10)
+        self.side.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_prefix_comes_back_into_other_pages(bench: Bench) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    again = request("b", 5)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 5 * T
+    bench.side.grant(again, ([11, 12, 13, 14, 15, 16],), 5 * T)
+    ((name, copies),), stores, stale = bench.step()
+    assert (name, stores, stale) == ("b", [], [])
+    bench.execute(copies)
+    for layer, tensor in enumerate(bench.tensors[0]):
+        assert [int(tensor[page, 0, 0]) for page in range(11, 16)] == [n + 100 * layer for n in range(1, 6)]
+    bench.side.received({"b"}, set())
+    assert bench.side.counters.take()["load_blocks"] == 5
+
+
+def test_only_what_the_device_lacks_is_loaded_and_the_last_token_is_computed(bench: Bench) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    again = request("b", 5)
+    again.num_tokens = 5 * T  # the whole prompt is there
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 2 * T) == 2 * T
+    bench.side.grant(again, ([1, 2, 13, 14, 15],), 2 * T)
+    ((_, ((_, ids),)),), _, _ = bench.step()
+    assert ids.tolist() == [13, 14]
+
+
+def test_asking_changes_nothing_and_a_promise_lapses_in_the_same_step(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    assert [bench.side.match(again, 0) for _ in range(5)] == [3 * T] * 5
+    assert bench.side._engine.stats().leases == 1
+    bench.step()
+    assert bench.side._engine.stats().leases == 0
+    assert bench.side.match(again, 0) == 3 * T
+    bench.side.finish(again)
+    assert bench.side._engine.stats().leases == 0
+
+
+def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Bench) -> None:
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([7, 8, 9],))})
+    assert bench.pool.references == {7: 1, 8: 1, 9: 1}
+    bench.side.finish(one)
+    bench.step()
+    assert bench.pool.references == {7: 1, 8: 1, 9: 1}
+    assert bench.side.holds.pending
+    bench.execute(stores)
+    bench.settle()
+    assert bench.pool.references == {}
+    assert not bench.side.holds.pending
+
+
+def test_nothing_is_stored_twice_nor_before_it_is_computed(bench: Bench) -> None:
+    one = request("a", 4)
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (2 * T + 1, ([1, 2, 3, 4],))})
+    assert [ids.tolist() for _, ids in stores] == [[1, 2]]
+    one.num_computed_tokens = 2 * T + 1
+    _, more, _ = bench.step({"a": (T - 1, ([1, 2, 3, 4],))})
+    assert [ids.tolist() for _, ids in more] == [[3]]
+    one.num_computed_tokens = 3 * T
+    assert bench.step({"a": (1, ([1, 2, 3, 4],))})[1] == []
+    bench.execute(stores + more)
+    bench.settle()
+
+
+def test_drafts_are_not_stored(bench: Bench) -> None:
+    one = request("a", 4)
+    one.num_tokens = 2 * T  # known; the rest of what is scheduled are guesses
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (4 * T, ([1, 2, 3, 4],))})
+    assert [ids.tolist() for _, ids in stores] == [[1, 2]]
+    bench.execute(stores)
+    bench.settle()
+
+
+def test_a_failed_load_drops_its_blocks_and_is_not_tried_again(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    ((_, copies),), _, _ = bench.step()
+    bench.execute(copies)
+    bench.side.received({"b"}, {"b"})
+    assert bench.side.match(again, 0) == 0
+    other = request("c", 3)
+    bench.side.on_new_request(other)
+    assert bench.side.match(other, 0) == 0
+    assert bench.side.counters.take()["load_failures"] == 1
+
+
+def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    ((_, copies),), _, _ = bench.step()
+    bench.side.reset()
+    assert bench.step()[2] == ["b"]
+    bench.execute(copies)
+    bench.side.received({"b"}, {"b"})
+    # It was running: what it has computed may be old.
+    assert bench.step({"b": (again.num_tokens, ([4, 5, 6],))})[1] == []
+    fresh = request("c", 3)
+    bench.side.on_new_request(fresh)
+    assert bench.side.match(fresh, 0) == 0
+    assert bench.side._engine.stats().host[0].ready == 0
+    bench.store(request("d", 3), [1, 2, 3])
+    assert bench.side.match(fresh, 0) == 3 * T
+
+
+def test_tenants_adapters_and_what_a_request_allows(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+
+    def match(name: str, **more: Any) -> int | None:
+        one = request(name, 3, **more)
+        bench.side.on_new_request(one)
+        return bench.side.match(one, 0)
+
+    assert match("same") == 3 * T
+    assert match("tenant", kv_transfer_params={"kvtier": {"namespace": "t"}}) == 0
+    assert match("adapter", lora_request=SimpleNamespace(lora_name="l", lora_path="org/l")) == 0
+    assert match("skipping", skip_reading_prefix_cache=True) == 0
+    assert match("little", kv_transfer_params={"kvtier": {"max_load_tokens": 2 * T + 1}}) == 2 * T
+    assert match("elsewhere", kv_transfer_params={"kvtier": {"tiers": ["disk"]}}) == 0
+    assert match("unknown", kv_transfer_params={"kvtier": {"what": 1}}) == 0
+
+
+def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_take(bench: Bench) -> None:
+    for now in (0.0, 1.0):  # 1000 tokens a second
+        bench.now = now
+        bench.step(total=1000)
+    storing = request("a", 100)
+    bench.side.on_new_request(storing)
+    _, stores, _ = bench.step({"a": (storing.num_tokens, ([1 + n % 60 for n in range(100)],))})
+    waiting = request("b", 100)
+    bench.side.on_new_request(waiting)
+    bench.now = 10.0
+    assert bench.side.match(waiting, 0) is None
+    bench.now = 10.39
+    assert bench.side.match(waiting, 0) is None
+    bench.now = 10.41  # 400 tokens take 0.4 s
+    assert bench.side.match(waiting, 0) == 0
+    bench.execute(stores)
+    bench.settle()
+    assert bench.side.match(waiting, 0) == 100 * T
+
+
+def test_prompts_only(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, store="prompt")
+    one = request("a", 4)
+    one.num_prompt_tokens = 2 * T + 3
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3, 4],))})
+    assert [ids.tolist() for _, ids in stores] == [[1, 2]]
+    bench.execute(stores)
+    bench.settle()
+    bench.close()
+
+
+def test_a_window_loads_only_what_it_reaches(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, window=2 * T)
+    bench.store(request("a", 6), [1, 2, 3, 4, 5, 6])
+    again = request("b", 6)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 6 * T
+    # vLLM gives the null block for what the window has left behind.
+    bench.side.grant(again, ([11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 21, 22]), 6 * T)
+    ((_, copies),), _, _ = bench.step()
+    assert [ids.tolist() for _, ids in copies] == [[11, 12, 13, 14, 15, 16], [21, 22]]
+    bench.execute(copies)
+    assert [int(bench.tensors[1][0][page, 0, 0]) for page in (21, 22)] == [5, 6]
+    assert not bench.tensors[1][0][0].any()
+    bench.side.received({"b"}, set())
+    bench.close()
+
+
+def test_a_request_keeps_nothing_when_no_slot_is_free(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    bench.worker.close(10)  # nobody could carry a store out: all is declined
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3],))})
+    assert (stores, bench.pool.references) == ([], {})
+    assert bench.side.counters.take()["store_blocks_declined"] == 3
+    bench.close()
+
+
+def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> None:
+    place = meeting_place(str(tmp_path), "engine")
+    assert place == meeting_place(str(tmp_path), "engine") != meeting_place(str(tmp_path), "another")
+    living = Bench(tmp_path)
+    kept = [tmp_path / "meet"]
+    kept[0] = kept[0].rename(meeting_place(str(tmp_path), "living"))
+    for name in ("dead", "young", "strange"):
+        folder = meeting_place(str(tmp_path), name)
+        folder.mkdir(mode=0o700)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ended:
+            ended.bind(str(folder / "keeper.sock"))
+        (folder / "keeper.lock").touch()
+        kept.append(folder)
+    dead = kept.pop(1)
+    (meeting_place(str(tmp_path), "strange") / "mine").touch()
+    for folder in [dead, kept[0], kept[2]]:
+        os.utime(folder, (0, 0))
+    sweep(place)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert (kept[0] / "keeper.sock").exists()
+    kept[0].rename(tmp_path / "meet")
+    living.close()
+
+
+def test_closing_leaves_nothing_where_keeper_and_workers_met(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert (tmp_path / "meet").is_dir()
+    bench.close()
+    assert list(tmp_path.iterdir()) == []
+    bench.side.close()
