@@ -3,8 +3,8 @@
 KVTIER_TORTURE_CYCLES says how many cycles there are (default 4000), KVTIER_TORTURE_SEED where their seeds
 begin (default: the time; printed). The last line is JSON: {"cycles", "blocks_checked", "hits",
 "hits_expected", "wrong_bytes", "mutants_caught", "mutants"}. The exit status is 1 after a wrong byte, a
-dropped block that came back, a driver that crashed or hung, a missing hit (below 99 %), or a mutant that was not
-caught.
+dropped block that came back, a driver that crashed or hung, a missing hit (below 99 %), or a mutant that was
+not caught.
 """
 
 import json

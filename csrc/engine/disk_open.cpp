@@ -28,6 +28,12 @@ std::vector<StoreClass> disk_classes(const EngineConfig& config, std::uint64_t c
   return classes;
 }
 
+std::uint64_t least_capacity(const EngineConfig& config) {
+  std::uint64_t bytes = kFixedBytes;
+  for (const GroupSpec& group : config.groups) bytes += group.slot_stride_bytes() + kCatalogBytesPerSlot;
+  return bytes;
+}
+
 const char* to_string(OpenReport::Source source) {
   switch (source) {
     case OpenReport::Source::fresh: return "fresh";
@@ -64,6 +70,15 @@ Status EngineImpl::open_disks() {
     std::vector<CatalogRecord> blocks;
     std::vector<SlotPlace> unusable;
   };
+  for (const DiskConfig& disk : disks) {
+    for (const StoreClass& of : disk_classes(config_, disk.capacity_bytes)) {
+      if (of.num_slots > 0) continue;
+      return Status::invalid_argument("disk " + disk.path + ": capacity is " +
+                                      std::to_string(disk.capacity_bytes) + " bytes; allowed: at least " +
+                                      std::to_string(least_capacity(config_)) +
+                                      " (one block of every group, and the catalog)");
+    }
+  }
   std::vector<OpenedDisk> opened;
   std::uint64_t capacity_bytes = 0;
   for (std::size_t d = 0; d < disks.size(); ++d) {
