@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier import Config, KVLayout
+from kvtier import Config, Disk, KVLayout
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
-from kvtier.adapters.vllm.options import Options
+from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.ranks import Worker
 
@@ -63,15 +64,14 @@ class Bench:
         windowed = KVLayout(1, 1, D, "uint8", T, "TD", window_tokens=window, num_parts=1)
         layouts = [layout] if window is None else [layout, windowed]
         groups = [CacheGroup(g, each, (), 1) for g, each in enumerate(layouts)]
-        config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T)
+        disks = [Disk(str(directory / "disk"), "32MiB")] if options.pop("disk", False) else []
+        config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T, disk=disks)
         self.now = 0.0
-        recompute = options.pop("recompute_failures", True)
         self.side = SchedulerSide(
             config,
             CachePlan(tuple(groups), T, T, 0),
-            Options(host=4 << 20, **options),
+            Options(host=4 << 20, disk=tuple(DiskOption(d.path, d.capacity_bytes) for d in disks), **options),
             str(directory / "meet"),
-            recompute_failures=recompute,
             clock=lambda: self.now,
         )
         self.pool = Pool()
@@ -238,6 +238,64 @@ def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
     assert bench.side._engine.stats().host[0].ready == 0
     bench.store(request("d", 3), [1, 2, 3])
     assert bench.side.match(fresh, 0) == 3 * T
+
+
+def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        again = request("b", 3)
+        second.side.on_new_request(again)
+        deadline = time.monotonic() + 30
+        while (found := second.side.match(again, 0)) is None:  # asked again at most for max_wait of its clock
+            assert time.monotonic() < deadline
+        state = second.side._requests["b"]
+        state.prefetch.wait(30)
+        found = second.side.match(again, 0)
+        assert found == 3 * T
+        second.side.grant(again, ([4, 5, 6],), found)
+        ((_, copies),), _, _ = second.step()
+        second.execute(copies)
+        second.side.received({"b"}, set())
+        for layer, tensor in enumerate(second.tensors[0]):
+            for old, new in ((1, 4), (2, 5), (3, 6)):
+                assert (tensor[new] == old + 100 * layer).all()
+        assert second.side.counters.take()["hit_tokens_disk"] > 0
+        refused = request("c", 3, kv_transfer_params={"kvtier": {"tiers": ["host"]}})
+        second.side.on_new_request(refused)
+        assert second.side._requests["c"].prefetch is None
+    finally:
+        second.close()
+
+
+def test_what_was_stored_before_a_reset_is_not_found_after_a_restart(tmp_path: Path) -> None:
+    def found_after_restart() -> int:
+        again = Bench(tmp_path, disk=True)
+        try:
+            one = request("again", 3)
+            again.side.on_new_request(one)
+            return again.side._requests["again"].found_on_disk
+        finally:
+            again.close()
+
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    assert found_after_restart() == 3
+    second = Bench(tmp_path, disk=True)  # it has seen nothing of what it resets
+    second.side.reset()
+    second.close()
+    assert found_after_restart() == 0
+    (epoch,) = (tmp_path / "disk").glob("vllm-epoch-*")
+    assert epoch.stat().st_mode & 0o777 == 0o600
+    third = Bench(tmp_path, disk=True)
+    third.store(request("b", 3), [1, 2, 3])
+    third.close()
+    assert found_after_restart() == 3
+    epoch.write_bytes(b"damaged")
+    assert found_after_restart() == 0
 
 
 def test_tenants_adapters_and_what_a_request_allows(bench: Bench) -> None:

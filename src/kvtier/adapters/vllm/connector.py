@@ -15,17 +15,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-import kvtier
 from kvtier.adapters.vllm.groups import CachePlan, plan_cache
 from kvtier.adapters.vllm.identity import check_persistent, model_identity
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.metadata import Copy, KVTierMetadata
-from kvtier.adapters.vllm.options import SOURCE, Options, parse_options
+from kvtier.adapters.vllm.options import Options, parse_options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.adapters.vllm.stats import KVTierPromMetrics, KVTierStats
 from kvtier.adapters.vllm.worker import WorkerSide
-from kvtier.config import Config
-from kvtier.errors import ConfigError, KVTierError, UnsupportedError
+from kvtier.config import Config, Disk
+from kvtier.errors import KVTierError, UnsupportedError
 
 _log = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger, so that it is shown
 
@@ -59,13 +58,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker = WorkerSide(config, plan, directory, vllm_config.parallel_config.rank)
             return
         sweep(place)
-        recompute = vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
-        if not recompute:
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
             _log.warning(
                 'kv_load_failure_policy is "fail": a block that cannot be loaded fails its request; '
                 '"recompute" only costs time'
             )
-        self._scheduler = SchedulerSide(config, plan, options, directory, recompute_failures=recompute)
+        self._scheduler = SchedulerSide(config, plan, options, directory)
 
     # --- what it is ---
 
@@ -249,13 +247,8 @@ def _engine_config(
 ) -> Config:
     extra: dict[str, Any] = {}
     if options.disk:
-        disk = getattr(kvtier, "Disk", None)
-        if disk is None:
-            raise ConfigError(
-                f"{SOURCE}: disk is given, but the disk tier is not in this version; leave it out"
-            )
         check_persistent(vllm_config)
-        extra["disk"] = [disk(entry.path, entry.capacity) for entry in options.disk]
+        extra["disk"] = [Disk(entry.path, entry.capacity) for entry in options.disk]
     device = vllm_config.device_config.device_type
     backend = torch.backends.cpu.get_cpu_capability() if device == "cpu" else device
     return Config(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 COUNTERS = {
     "lookup_tokens": "Prompt tokens below which vLLM had nothing and kvtier was asked",
     "hit_tokens_host": "Of these, tokens found in host memory and promised to vLLM",
-    "hit_tokens_disk": "Of these, tokens found on disk and promised to vLLM",
+    "hit_tokens_disk": "Of these, tokens found on disk when their request arrived, and promised to vLLM",
     "miss_tokens_absent": "Of these, tokens that are in no tier",
     "miss_tokens_pending": "Of these, tokens that were being stored",
     "ask_again": "Lookups that vLLM was told to repeat",

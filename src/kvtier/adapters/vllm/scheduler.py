@@ -5,7 +5,6 @@ It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLL
 
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
+from kvtier.adapters.vllm.epoch import load_epoch, new_epoch
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
@@ -22,7 +22,7 @@ from kvtier.adapters.vllm.recompute import RecomputeClock
 from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.config import Config
 from kvtier.engine import BlockOutcome, BlockState, Engine, Match, Tier, open_engine
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, StorageError
 from kvtier.keys import root_key
 from kvtier.ranks import Instruction, Keeper
 from kvtier.tickets import StoreResult
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _NULL_PAGE = 0  # vLLM's block 0 stands for "nothing here"
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
+_MOST_FETCHES = 4  # of one request: host memory that cannot hold its prefix is not to be churned
 _CLOSE_SECONDS = 10.0
 
 Copies = list[tuple[Instruction, Any]]  # with the page ids, uint32 [num_blocks * pages_per_block]
@@ -47,7 +48,6 @@ class SchedulerSide:
         options: Options,
         directory: str,
         *,
-        recompute_failures: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens the engine and begins to serve the workers.
@@ -57,8 +57,6 @@ class SchedulerSide:
             plan: The cache groups.
             options: The connector's.
             directory: Where the workers find the keeper.
-            recompute_failures: Whether vLLM recomputes what could not be loaded; otherwise only what is in
-                memory already is promised.
             clock: Monotonic seconds, for tests.
 
         Raises:
@@ -69,12 +67,10 @@ class SchedulerSide:
         self._config = config
         self._plan = plan
         self._options = options
-        self._recompute_failures = recompute_failures
         self._clock = clock
         self._directory = directory
         self._recompute = RecomputeClock()
         self._loras = LoRAIdentity()
-        self._epoch = b""
         self._roots: dict[tuple[str, bytes], bytes] = {}
         self._namespaces: set[str] = set()
         self._requests: dict[str, RequestState] = {}
@@ -82,7 +78,8 @@ class SchedulerSide:
         self._loading: dict[str, RunningLoad] = {}
         self._new_loads: list[tuple[str, Copies]] = []
         self._stale: list[str] = []
-        self._engine: Engine = open_engine(config)
+        self._engine: Engine = open_engine(config)  # makes the drives' directories
+        self._epoch = load_epoch(config)
         try:
             self._keeper = Keeper(self._engine, directory)
         except BaseException:
@@ -103,9 +100,10 @@ class SchedulerSide:
         state = RequestState(request, options, keys)
         self._requests[request.request_id] = state
         if self._options.disk and "disk" in options.tiers:
-            state.prefetch = start_prefetch(
-                self._engine, keys.rows(0, keys.update(request.block_hashes)), self._options.max_wait
-            )
+            match = self._engine.lookup(keys.rows(0, keys.update(request.block_hashes)))
+            state.found_on_disk = int(np.count_nonzero(match.tiers(0) == Tier.DISK))
+            if state.found_on_disk:
+                state.prefetch = start_prefetch(self._engine, match.keys, self._options.max_wait)
 
     def match(self, request: Any, computed_tokens: int) -> int | None:
         """Tokens beyond `computed_tokens` that can be loaded; None to be asked again. Never waits.
@@ -128,10 +126,12 @@ class SchedulerSide:
         match = self._engine.lookup(state.keys.rows(first, last))
         ready = self._servable(match, state)
         pending = self._pending_after(match, ready)
+        if self._fetching(match, ready, state):
+            pending = max(pending, match.ready_blocks - ready)
         if pending and self._worth_waiting(state, pending * block_tokens):
             self.counters.add("ask_again")
             return None
-        self._count_lookup(match, ready, pending)
+        self._count_lookup(match, ready, pending, state)
         if ready == 0:
             return 0
         lease = match.pin(_LEASE_SECONDS)
@@ -239,9 +239,10 @@ class SchedulerSide:
         """Forgets every block of every tier: nothing stored before is ever served.
 
         What requests that are running now have computed may be as old as what is forgotten: they neither
-        store nor load any more, and their running loads are reported as failed.
+        store nor load any more, and their running loads are reported as failed. With a disk tier, waits for the
+        drives.
         """
-        self._epoch = secrets.token_bytes(16)
+        self._epoch = new_epoch(self._config)
         self._roots.clear()
         for state in self._requests.values():
             state.end_lease()
@@ -250,7 +251,10 @@ class SchedulerSide:
             load.stale = True
             self._stale.append(request_id)
         for namespace in self._namespaces:
-            self._engine.drop(namespace=namespace)
+            try:
+                self._engine.drop(namespace=namespace)
+            except StorageError as error:  # no key of the new epoch finds what is left
+                _log.warning("a reset could not wipe a drive: %s", error)
         self.counters.add("resets")
 
     def close(self) -> None:
@@ -281,22 +285,26 @@ class SchedulerSide:
 
     def _servable(self, match: Match, state: RequestState) -> int:
         """Blocks at the beginning of a match that this request may have, and that will not fail."""
+        if "host" not in state.options.tiers:
+            return 0  # what comes from disk is served from host memory too, once it is there
         ready = match.ready_blocks
-        allowed = {"host": Tier.HOST, "disk": Tier.DISK}
-        tiers = set(state.options.tiers)
-        if not self._recompute_failures:
-            tiers.discard("disk")  # a read can fail, and vLLM would fail the request: memory cannot
-        if tiers >= set(allowed):
-            return ready
-        good = [allowed[tier] for tier in tiers]
         for g in range(len(self._plan.groups)):
-            here = match.tiers(g)[:ready]
-            # What a window does not reach has no tier; what counts is that nothing is in another one.
-            bad = np.flatnonzero(~np.isin(here, [*good, Tier.NONE]))
-            if len(bad):
-                ready = min(ready, int(bad[0]))
+            # What a window does not reach has no tier; what counts is that nothing is on disk alone: a grant
+            # needs its slots now, and a read can fail where memory cannot.
+            on_disk = np.flatnonzero(match.tiers(g)[:ready] == Tier.DISK)
+            if len(on_disk):
+                ready = min(ready, int(on_disk[0]))
         whole = all(group.layout.window_tokens is None for group in self._plan.groups)
         return ready if whole or ready == match.ready_blocks else 0
+
+    def _fetching(self, match: Match, ready: int, state: RequestState) -> bool:
+        """Whether blocks behind the servable ones are on their way from disk; begins that where it is due."""
+        if not self._options.disk or "disk" not in state.options.tiers or ready >= match.ready_blocks:
+            return False
+        if state.prefetch is None or (state.prefetch.done() and state.fetches < _MOST_FETCHES):
+            state.fetches += 1
+            state.prefetch = start_prefetch(self._engine, match.keys[ready:], self._options.max_wait)
+        return not state.prefetch.done()
 
     def _pending_after(self, match: Match, ready: int) -> int:
         """Blocks behind the ready ones that would be usable if the running stores were over."""
@@ -319,11 +327,10 @@ class SchedulerSide:
         patience = min(self._options.max_wait, self._recompute.seconds(tokens))
         return now - state.asked_again_since < patience
 
-    def _count_lookup(self, match: Match, ready: int, pending: int) -> None:
+    def _count_lookup(self, match: Match, ready: int, pending: int, state: RequestState) -> None:
         tokens = self._plan.block_tokens
         self.counters.add("lookup_tokens", len(match.keys) * tokens)
-        tiers = match.tiers(0)[:ready]
-        disk = int(np.count_nonzero(tiers == Tier.DISK))
+        disk = min(ready, state.found_on_disk)
         self.counters.add("hit_tokens_host", (ready - disk) * tokens)
         self.counters.add("hit_tokens_disk", disk * tokens)
         self.counters.add("miss_tokens_pending", pending * tokens)

@@ -31,6 +31,8 @@ class RequestState:
         first_block: Index of the lease's first block.
         asked_again_since: When it was first told to ask again, monotonic seconds.
         prefetch: Handle of its prefetch, None without.
+        found_on_disk: Blocks that were on disk alone when it arrived.
+        fetches: How often blocks of it were fetched from disk after they had left the host tier again.
     """
 
     request: Any
@@ -43,6 +45,8 @@ class RequestState:
     first_block: int = 0
     asked_again_since: float | None = None
     prefetch: Any = None
+    fetches: int = 0
+    found_on_disk: int = 0
 
     def end_lease(self) -> None:
         """Lets go of what was promised and not taken. Idempotent."""
