@@ -12,8 +12,8 @@ _EPOCH_BYTES = 16
 def load_epoch(config: Config) -> bytes:
     """Returns the epoch that the last reset moved to, on any drive; empty before the first.
 
-    Drives that disagree (one was away at the reset), or a damaged file, give a new epoch, which is saved: then
-    nothing of before is found on any of them.
+    Drives that disagree (one was away at the reset), or a damaged file, give a new epoch, which is saved:
+    then nothing of before is found on any of them.
     """
     found = {_read(path) for path in _paths(config)}
     if len(found) > 1 or None in found:
@@ -48,13 +48,17 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, epoch: bytes) -> None:
     new = path.with_name(path.name + ".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(epoch)
-        file.flush()
-        os.fsync(file.fileno())
+    new.unlink(missing_ok=True)
+    _synced(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, epoch)
     new.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _synced(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _synced(path: Path, flags: int, content: bytes = b"") -> None:
+    fd = os.open(path, flags | os.O_NOFOLLOW, 0o600)
     try:
-        os.fsync(folder)
+        if content:
+            os.write(fd, content)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)
