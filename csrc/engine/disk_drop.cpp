@@ -3,6 +3,7 @@
 // A slot on disk keeps its old image until it is overwritten, and a rebuild from the headers would believe
 // it. So a slot is `doomed` until its header is wiped, and only then free. What was evicted and is being
 // overwritten is covered by the stores' barrier: a wipe is done only when all writes before it are.
+#include <algorithm>
 #include <chrono>
 
 #include "engine_impl.h"
@@ -52,6 +53,12 @@ void EngineImpl::wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned) {
       idle_.notify_all();
     });
   });
+}
+
+Status EngineImpl::wait_for_scans() {
+  const bool done = std::all_of(disk_->volumes.begin(), disk_->volumes.end(),
+                                [](const DiskTier::Volume& volume) { return volume.store->scan_done(); });
+  return done ? Status::ok() : wipe_and_wait(DiskVictims(disk_->volumes.size()));
 }
 
 Status EngineImpl::wipe_and_wait(DiskVictims victims) {

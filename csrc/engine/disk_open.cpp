@@ -167,6 +167,15 @@ Status EngineImpl::open_disks() {
       }
     }
     restore_blocks(v, opened[v].blocks);
+    std::vector<std::pair<std::uint32_t, CatalogRecord>> early;
+    {
+      MutexLock lock(mutex_);
+      early = found_early_;
+      std::erase_if(found_early_, [v](const auto& found) { return found.first == v; });
+    }
+    for (const auto& [volume, block] : early) {
+      if (volume == v) restore_blocks(v, {&block, 1});
+    }
   }
   return Status::ok();
 }
@@ -189,7 +198,10 @@ void EngineImpl::restore_blocks(std::uint32_t volume, std::span<const CatalogRec
   std::vector<SlotPlace> unwanted;
   {
     MutexLock lock(mutex_);
-    if (!disk_) return;  // found before open_disks() is through: a later open will find it
+    if (!disk_) {
+      for (const CatalogRecord& block : blocks) found_early_.emplace_back(volume, block);
+      return;
+    }
     TierIndex& index = disk_->index;
     std::vector<Entry*> entries;
     entries.reserve(blocks.size());

@@ -284,6 +284,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   using DiskVictims = std::vector<std::vector<EntryId>>;  // of each volume; pinned
   void doom(Entry& entry, DiskVictims& victims) KVTIER_REQUIRES(mutex_);
   Status wipe_and_wait(DiskVictims victims);
+  // Until what stood on the drives uncatalogued after an unclean end is in the index too.
+  Status wait_for_scans();
 
   NamespaceId intern(std::string_view name_space) KVTIER_REQUIRES(mutex_);
   NamespaceId intern_tag(const NamespaceTag& tag) KVTIER_REQUIRES(mutex_);
@@ -307,6 +309,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   TierIndex tier_ KVTIER_GUARDED_BY(mutex_);  // of the host tier
   std::vector<std::pair<std::string, std::string>> left_out_disks_;  // path, reason; set by start()
   std::unique_ptr<DiskTier> disk_;  // null without one; set by start(), its inside guarded by mutex_
+  // What a scan found before disk_ was there.
+  std::vector<std::pair<std::uint32_t, CatalogRecord>> found_early_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Operation>> prefetches_ KVTIER_GUARDED_BY(mutex_);  // running
   EngineStats counters_ KVTIER_GUARDED_BY(mutex_);
   std::unordered_map<std::uint64_t, std::shared_ptr<Operation>> grants_ KVTIER_GUARDED_BY(mutex_);

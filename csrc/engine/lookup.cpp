@@ -259,6 +259,7 @@ Result<std::uint64_t> EngineImpl::drop(std::span<const BlockKey> keys) {
   std::uint64_t dropped = 0;
   DiskVictims victims(disk_ ? disk_->volumes.size() : 0);
   const Call call(*this);  // close() waits for the drives' answers
+  const Status scans = disk_ ? wait_for_scans() : Status::ok();
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     MutexLock lock(mutex_);
     KVTIER_RETURN_IF_ERROR(check_open());
@@ -276,6 +277,7 @@ Result<std::uint64_t> EngineImpl::drop(std::span<const BlockKey> keys) {
     counters_.drops += dropped - before;
   }
   if (disk_) KVTIER_RETURN_IF_ERROR(wipe_and_wait(std::move(victims)));
+  KVTIER_RETURN_IF_ERROR(scans);
   return dropped;
 }
 
@@ -284,6 +286,7 @@ Result<std::uint64_t> EngineImpl::drop_namespace(std::string_view name_space) {
   DiskVictims victims(disk_ ? disk_->volumes.size() : 0);
   const NamespaceTag tag = namespace_tag(name_space);
   const Call call(*this);
+  const Status scans = disk_ ? wait_for_scans() : Status::ok();
   for (int on_disk = 0; on_disk < (disk_ ? 2 : 1); ++on_disk) {
     std::size_t num_records = 1;
     for (std::size_t begin = 0; begin < num_records; begin += kKeysPerHold) {
@@ -311,6 +314,7 @@ Result<std::uint64_t> EngineImpl::drop_namespace(std::string_view name_space) {
     }
   }
   if (disk_) KVTIER_RETURN_IF_ERROR(wipe_and_wait(std::move(victims)));
+  KVTIER_RETURN_IF_ERROR(scans);
   return dropped;
 }
 

@@ -32,7 +32,7 @@ struct Drive {
         return drive.make_queue(depth);
       };
       options.make_catalog = [this](const Directory&) -> Result<std::unique_ptr<Catalog>> {
-        return catalogs.open(catalogs.num_versions() - 1);
+        return catalogs.open(known.value_or(catalogs.num_versions() - 1));
       };
       if (slots > 0) options.classes[0].num_slots = slots;
     };
@@ -42,7 +42,8 @@ struct Drive {
   TempDirectory directory;
   SimulatedDrive drive;
   CatalogHistory catalogs;
-  std::uint32_t slots = 0;  // of the first class; 0: as the capacity says
+  std::uint32_t slots = 0;           // of the first class; 0: as the capacity says
+  std::optional<std::size_t> known;  // the version that the next opening finds; nullopt: the last
 };
 
 WorldOptions world_on(Drive& drive, std::uint32_t blocks = 8) {
@@ -209,6 +210,35 @@ TEST(Disk, dropped_blocks_stay_away_after_a_restart_whatever_the_catalog_says) {
               (std::vector{BlockState::on_disk, BlockState::miss, BlockState::miss, BlockState::on_disk}));
     EXPECT_EQ(world.states(range(10, 14)), std::vector<BlockState>(4, BlockState::miss));
   }
+}
+
+TEST(Disk, a_drop_also_meets_blocks_that_the_catalog_did_not_know_after_an_unclean_end) {
+  Drive drive;
+  {
+    World world(world_on(drive));
+    done(world.store(0, range(0, 2), range(0, 2)));
+    flush(world);
+    const std::size_t known = drive.catalogs.num_versions() - 1;
+    done(world.store(0, range(2, 6), range(2, 6), 2, 1));
+    flush(world);
+    drive.drive.power_loss();
+    static_cast<void>(world.engine->close(in_seconds(30)));
+    drive.known = known;
+  }
+  SimulatedDrive fresh{DriveFaults{}};
+  WorldOptions options = world_on(drive);
+  auto adjust = options.disk.adjust;
+  options.disk.adjust = [&](SlotStoreOptions& store, std::size_t disk) {
+    adjust(store, disk);
+    store.make_queue = [&](std::uint32_t depth) -> Result<std::unique_ptr<IoQueue>> {
+      return fresh.make_queue(depth);
+    };
+  };
+  World world(options);
+  EXPECT_EQ(world.engine->drop(keys({3})).value(), 1U);  // it waits for the scan
+  EXPECT_EQ(world.states(range(0, 6)),
+            (std::vector{BlockState::on_disk, BlockState::on_disk, BlockState::on_disk, BlockState::miss,
+                         BlockState::on_disk, BlockState::on_disk}));
 }
 
 TEST(Disk, what_does_not_verify_is_a_miss_and_its_slot_comes_back) {
