@@ -19,7 +19,8 @@ std::vector<StoreClass> disk_classes(const EngineConfig& config, std::uint64_t c
   for (std::size_t c = 0; c < host.classes.size(); ++c) {
     bytes += groups_of_class[c] * (host.classes[c].slot_stride_bytes + kCatalogBytesPerSlot);
   }
-  const std::uint64_t blocks = capacity_bytes > kFixedBytes ? (capacity_bytes - kFixedBytes) / bytes : 0;
+  const std::uint64_t room = capacity_bytes > kFixedBytes ? capacity_bytes - kFixedBytes : 0;
+  const std::uint64_t blocks = room / std::max<std::uint64_t>(bytes, 1);
   std::vector<StoreClass> classes;
   for (std::size_t c = 0; c < host.classes.size(); ++c) {
     const std::uint64_t slots = std::min<std::uint64_t>(blocks * groups_of_class[c], std::uint64_t{1} << 30);
@@ -90,15 +91,15 @@ Status EngineImpl::open_disks() {
       if (!directory) return directory.status();
       SlotStoreOptions options = store_options(d);
       std::vector<std::uint64_t> strides;
+      strides.reserve(options.classes.size());
       for (const StoreClass& of : options.classes) strides.push_back(of.slot_stride_bytes);
       Result<std::unique_ptr<StoreLease>> lease =
           (*directory)->acquire(config_.disk.fingerprint, strides, config_.disk.second_process);
       if (!lease) return lease.status();
       store_name = (*lease)->name();
-      return SlotStore::open(std::move(*lease), std::move(options),
-                             [this, volume](const CatalogRecord& found) {
-                               contained([&] { restore_blocks(volume, {&found, 1}); });
-                             });
+      return SlotStore::open(
+          std::move(*lease), std::move(options),
+          [this, volume](const CatalogRecord& found) { contained([&] { on_found(volume, found); }); });
     }();
     if (!store) {
       const Status status = store.status();
@@ -109,7 +110,7 @@ Status EngineImpl::open_disks() {
       }
       std::fprintf(stderr, "kvtier: disk %s is left out: %s\n", disks[d].path.c_str(),
                    status.message().c_str());
-      left_out_disks_.push_back({disks[d].path, status.message()});
+      left_out_disks_.emplace_back(disks[d].path, status.message());
       continue;
     }
     capacity_bytes += disks[d].capacity_bytes;
@@ -166,16 +167,18 @@ Status EngineImpl::open_disks() {
         if (slots.take_at(place.slot)) slots.step(place.slot, SlotState::leaving);
       }
     }
-    restore_blocks(v, opened[v].blocks);
+    adopt_blocks(v, opened[v].blocks);
+  }
+  // What the scans after an unclean end have found meanwhile, until there is no more of it.
+  while (true) {
     std::vector<std::pair<std::uint32_t, CatalogRecord>> early;
     {
       MutexLock lock(mutex_);
-      early = found_early_;
-      std::erase_if(found_early_, [v](const auto& found) { return found.first == v; });
+      early.swap(found_early_);
+      takes_found_ = early.empty();
     }
-    for (const auto& [volume, block] : early) {
-      if (volume == v) restore_blocks(v, {&block, 1});
-    }
+    if (early.empty()) break;
+    for (const auto& [volume, block] : early) adopt_blocks(volume, {&block, 1});
   }
   return Status::ok();
 }
@@ -193,15 +196,22 @@ Entry* EngineImpl::restore_block(std::uint32_t volume, const CatalogRecord& bloc
                        block.block.depth, volume, block.place.slot);
 }
 
+void EngineImpl::on_found(std::uint32_t volume, const CatalogRecord& block) {
+  {
+    MutexLock lock(mutex_);
+    if (!takes_found_) {
+      found_early_.emplace_back(volume, block);
+      return;
+    }
+  }
+  adopt_blocks(volume, {&block, 1});
+}
+
 // Blocks found at open() or by the scan after an unclean end, least recently used first.
-void EngineImpl::restore_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
+void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
   std::vector<SlotPlace> unwanted;
   {
     MutexLock lock(mutex_);
-    if (!disk_) {
-      for (const CatalogRecord& block : blocks) found_early_.emplace_back(volume, block);
-      return;
-    }
     TierIndex& index = disk_->index;
     std::vector<Entry*> entries;
     entries.reserve(blocks.size());
@@ -220,7 +230,7 @@ void EngineImpl::restore_blocks(std::uint32_t volume, std::span<const CatalogRec
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) {
       if (entries[i] == nullptr || !blocks[i].block.parent) continue;
-      Entry* parent = index.index().find(*blocks[i].block.parent, blocks[i].block.group);
+      Entry* parent = index.index().find(blocks[i].block.parent.value(), blocks[i].block.group);
       if (parent != nullptr && parent != entries[i]) index.link_parent(*entries[i], *parent);
     }
   }

@@ -100,23 +100,11 @@ void EngineImpl::start_reads(Reads& reads) {
 }
 
 // A load some of whose blocks are being read: what is there already goes first.
-void EngineImpl::load_from_disk(const std::shared_ptr<Operation>& operation, const LoadRequest& request,
-                                Reads& reads) {
+void EngineImpl::load_from_disk(const std::shared_ptr<Operation>& operation, Reads& reads) {
   Pipeline& pipeline = *operation->pipeline;
-  pipeline.pages.assign(request.pages.begin(), request.pages.end());
-  pipeline.first_block = request.first_block;
-  Result<std::shared_ptr<Event>> after = operation->pages->transfers_->mark(request.stream);
-  Pipeline::Part there{std::move(operation->entries), std::move(operation->blocks),
-                       std::move(operation->slots)};
-  operation->entries.clear();  // they belong to the part
-  operation->blocks.clear();
-  operation->slots.clear();
-  if (after) {
-    pipeline.after = std::move(*after);
-  } else {
-    MutexLock lock(mutex_);
-    operation->outcome.status = after.status();  // submit_part() ends each part with it
-  }
+  // They belong to the part from here on.
+  Pipeline::Part there{std::exchange(operation->entries, {}), std::exchange(operation->blocks, {}),
+                       std::exchange(operation->slots, {})};
   if (!there.entries.empty()) {
     {
       MutexLock lock(mutex_);
@@ -209,15 +197,7 @@ void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeli
   const auto shared = std::make_shared<const Pipeline::Part>(std::move(part));
   try {
     Pipeline& pipeline = *operation->pipeline;
-    if (!pipeline.after) {  // the framework's stream could not be marked: nothing may be copied
-      Status why;
-      {
-        MutexLock lock(mutex_);
-        why = operation->outcome.status;
-      }
-      end_part(operation, *shared, {why, true});
-      return;
-    }
+    KVTIER_CHECK(pipeline.after);
     PagesImpl& target = *operation->pages;
     const GroupSpec& spec = target.map_->spec();
     const std::size_t class_index = class_of_group_[raw(operation->group)];

@@ -213,8 +213,7 @@ Status EngineImpl::close(Deadline deadline) {
   }
   if (disk_ && !closed_before) {
     // What was stored goes to disk before the engine is closed.
-    const Status durable = wait_durable(~std::uint64_t{0}, deadline);
-    if (durable.code() == StatusCode::timeout) return durable;
+    KVTIER_RETURN_IF_ERROR(wait_durable(~std::uint64_t{0}, deadline));
     KVTIER_RETURN_IF_ERROR(close_disks(deadline));
   }
   MutexLock attach_lock(attach_mutex_);

@@ -234,7 +234,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // Disk tier: opening and closing (disk_open.cpp).
   Status open_disks();
   SlotStoreOptions store_options(std::size_t disk);
-  void restore_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
+  void adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
+  void on_found(std::uint32_t volume, const CatalogRecord& block) KVTIER_EXCLUDES(mutex_);
   Entry* restore_block(std::uint32_t volume, const CatalogRecord& block) KVTIER_REQUIRES(mutex_);
   Status close_disks(Deadline deadline);
   void add_disk_stats(EngineStats& stats) KVTIER_REQUIRES(mutex_);
@@ -268,7 +269,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
                GroupId group, ReadPriority priority, std::uint64_t readable, Reads& reads)
       KVTIER_REQUIRES(mutex_);
   void start_reads(Reads& reads);
-  void load_from_disk(const std::shared_ptr<Operation>& operation, const LoadRequest& request, Reads& reads);
+  void load_from_disk(const std::shared_ptr<Operation>& operation, Reads& reads);
   void on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome);
   void advance(const std::shared_ptr<Operation>& operation);
   void submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part);
@@ -309,7 +310,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   TierIndex tier_ KVTIER_GUARDED_BY(mutex_);  // of the host tier
   std::vector<std::pair<std::string, std::string>> left_out_disks_;  // path, reason; set by start()
   std::unique_ptr<DiskTier> disk_;  // null without one; set by start(), its inside guarded by mutex_
-  // What a scan found before disk_ was there.
+  // What scans found before open_disks() was through with what the catalogs say.
+  bool takes_found_ KVTIER_GUARDED_BY(mutex_) = false;
   std::vector<std::pair<std::uint32_t, CatalogRecord>> found_early_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Operation>> prefetches_ KVTIER_GUARDED_BY(mutex_);  // running
   EngineStats counters_ KVTIER_GUARDED_BY(mutex_);

@@ -191,17 +191,34 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
   }
   // After all that is in the host tier was pinned, so that what comes from disk takes the place of none of
   // it.
-  for (std::uint32_t i = 0; reads != nullptr && !failed && i < request.keys.size();) {
+  if (reads != nullptr && !failed && operation.entries.size() < request.keys.size()) {
+    // Whole before the first promotion: one that is joined may end at any moment, and goes on to the pages.
+    auto pipeline = std::make_unique<Pipeline>();
+    pipeline->pages.assign(request.pages.begin(), request.pages.end());
+    pipeline->first_block = request.first_block;
+    Result<std::shared_ptr<Event>> after = operation.pages->transfers_->mark(request.stream);
+    if (after) {
+      pipeline->after = std::move(*after);
+      operation.pipeline = std::move(pipeline);
+    } else {
+      operation.outcome.status = after.status();
+    }
+  }
+  bool from_disk = false;
+  for (std::uint32_t i = 0; operation.pipeline && i < request.keys.size();) {
     MutexLock lock(mutex_);
     for (std::size_t n = 0; n < kBlocksPerHold && i < request.keys.size(); ++n, ++i) {
       BlockOutcome& outcome = operation.outcomes[i];
       if (outcome != BlockOutcome::missed && outcome != BlockOutcome::pending) continue;
-      if (!operation.pipeline) operation.pipeline = std::make_unique<Pipeline>();
-      const bool comes =
-          promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads);
-      if (comes) outcome = BlockOutcome::running;
+      const BlockOutcome otherwise = std::exchange(outcome, BlockOutcome::running);
+      if (promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads)) {
+        from_disk = true;
+      } else {
+        outcome = otherwise;
+      }
     }
   }
+  if (!from_disk) operation.pipeline.reset();
   for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first: the tail becomes the oldest
     const std::size_t begin = end - std::min(kBlocksPerHold, end);
     MutexLock lock(mutex_);
@@ -423,7 +440,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
     const bool from_disk = disk_ && request.layers_per_batch == 0;
     KVTIER_RETURN_IF_ERROR(begin_load(operation, request, from_disk ? &reads : nullptr));
     if (operation->pipeline) {
-      load_from_disk(operation, request, reads);
+      load_from_disk(operation, reads);
       return operation->ticket;
     }
     if (request.layers_per_batch > 0 && operation->entries.size() < request.keys.size()) {

@@ -20,7 +20,7 @@ FrequencySketch::FrequencySketch(std::size_t capacity, std::uint64_t seed)
 std::size_t FrequencySketch::place(const BlockKey& key, int row) const {
   // Keys are digests: each row takes 8 bytes of its own, spread once more with the seed.
   std::uint64_t word = 0;
-  std::memcpy(&word, key.bytes.data() + row * 8, sizeof word);
+  std::memcpy(&word, key.bytes.data() + std::size_t{8} * static_cast<std::size_t>(row), sizeof word);
   word = (word ^ seed_) * 0x9e3779b97f4a7c15ULL;
   word ^= word >> 32;
   return static_cast<std::size_t>(row) * (mask_ + 1) + (static_cast<std::size_t>(word) & mask_);

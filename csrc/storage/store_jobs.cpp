@@ -82,12 +82,12 @@ bool StoreCore::cancel(StoreJob job) {
   MutexLock lock(mutex_);
   const Status cancelled = Status::closed("cancelled before it began");
   if (std::optional<ReadJob> read = jobs_.cancel_read(job)) {
-    messages_.emplace_back([this, read = std::move(*read), cancelled] {
+    messages_.emplace_back([read = std::move(*read), cancelled] {
       if (read.read.on_done) read.read.on_done(ReadOutcome{cancelled, Verdict::blank});
     });
   } else if (std::optional<WriteJob> write = jobs_.cancel_write(job)) {
     jobs_.write_ended(job);
-    messages_.emplace_back([this, write = std::move(*write), cancelled] {
+    messages_.emplace_back([write = std::move(*write), cancelled] {
       if (write.write.on_written) write.write.on_written(cancelled);
     });
   } else {
