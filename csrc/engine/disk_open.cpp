@@ -229,9 +229,11 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
       }
     }
     for (std::size_t i = 0; i < blocks.size(); ++i) {
-      if (entries[i] == nullptr || !blocks[i].block.parent) continue;
-      Entry* parent = index.index().find(blocks[i].block.parent.value(), blocks[i].block.group);
-      if (parent != nullptr && parent != entries[i]) index.link_parent(*entries[i], *parent);
+      const std::optional<BlockKey>& above = blocks[i].block.parent;
+      Entry* parent = above ? index.index().find(*above, blocks[i].block.group) : nullptr;
+      if (entries[i] != nullptr && parent != nullptr && parent != entries[i]) {
+        index.link_parent(*entries[i], *parent);
+      }
     }
   }
   for (const SlotPlace& place : unwanted) {
