@@ -211,6 +211,14 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
       BlockOutcome& outcome = operation.outcomes[i];
       if (outcome != BlockOutcome::missed && outcome != BlockOutcome::pending) continue;
       const BlockOutcome otherwise = std::exchange(outcome, BlockOutcome::running);
+      Entry* here = tier_.index().find(request.keys[i], operation.group);
+      if (here != nullptr && here->state == SlotState::ready) {  // since it was looked for above
+        tier_.pin(*here);
+        operation.entries.push_back(tier_.index().id(*here));
+        operation.blocks.push_back(i);
+        operation.slots.push_back(here->slot);
+        continue;
+      }
       if (promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads)) {
         from_disk = true;
       } else {

@@ -171,7 +171,10 @@ TEST(Disk, a_load_that_joins_a_running_prefetch_gets_its_bytes) {
     const auto prefetch = world.engine->prefetch(keys(range(0, 4)), std::nullopt).value();
     const auto ticket = world.load(0, range(0, 4), range(8, 12));
     EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(8, 12))) << "seed " << seed;
-    EXPECT_EQ(ticket->valid_blocks(), 4U);
+    EXPECT_EQ(ticket->outcomes(), all(4, BlockOutcome::loaded))
+        << ticket->failure().message() << " prefetched " << prefetch->valid_blocks() << " durable "
+        << world.stats().disk_durable << " hits " << world.stats().promote_good << " missed "
+        << world.stats().load_missed << " declined " << world.stats().promote_declined;
     EXPECT_TRUE(prefetch->wait(Moment::ready, in_seconds(30)));
   }
 }
