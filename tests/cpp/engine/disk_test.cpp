@@ -420,6 +420,9 @@ TEST(Disk, two_drives_share_the_blocks_and_each_stands_for_itself) {
   };
   {
     World world(options);
+    while (world.stats().disks[0].classes[0].usable == 0 || world.stats().disks[1].classes[0].usable == 0) {
+      std::this_thread::yield();  // until both files are there; a drive that is not ready is passed over
+    }
     done(world.store(0, range(0, 32), range(0, 32)));
     flush(world);
     const EngineStats stats = world.stats();
