@@ -521,11 +521,16 @@ def test_a_path_that_cannot_be_made_leaves_the_disk_out(
 
 
 def test_a_directory_without_room_leaves_the_disk_out(tmp_path: Path) -> None:
-    with kvtier.open(config_of(tmp_path, "4MiB")):
-        config = config_of(tmp_path, "1MiB", model="m@2")
+    with kvtier.open(config_of(tmp_path, "8MiB")):
+        config = config_of(tmp_path, "5MiB", model="m@2")
         with kvtier.open(config) as engine:
             works_without_disk(engine, config)
             assert engine.stats().disks[0].health != "ok" or not engine.stats().disks[0].classes[0].usable
+
+
+def test_a_capacity_below_one_block_is_refused_with_the_least_that_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"capacity is 4194304 bytes; allowed: at least \d+ "):
+        kvtier.open(config_of(tmp_path, "4MiB"))
 
 
 def test_one_bad_disk_of_two_is_left_out(tmp_path: Path) -> None:
