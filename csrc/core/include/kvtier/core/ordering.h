@@ -4,8 +4,9 @@
 // nothing. So each such place asks ordering_enabled(point) before it waits, and the suite disables the
 // points one after another on the simulated device and expects to be told of wrong bytes (or, for the
 // last three of the device's, of a broken invariant). The disk tier's points are proofs that must not be
-// skipped: the campaigns over a simulated drive disable them (tests/cpp/storage/slot_store_campaign_test.cpp).
-// In production every point is enabled; asking is one relaxed load.
+// skipped: the campaigns over a simulated drive disable them
+// (tests/cpp/storage/slot_store_campaign_test.cpp). In production every point is enabled; asking is one
+// relaxed load.
 #pragma once
 
 #include <atomic>
