@@ -203,14 +203,17 @@ TYPED_TEST_P(IoQueueConformance, a_file_that_is_not_direct_takes_any_offset_and_
 
 TYPED_TEST_P(IoQueueConformance, what_cannot_be_started_completes_with_its_errno_beside_the_others) {
   const FileHandle read_only(::open((this->temp_.path() + "/slots").c_str(), O_RDONLY | O_CLOEXEC));
-  const IoBuffer good(4096);
-  const IoBuffer bad(4096);
+  // A buffer each: what is in flight at once may touch its memory at once.
+  const IoBuffer unread(4096);
+  const IoBuffer into(4096);
+  const IoBuffer unwritten(4096);
+  const IoBuffer from(4096);
   const std::vector<IoRequest> requests{
-      {IoOp::read, -1, 0, bad.data(), 4096, 0},
-      this->read(0, good, 1),
+      {IoOp::read, -1, 0, unread.data(), 4096, 0},
+      this->read(0, into, 1),
       {IoOp::sync, -1, 0, nullptr, 0, 2},
-      {IoOp::write, read_only.fd(), 0, bad.data(), 4096, 3},
-      this->write(4096, good, 4),
+      {IoOp::write, read_only.fd(), 0, unwritten.data(), 4096, 3},
+      this->write(4096, from, 4),
   };
   const auto errors = this->run(requests);
   EXPECT_EQ(errors, (std::map<std::uint64_t, int>{{0, EBADF}, {1, 0}, {2, EBADF}, {3, EBADF}, {4, 0}}));
