@@ -37,6 +37,7 @@ __all__: list[str] = [
     "chain_keys",
     "copy_limit",
     "copy_paths",
+    "copy_runs_limit",
     "cpu_device",
     "cuda_device",
     "cuda_facts",
@@ -596,6 +597,20 @@ def copy_limit(
     """
 
 def copy_paths() -> list[str]: ...
+def copy_runs_limit(
+    *,
+    destination: numpy.typing.NDArray[numpy.uint8],
+    source: numpy.typing.NDArray[numpy.uint8],
+    to_offsets: numpy.typing.NDArray[numpy.int64],
+    from_offsets: numpy.typing.NDArray[numpy.int64],
+    run_bytes: typing.SupportsInt | typing.SupportsIndex,
+    method: str,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> float:
+    """
+    Seconds that as many plain copies take as there are offsets, one after another in each thread.
+    """
+
 def cpu_device(copy_threads: typing.SupportsInt | typing.SupportsIndex) -> Device:
     """
     A CPU device; copy_threads 0 is the default number.

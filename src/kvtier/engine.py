@@ -460,6 +460,44 @@ def copy_limit(destination: Any, source: Any, *, method: str, threads: int) -> f
     return _core.copy_limit(destination=destination, source=source, method=method, threads=threads)
 
 
+def copy_runs_limit(
+    destination: Any,
+    source: Any,
+    to_offsets: Any,
+    from_offsets: Any,
+    run_bytes: int,
+    *,
+    method: str,
+    threads: int,
+) -> float:
+    """The same run by run, as a loop over scattered pages copies. Waits, without the GIL.
+
+    Args:
+        destination: Contiguous uint8 array.
+        source: Contiguous uint8 array; the two do not overlap.
+        to_offsets: int64 [runs]: where each run is written, bytes from the start of `destination`.
+        from_offsets: int64 [runs]: where it is read in `source`.
+        run_bytes: Of every run.
+        method: "memcpy", the C library's, or "streaming", non-temporal.
+        threads: That many, each with as many runs.
+
+    Returns:
+        Seconds, without the start of the threads.
+
+    Raises:
+        ConfigError: Offsets beyond their array or not equally many, an unknown method, no threads.
+    """
+    return _core.copy_runs_limit(
+        destination=destination,
+        source=source,
+        to_offsets=to_offsets,
+        from_offsets=from_offsets,
+        run_bytes=run_bytes,
+        method=method,
+        threads=threads,
+    )
+
+
 def stream_isa() -> str:
     """Which non-temporal stores this machine has."""
     return _core.stream_isa()

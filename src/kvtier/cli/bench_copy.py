@@ -1,8 +1,9 @@
 """How fast blocks move between pages and host slots, beside the machine's own copy of the same bytes.
 
-The limit is one plain contiguous copy by as many threads as the engine has: the faster, by its median, of the
-C library's memcpy and a non-temporal copy. It is measured right before each of our copies; ratios are of
-neighbours.
+The limit is a plain copy by as many threads as the engine has: the faster, by its median, of the C library's
+memcpy and a non-temporal copy. There are two of it, both measured right before each of our copies (ratios
+are of neighbours): as many bytes in one contiguous piece, which no scattered copy can reach, and the same
+bytes, run by run between the same pages and as many images as we write (`*_same_runs`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import kvtier
 from kvtier.cli import machine
 from kvtier.cli.bench import seconds
 from kvtier.cli.results import Report, measured, results_table
-from kvtier.engine import copy_limit
+from kvtier.engine import copy_limit, copy_runs_limit
 from kvtier.errors import ConfigError, ResourceError
 
 METHODS = ("memcpy", "streaming")
 _HUGE_PAGE = 2 << 20
-TARGETS = {"store": "ratio >= 0.95", "load": "ratio >= 0.95"}
+TARGETS = dict.fromkeys(("store", "load", "store_same_runs", "load_same_runs"), "ratio >= 0.95")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ SHAPES = (Shape("", 32, 8), Shape("_4k", 80, 1))  # an 8B model; one of eight ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kvtier bench copy`."""
-    parser.add_argument("--mib", type=int, default=256, help="moved by each copy (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=512, help="moved by each copy (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="copy threads (default: 2 1)")
 
 
@@ -68,6 +69,8 @@ class _Bench:
     keys: Any
     limit_source: Any
     limit_target: Any
+    run_bytes: int
+    image_offsets: Any  # of every run, in as many contiguous images
     bytes_right: bool = True
     s: dict[str, list[float]] = field(default_factory=dict)
 
@@ -95,8 +98,9 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             _measure_shape(args, shape, threads, suffix, report)
     print(
         "\nstore, load: one ticket for all blocks, from the call until it is done; pages are scattered.\n"
-        "limit: the faster of memcpy (C library) and a non-temporal copy, contiguous. ticket: what a block\n"
-        "adds when it has a ticket of its own, waited for before the next, over its share of one for all.\n",
+        "limit: the faster of memcpy (C library) and a non-temporal copy, contiguous; *_same_runs: of the\n"
+        "same bytes, run by run. ticket: what a block adds when it has a ticket of its own, waited for\n"
+        "before the next, over its share of one for all.\n",
         file=report.out,
     )
     print(results_table(report.results, targets), file=report.out)
@@ -130,6 +134,8 @@ def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix:
             keys=rng.integers(0, 256, (num_blocks, 32), np.uint8),
             limit_source=_aligned(moved),
             limit_target=_aligned(moved),
+            run_bytes=block_bytes // (2 * shape.num_layers),
+            image_offsets=np.arange(0, moved, block_bytes // (2 * shape.num_layers)),
         )
         bench.limit_source[:] = rng.integers(0, 256, moved, np.uint8)
         bench.limit_target[:] = 1
@@ -156,10 +162,14 @@ def _round(bench: _Bench) -> None:
     engine, keys, pages = bench.engine, bench.keys, bench.pages
     engine.drop(keys)
     _limits(bench, "store")
+    for method in METHODS:
+        _same_runs(bench, "store", method)
     bench.time("store", seconds(lambda: engine.store(keys, pages, bench.source_ids).wait()))
 
     bench.memory[:, :, bench.target_ids] = 0
     _limits(bench, "load")
+    for method in METHODS:
+        _same_runs(bench, "load", method)
     bench.time("load", seconds(lambda: engine.load(keys, pages, bench.target_ids).wait()))
     _compare(bench)
 
@@ -174,6 +184,25 @@ def _limits(bench: _Bench, beside: str) -> None:
         bench.time(f"{method} beside {beside}", took)
 
 
+def _same_runs(bench: _Bench, beside: str, method: str) -> None:
+    """The pages to (store) or from (load) a copy of what the slots hold: the engine's runs, in its order."""
+    ids = bench.source_ids if beside == "store" else bench.target_ids
+    rows = np.arange(bench.memory.shape[0] * 2) * bench.memory.shape[2]
+    page_offsets = ((ids[:, np.newaxis] + rows) * bench.run_bytes).reshape(-1)
+    pages = bench.memory.reshape(-1).view(np.uint8)
+    stored = beside == "store"
+    took = copy_runs_limit(
+        bench.limit_target if stored else pages,
+        pages if stored else bench.limit_source,
+        bench.image_offsets if stored else page_offsets,
+        page_offsets if stored else bench.image_offsets,
+        bench.run_bytes,
+        method=method,
+        threads=bench.threads,
+    )
+    bench.time(f"{method} runs beside {beside}", took)
+
+
 def _one_by_one(bench: _Bench) -> None:
     for i in range(len(bench.keys)):
         bench.engine.load(bench.keys[i : i + 1], bench.pages, bench.target_ids[i : i + 1]).wait()
@@ -185,6 +214,10 @@ def _compare(bench: _Bench) -> None:
             bench.bytes_right = False
 
 
+def _faster(took: dict[str, list[float]]) -> str:
+    return min((statistics.median(values), method) for method, values in took.items())[1]
+
+
 def _record(bench: _Bench, moved: int, suffix: str, report: Report) -> None:
     report.checks["bytes"] = report.checks.get("bytes", True) and bench.bytes_right
     if not bench.bytes_right:
@@ -194,12 +227,13 @@ def _record(bench: _Bench, moved: int, suffix: str, report: Report) -> None:
     s = {name: values[1:complete] for name, values in bench.s.items()}  # the first warms up
     if complete < 2 or "single" not in s:
         return
-    for name in ("store", "load"):
-        beside = {m: [*s[f"{m} beside store"], *s[f"{m} beside load"]] for m in METHODS}
-        method = min(METHODS, key=lambda m, beside=beside: statistics.median(beside[m]))  # type: ignore[misc]
-        report.machine[f"limit{suffix}"] = method
-        rates, limits = ([moved / v / 1e9 for v in s[key]] for key in (name, f"{method} beside {name}"))
-        report.add(measured(name + suffix, rates, "GB/s", limits))
+    for kind, of in (("", ""), ("_same_runs", " runs")):
+        for name in ("store", "load"):
+            took = {m: s[f"{m}{of} beside {name}"] for m in METHODS}
+            method = _faster(took)
+            report.machine[f"limit{kind}{suffix}"] = method
+            rates, limits = ([moved / v / 1e9 for v in values] for values in (s[name], took[method]))
+            report.add(measured(name + kind + suffix, rates, "GB/s", limits))
     pairs = zip(s["single"], s["load"], strict=True)
     adds = [1e6 * (single - together) / len(bench.keys) for single, together in pairs]
     report.add(measured(f"ticket{suffix}", adds, "us"))

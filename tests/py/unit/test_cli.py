@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvtier.cli import bench_copy, bench_index, demo, main
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import problems
+from kvtier.engine import copy_runs_limit
+from kvtier.errors import ConfigError
 
 DEMO = [
     "demo",
@@ -99,9 +102,35 @@ def test_bench_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_bench_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, document = run_with_json(COPY, tmp_path / "out.json")
     assert status == 0, capsys.readouterr().out
-    assert {"store", "load", "ticket", "store_4k_1_thread", "load_1_thread"} <= names(document)
+    assert {"store", "load", "ticket", "store_4k_1_thread", "load_1_thread", "load_same_runs_4k"} <= names(
+        document
+    )
     assert document["checks"] == {"bytes": True, "completed": True}
     assert all(r["limit"] > 0 and r["ratio"] > 0 for r in document["results"] if r["unit"] == "GB/s")
+
+
+@pytest.mark.parametrize("method", ["memcpy", "streaming"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copy_runs_limit_copies_each_run(method: str, threads: int) -> None:
+    source = np.random.default_rng(1).integers(0, 256, 10_000, np.uint8)
+    into = np.zeros(8_000, np.uint8)
+    to_offsets, from_offsets = np.array([0, 5_000, 1_000, 7_000]), np.array([9_000, 1, 333, 4_096])
+    took = copy_runs_limit(into, source, to_offsets, from_offsets, 1_000, method=method, threads=threads)
+    assert took > 0
+    expected = np.zeros_like(into)
+    for to, begin in zip(to_offsets, from_offsets, strict=True):
+        expected[to : to + 1_000] = source[begin : begin + 1_000]
+    assert np.array_equal(into, expected)
+
+
+@pytest.mark.parametrize(
+    ("to_offset", "from_offset", "said"), [(7_001, 0, "to_offsets has 7001"), (0, -1, "from_offsets has -1")]
+)
+def test_copy_runs_limit_stays_in_its_arrays(to_offset: int, from_offset: int, said: str) -> None:
+    source, into = np.zeros(10_000, np.uint8), np.zeros(8_000, np.uint8)
+    offsets = np.array([to_offset]), np.array([from_offset])
+    with pytest.raises(ConfigError, match=said):
+        copy_runs_limit(into, source, *offsets, 1_000, method="memcpy", threads=1)
 
 
 def test_bench_copy_reports_wrong_bytes_and_no_figure(
