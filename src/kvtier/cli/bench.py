@@ -3,7 +3,10 @@
 Common to all: buffers are written once before anything is measured; every round runs all candidates in turn,
 so that what slows the machine down meets all of them; the first round warms up and does not count; figures
 are medians over the other rounds, with their extremes. Bytes are compared, and a figure whose bytes were
-wrong is not reported.
+wrong is not reported. Only one benchmark runs at a time on a machine.
+
+A subject is a module `bench_SUBJECT` with `add_arguments(parser)` and either `measure(args, report)`, or, if
+it measures nothing by itself, `run(args) -> int` like a command of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvtier.cli import machine
-from kvtier.cli.results import Report, add_json_argument
+from kvtier.cli.bench_lock import alone
+from kvtier.cli.results import Report, add_json_argument, out_of
 from kvtier.errors import ConfigError
 
 SUBJECTS = {
@@ -33,25 +37,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, text in SUBJECTS.items():
         sub = subjects.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        sub.add_argument("--rounds", type=int, default=9, help="that count (default: %(default)s)")
-        sub.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-        importlib.import_module(f"kvtier.cli.bench_{name}").add_arguments(sub)
-        add_json_argument(sub)
+        module = importlib.import_module(f"kvtier.cli.bench_{name}")
+        if hasattr(module, "measure"):
+            sub.add_argument("--rounds", type=int, default=9, help="that count (default: %(default)s)")
+            sub.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+            add_json_argument(sub)
+        module.add_arguments(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs a benchmark; returns the exit status."""
+    subject: Any = importlib.import_module(f"kvtier.cli.bench_{args.subject}")
+    if not hasattr(subject, "measure"):
+        status: int = subject.run(args)
+        return status
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: must be at least 1")
-    subject: Any = importlib.import_module(f"kvtier.cli.bench_{args.subject}")
-    with Report(f"bench {args.subject}", args.json) as report:
-        report.machine["seed"] = args.seed
+    with alone(out_of(args.json)), Report(f"bench {args.subject}", args.json) as report:
+        report.machine |= {"seed": args.seed, "method": method(args, subject)}
         print(machine.describe(report.machine), file=report.out)
-        print(f"seed {args.seed}, one round of warm-up, {args.rounds} rounds that count", file=report.out)
+        print(f"seed: {args.seed}", file=report.out)
+        for name, value in report.machine["method"].items():
+            print(f"{name}: {value}", file=report.out)
         subject.measure(args, report)
         for name, passed in report.checks.items():
             print(f"{'ok    ' if passed else 'FAILED'} {name}", file=report.out)
     return report.status
+
+
+def method(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
+    """How it is measured, for people and for the JSON; a subject may add its own with `METHOD`."""
+    hidden = (
+        "command",
+        "subject",
+        "json",
+        "dir",
+        "seed",
+        "rounds",
+    )  # said elsewhere, or a path of this machine
+    common = {
+        "options": {k: v for k, v in vars(args).items() if k not in hidden and not callable(v)},
+        "warm_up": "one round, which does not count",
+        "repetitions": f"{args.rounds} rounds, candidates in turn; medians with minimum and maximum",
+        "lossless": "yes: bytes are compared",
+        "limit": "measured in the same round",
+    }
+    return common | getattr(subject, "METHOD", {})
 
 
 def seconds(action: Callable[[], object]) -> float:

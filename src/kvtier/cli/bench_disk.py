@@ -93,6 +93,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         raise ResourceError("fio is not installed; it is what the figures are held against (Debian: fio)")
     _check_room(args)
     report.machine |= {"pairs": args.pairs, "depth": args.depth, "mib": args.mib, "fio": _fio_version()}
+    report.machine["drive"] = machine.drive(Path(args.dir))
     # A pair is three passes, a measured size takes as many pairs for reads and for writes.
     total = len(SIZES) * 2 * (2 + 3 * args.pairs) + 4 * args.rounds + 2 * args.rounds
     with _home(args.dir) as home, Progress(report.out, total) as progress:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import kvtier
+from kvtier.cli import machine
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.errors import ConfigError, ResourceError
@@ -60,7 +61,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         keys = np.random.default_rng(args.seed).integers(0, 256, (args.blocks, 32), np.uint8)
         progress.phase("writing")
         _write(config, keys, progress)
-        report.machine |= {"blocks": args.blocks, "cold_by": _make_cold(home)}
+        report.machine |= {"blocks": args.blocks, "cold_by": _make_cold(home), "drive": machine.drive(home)}
         for kind in ("warm", "cold", "rebuild"):
             progress.phase(kind)
             name = kind if kind == "rebuild" else f"reopen_{kind}"

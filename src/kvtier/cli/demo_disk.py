@@ -7,12 +7,7 @@ prompt and the files of the disk tier, and their logits are compared with its ow
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +19,10 @@ import numpy as np
 
 from kvtier.cli.demo_life import Life
 from kvtier.cli.demo_run import SUFFIX_TOKENS
+from kvtier.cli.lives import live
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured
 from kvtier.config import Config, Disk
-from kvtier.errors import StorageError
 
 _SPARE_BLOCKS = 16
 _SPARE_BYTES = 32 << 20  # of the capacity: catalog, superblock, directories
@@ -80,11 +75,11 @@ def measure(
     )
     work = len(token_ids) + (args.runs + 1) * SUFFIX_TOKENS
     with Progress(report.out, work) as progress:
-        saved = _live(life, "save", progress)
+        saved = live("kvtier.cli.demo_life", "save", asdict(life), progress)
         report.checks["disk_saved_whole_prefix"] = bool(saved["durable"])
         report.checks["disk_cold_identical_logits"] = _equal(folder / "save.npy", expected)
         progress.phase("killed with SIGKILL; a new process starts")
-        restored = _live(life, "restore", progress)
+        restored = live("kvtier.cli.demo_life", "restore", asdict(life), progress)
     report.checks["disk_restored_whole_prefix"] = bool(restored["restored"])
     report.checks["disk_identical_logits"] = bool(restored["identical"]) and _equal(
         folder / "restore.npy", expected
@@ -101,23 +96,3 @@ def measure(
 
 def _equal(file: Path, expected: Any) -> bool:
     return bool(np.array_equal(np.load(file), expected))
-
-
-def _live(life: Life, what: str, progress: Progress) -> dict[str, Any]:
-    """Lets a process live until it says that it is done, and kills it with SIGKILL; returns what it said."""
-    argv = [sys.executable, "-m", "kvtier.cli.demo_life", what, json.dumps(asdict(life))]
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
-    try:
-        for line in process.stdout or ():
-            said: dict[str, Any] = json.loads(line)
-            if "phase" in said:
-                progress.phase(said["phase"])
-            elif "step" in said:
-                progress.step(said["step"])
-            else:
-                return said
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        with process:  # closes its pipes and takes it away
-            pass
-    raise StorageError(0, f"the process of the disk row ended by itself, with status {process.returncode}")

@@ -1,7 +1,6 @@
 """One life of a process of the demo's disk row; `python -m kvtier.cli.demo_life save|restore ARGUMENTS`.
 
-It says on standard output, a JSON object a line, how far it is ({"phase": ...}, {"step": ...}) and at last
-what it found, and waits to be killed. When nobody is left to kill it, its input ends, and it does too.
+What it says, and how it ends: `kvtier.cli.lives`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kvtier.cli.lives import Lines, end, say
 
 _PATIENCE_SECONDS = 300.0
 
@@ -31,21 +32,6 @@ class Life:
     runs: int
     host_bytes: int
     disk_bytes: int
-
-
-class _Lines:
-    """A Progress that tells another process."""
-
-    def phase(self, name: str) -> None:
-        say(phase=name)
-
-    def step(self, units: int = 1) -> None:
-        say(step=units)
-
-
-def say(**values: Any) -> None:
-    """Writes one line."""
-    print(json.dumps(values), flush=True)
 
 
 def _config(life: Life, model: Any) -> Any:
@@ -67,7 +53,7 @@ def _config(life: Life, model: Any) -> Any:
 def _run(life: Life, model: Any, cache: Any, tokens: Any) -> Any:
     from kvtier.cli.demo_run import Run
 
-    lines: Any = _Lines()
+    lines: Any = Lines()
     return Run(model.module, cache, tokens, life.chunk_tokens, life.copy_threads, lines)
 
 
@@ -89,7 +75,7 @@ def _wait_for_room(engine: Any, num_blocks: int) -> None:
         time.sleep(0.01)
 
 
-def save(life: Life, model: Any, tokens: Any) -> dict[str, Any]:
+def save(life: Life, model: Any, tokens: Any) -> None:
     """Computes everything, saves the prefix and waits until it is durable."""
     import kvtier
     from kvtier.adapters.transformers import KVTierCache
@@ -105,12 +91,10 @@ def save(life: Life, model: Any, tokens: Any) -> dict[str, Any]:
         engine.flush(_PATIENCE_SECONDS)
         durable = engine.stats().disk_durable
         np.save(Path(life.folder) / "save.npy", run.expected.numpy())
-        say(durable=durable >= run.prefix // life.block_tokens)
-        sys.stdin.read()  # until we are killed: nothing is closed in order
-    return {}
+        end({"durable": durable >= run.prefix // life.block_tokens})
 
 
-def restore(life: Life, model: Any, tokens: Any) -> dict[str, Any]:
+def restore(life: Life, model: Any, tokens: Any) -> None:
     """Opens the disk tier, restores the prefix from it and computes the suffix; several times."""
     import torch
 
@@ -143,7 +127,7 @@ def restore(life: Life, model: Any, tokens: Any) -> dict[str, Any]:
                     checks[name] = checks.get(name, True) and passed
                 kv_bytes = config.groups[0].block_bytes(run.prefix)
     np.save(Path(life.folder) / "restore.npy", logits.numpy())
-    return {
+    found = {
         "open": opens,
         "ttft": ttft,
         "restore": seconds,
@@ -152,6 +136,7 @@ def restore(life: Life, model: Any, tokens: Any) -> dict[str, Any]:
         "identical": checks["identical_logits"],
         "control_differs": checks["control_differs"],
     }
+    end(found)
 
 
 def main(what: str, arguments: str) -> None:
@@ -162,8 +147,7 @@ def main(what: str, arguments: str) -> None:
 
     model = load_model(life.model, life.size)
     tokens = np.load(Path(life.folder) / "tokens.npy")
-    say(**{"save": save, "restore": restore}[what](life, model, tokens))
-    sys.stdin.read()
+    {"save": save, "restore": restore}[what](life, model, tokens)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,12 @@ def facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "transparent_hugepages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
         "python": platform.python_version(),
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **({"gpus": found} if (found := gpus()) else {}),
         "versions": {
-            name: found for name in ("kvtier", "numpy", "torch", "transformers") if (found := _version(name))
+            name: version
+            for name in ("kvtier", "numpy", "torch", "transformers")
+            if (version := _version(name))
         },
     }
 
@@ -44,16 +49,79 @@ def describe(found: dict[str, Any]) -> str:
 
 def file_system(path: Path) -> str:
     """The type of file system that a path is on, and its device; "unknown" where /proc does not tell."""
-    best, found = -1, "unknown"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    mount = _mount(path)
+    return "unknown" if mount is None else f"{mount[0]} on {mount[1]}"
+
+
+def drive(path: Path) -> dict[str, Any]:
+    """The drive that a path is on, as JSON types. Unknown facts are left out.
+
+    Keys: file_system, mount_options, and of the block device below it (the whole drive, not the partition)
+    model, bytes, rotational, scheduler, request_kib (the kernel's largest request).
+    """
+    found: dict[str, Any] = {"file_system": file_system(path)}
+    mount = _mount(path)
+    if mount is None:
         return found
-    for line in lines:
+    found["mount_options"] = mount[2]
+    device = Path("/sys/dev/block") / mount[3]
+    if not device.exists():
+        return found
+    device = device.resolve()
+    if (device / "partition").exists():
+        device = device.parent
+    queue = device / "queue"
+    sectors, rotational = _read(str(device / "size")).strip(), _read(str(queue / "rotational")).strip()
+    facts: dict[str, Any] = {
+        "name": device.name,
+        "model": " ".join(_read(str(device / "device" / "model")).split()),
+        "bytes": 512 * int(sectors) if sectors.isdigit() else None,
+        "rotational": rotational == "1" if rotational else None,
+        "scheduler": _selected(str(queue / "scheduler")),
+        "request_kib": int(text)
+        if (text := _read(str(queue / "max_sectors_kb")).strip()).isdigit()
+        else None,
+    }
+    return found | {key: value for key, value in facts.items() if value not in ("", None)}
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs with memory, driver, power limit and link, as nvidia-smi says; empty where it does not."""
+    query = "name,memory.total,driver_version,power.limit,pcie.link.gen.current,pcie.link.width.current"
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    keys = query.split(",")
+    return [
+        dict(zip(keys, (word.strip() for word in line.split(",")), strict=False))
+        for line in done.stdout.splitlines()
+    ]
+
+
+def slug(found: dict[str, Any]) -> str:
+    """A short name of the machine for file names: "epyc-2core"."""
+    words = re.findall(r"[a-z0-9]+", found["cpu"].lower())
+    families = ("epyc", "xeon", "ryzen", "threadripper", "core", "graviton", "neoverse", "altra", "grace")
+    family = next((word for word in words if word in families), words[0] if words else "cpu")
+    return f"{family}-{found['cores']}core"
+
+
+def _mount(path: Path) -> tuple[str, str, str, str] | None:
+    """Type, source, options and device number of the mount that a path is on."""
+    best, found = -1, None
+    for line in _read("/proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
-        point, kind = Path(before.split()[4]), after.split()
+        words, kind = before.split(), after.split()
+        point = Path(words[4])
         if path.resolve().is_relative_to(point) and len(point.parts) >= best:
-            best, found = len(point.parts), f"{kind[0]} on {kind[1]}"
+            best, found = len(point.parts), (kind[0], kind[1], words[5], words[2])
     return found
 
 

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 # Without a terminal: a line at every new phase, and inside a phase not more often than this.
 _SECONDS_BETWEEN_LINES = 5.0
+# Before that much is done, the time left is a guess.
+_SURE_SECONDS, _SURE_SHARE = 2.0, 0.02
 
 
 class Progress:
@@ -20,10 +22,11 @@ class Progress:
         total: Units of work altogether.
     """
 
-    def __init__(self, out: TextIO, total: int) -> None:
+    def __init__(self, out: TextIO, total: float) -> None:
         self._out = out
         self._total = max(total, 1)
-        self._done = 0
+        self._done = 0.0
+        self._began_at = time.monotonic()
         self._phase = ""
         self._printed_at = time.monotonic()
         self._bar: Any = None
@@ -45,7 +48,13 @@ class Progress:
         else:
             self._line()
 
-    def step(self, units: int = 1) -> None:
+    def expect(self, total: float) -> None:
+        """More, or less, is to be done than was thought."""
+        self._total = max(total, 1)
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
+
+    def step(self, units: float = 1) -> None:
         """Some units of work are done."""
         self._done += units
         if self._bar is not None:
@@ -68,4 +77,11 @@ class Progress:
 
     def _line(self) -> None:
         self._printed_at = time.monotonic()
-        print(f"[{100 * self._done // self._total:3d} %] {self._phase}", file=self._out, flush=True)
+        share = min(1.0, self._done / self._total)
+        print(f"[{int(100 * share):3d} %] {self._phase}{self._left(share)}", file=self._out, flush=True)
+
+    def _left(self, share: float) -> str:
+        took = time.monotonic() - self._began_at
+        if not _SURE_SHARE <= share < 1 or took < _SURE_SECONDS:
+            return ""
+        return f" (about {took * (1 / share - 1):.0f} s left)"

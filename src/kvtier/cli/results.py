@@ -9,7 +9,9 @@ A result's `value` is the median of `n` measurements between `min` and `max`. `l
 against, measured in the same run and in the same unit (the machine's own copy, a Python dict), or null;
 `ratio` is the median of the paired quotients, so turned that more is better: value / limit for a rate,
 limit / value for a time. A check that is false makes the command's exit status 1; `completed` is false when
-somebody pressed Ctrl-C, and the results are then those that were finished.
+somebody pressed Ctrl-C, and the results are then those that were finished. A figure that was computed from
+others and not measured has `"extrapolated": true` and n = 0; the key is absent otherwise. `machine` says what
+the figures were measured on and, under `method`, how.
 """
 
 from __future__ import annotations
@@ -46,6 +48,14 @@ class Result:
     n: int = 1
     min: float | None = None
     max: float | None = None
+    extrapolated: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is written."""
+        found = asdict(self)
+        if not found.pop("extrapolated"):
+            return found
+        return found | {"extrapolated": True}
 
 
 def measured(name: str, values: Sequence[float], unit: str, limits: Sequence[float] | None = None) -> Result:
@@ -104,7 +114,7 @@ class Report:
             "command": self.command,
             "commit": machine.commit(),
             "machine": self.machine,
-            "results": [asdict(result) for result in self.results],
+            "results": [result.as_json() for result in self.results],
             "checks": dict(self.checks),
         }
 
@@ -167,7 +177,8 @@ def results_table(results: Sequence[Result], targets: dict[str, str] | None = No
     rows = []
     for r in results:
         numbers = [_short(x) for x in (r.value, r.min, r.max, r.limit, r.ratio)]
-        rows.append((r.name, numbers[0], r.unit, *numbers[1:], str(r.n), (targets or {}).get(r.name, "")))
+        how_many = "extrapolated" if r.extrapolated else str(r.n)
+        rows.append((r.name, numbers[0], r.unit, *numbers[1:], how_many, (targets or {}).get(r.name, "")))
     return table(("name", "median", "unit", "min", "max", "limit", "ratio", "n", "target"), rows)
 
 
@@ -203,7 +214,7 @@ def problems(document: Any) -> list[str]:
 
 
 def _result_problems(result: Any) -> list[str]:
-    if not isinstance(result, dict) or set(result) != set(Result.__dataclass_fields__):
+    if not isinstance(result, dict) or {*result, "extrapolated"} != set(Result.__dataclass_fields__):
         return [f"result {result!r} has other keys than {list(Result.__dataclass_fields__)}"]
     found = [
         f"{k} of {result['name']} is not text" for k in ("name", "unit") if not isinstance(result[k], str)
@@ -214,4 +225,6 @@ def _result_problems(result: Any) -> list[str]:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             found.append(f"{key} of {result['name']} is {value!r}")
+    if result.get("extrapolated", True) is not True or (result["n"] == 0) != ("extrapolated" in result):
+        found.append(f"{result['name']}: extrapolated is either true, and then n is 0, or absent")
     return found

@@ -1,8 +1,8 @@
 """Shapes of models: how many bytes of KV a token has, and how much arithmetic its prefill takes.
 
 A shape is what one rank holds. Counted are matrix products only, two operations for each multiplication with
-its addition (norms, rotary positions and softmax are left out, as in arXiv:2001.08361, section 2.1). A mixture
-of experts counts the experts that a token meets. No communication between ranks is counted.
+its addition (norms, rotary positions and softmax are left out, as in arXiv:2001.08361, section 2.1). A
+mixture of experts counts the experts that a token meets. No communication between ranks is counted.
 
     shape = find("llama-3.1-8b")          # or the path of a Hugging Face config.json, or of its folder
     shape.kv_bytes_per_token()            # 131072
