@@ -1,5 +1,6 @@
 """The connector without vLLM: options, keys, groups, identity, the recompute clock, the import."""
 
+import math
 import os
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_request_options() -> None:
         {"kvtier": {"tiers": ["host"], "max_load_tokens": 0, "max_store_tokens": None, "namespace": "a"}}
     )
     assert (options.tiers, options.max_load_tokens, options.max_store_tokens) == (("host",), 0, None)
-    assert options.namespace == "a"
+    assert (options.namespace, options.prefetch_only, options.pin) == ("a", False, None)
+    options = parse_request_options({"kvtier": {"prefetch_only": True, "pin": 60}})
+    assert (options.prefetch_only, options.pin) == (True, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,12 @@ def test_request_options() -> None:
         ({"max_load_tokens": -1}, "max_load_tokens is -1"),
         ({"max_store_tokens": "9"}, "max_store_tokens is '9'"),
         ({"namespace": 3}, "namespace is 3; allowed: a str"),
+        ({"prefetch_only": 1}, "prefetch_only is 1; allowed: true or false"),
+        ({"pin": 0}, "pin is 0; allowed: seconds, above 0 and up to 86400"),
+        ({"pin": True}, "pin is True; allowed: seconds"),
+        ({"pin": 1e9}, "pin is 1000000000.0; allowed: seconds"),
+        ({"priority": 3}, "priority is 3; not offered: .*; allowed: tiers, .*pin"),
+        ({"ttl": 60}, "ttl is 60; not offered: blocks are kept until they are evicted"),
     ],
 )
 def test_bad_request_options_are_named(values: Any, message: str) -> None:
@@ -410,7 +419,7 @@ def test_a_disk_needs_weights_with_identity_and_safe_hashes(weights: Path) -> No
 
 def test_recompute_is_estimated_from_steps_that_compute_much() -> None:
     clock = RecomputeClock()
-    assert clock.seconds(1000) == 0  # nothing is waited for before anything is known
+    assert clock.seconds(1000) == math.inf  # only max_wait bounds a wait before anything is known
     for i, tokens in enumerate([1000, 8, 8, 8]):
         clock.step(tokens, now=10.0 + i)  # the first took 1 s; the rest says nothing about a prefill
     assert clock.seconds(500) == pytest.approx(0.5)

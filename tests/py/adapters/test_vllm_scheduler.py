@@ -255,6 +255,7 @@ def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
         state.prefetch.wait(30)
         found = second.side.match(again, 0)
         assert found == 3 * T
+        assert second.side.disk_tokens(again, 3 * T) == 3 * T
         second.side.grant(again, ([4, 5, 6],), found)
         ((_, copies),), _, _ = second.step()
         second.execute(copies)
@@ -276,7 +277,7 @@ def test_what_was_stored_before_a_reset_is_not_found_after_a_restart(tmp_path: P
         try:
             one = request("again", 3)
             again.side.on_new_request(one)
-            return again.side._requests["again"].found_on_disk
+            return again.side._requests["again"].disk_blocks(0, 3)
         finally:
             again.close()
 
@@ -313,6 +314,77 @@ def test_tenants_adapters_and_what_a_request_allows(bench: Bench) -> None:
     assert match("little", kv_transfer_params={"kvtier": {"max_load_tokens": 2 * T + 1}}) == 2 * T
     assert match("elsewhere", kv_transfer_params={"kvtier": {"tiers": ["disk"]}}) == 0
     assert match("unknown", kv_transfer_params={"kvtier": {"what": 1}}) == 0
+
+
+def test_a_request_pins_its_blocks_for_a_time(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    try:
+        pinning = {"kvtier": {"pin": 100.0}}
+        bench.store(request("a", 3, kv_transfer_params=pinning), [1, 2, 3])
+        bench.side.settle()
+        assert bench.side._engine.stats().pinned_blocks == 3
+        slots = bench.side._engine.stats().host[0].capacity
+        for seed in range(1, 2 * slots // 50 + 2):  # twice what the host tier holds
+            bench.store(request(f"b{seed}", 50, seed), list(range(1, 51)))
+        again = request("c", 3)
+        bench.side.on_new_request(again)
+        assert bench.side.match(again, 0) == 3 * T
+        bench.step()
+        bench.now = 99.0
+        bench.step()
+        bench.side.settle()
+        assert bench.side._engine.stats().pinned_blocks == 3
+        bench.now = 101.0
+        bench.side.settle()
+        assert bench.side._engine.stats().pinned_blocks == 0
+    finally:
+        bench.close()
+
+
+def test_pins_wait_for_the_last_stores_and_end_with_a_reset(bench: Bench) -> None:
+    one = request("a", 3, kv_transfer_params={"kvtier": {"pin": 100.0}})
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3],))})
+    bench.side.finish(one)
+    bench.side.settle()
+    assert bench.side._engine.stats().leases == 0
+    bench.execute(stores)
+    bench.settle()
+    bench.side.settle()
+    assert bench.side._engine.stats().pinned_blocks == 3
+    bench.side.reset()
+    assert bench.side._engine.stats().leases == 0
+
+
+def test_no_more_than_half_of_the_host_tier_is_pinned(bench: Bench) -> None:
+    slots = bench.side._engine.stats().host[0].capacity
+    for seed in range(slots // 50 + 1):
+        one = request(f"a{seed}", 50, seed, kv_transfer_params={"kvtier": {"pin": 100.0}})
+        bench.store(one, list(range(1, 51)))
+        bench.side.settle()
+    assert slots // 2 - 50 < bench.side._engine.stats().pinned_blocks <= slots // 2
+
+
+def test_a_prefetch_goes_on_without_its_request(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        sent = request("b", 3, kv_transfer_params={"kvtier": {"prefetch_only": True}})
+        second.side.on_new_request(sent)
+        state = second.side._requests["b"]
+        _, stores, _ = second.step({"b": (sent.num_tokens, ([4, 5, 6],))})
+        assert not stores
+        second.side.finish(sent)  # its client has gone
+        state.prefetch.wait(30)
+        assert state.prefetch.ready_blocks() == 3
+        later = request("c", 3, kv_transfer_params={"kvtier": {"tiers": ["host"]}})
+        second.side.on_new_request(later)
+        assert second.side.match(later, 0) == 3 * T
+        assert second.side.disk_tokens(later, 3 * T) == 0
+    finally:
+        second.close()
 
 
 def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_take(bench: Bench) -> None:

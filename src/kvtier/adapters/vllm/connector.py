@@ -110,8 +110,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_external_cache_hit_sources(
         self, request: Any, num_external_tokens: int
     ) -> dict[CacheHitSource, int]:
-        """All of it comes from host memory."""
-        return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
+        """Disk is what was on disk alone when the request arrived; the rest was in host memory."""
+        if self._scheduler is None or not num_external_tokens:
+            return {}
+        disk = self._scheduler.disk_tokens(request, num_external_tokens)
+        sources = {CacheHitSource.DISK: disk, CacheHitSource.HOST: num_external_tokens - disk}
+        return {source: tokens for source, tokens in sources.items() if tokens}
 
     def build_connector_meta(self, scheduler_output: Any) -> KVTierMetadata:
         """See SchedulerSide.step()."""

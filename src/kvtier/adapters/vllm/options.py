@@ -14,7 +14,13 @@ PARAMS = "kv_transfer_params"
 REQUEST_KEY = "kvtier"
 STORE_CHOICES = ("all", "prompt")
 TIERS = ("host", "disk")
+# What others offer for a request and the engine does not have: said, rather than left without effect.
+NOT_OFFERED = {
+    "priority": "blocks are evicted by their use alone",
+    "ttl": "blocks are kept until they are evicted",
+}
 _MAX_TOKENS = 2**31 - 1
+_MAX_PIN_SECONDS = 86400
 
 
 @dataclass(frozen=True)
@@ -115,12 +121,18 @@ class RequestOptions:
         max_load_tokens: At most so many tokens of it are loaded, None for no limit.
         max_store_tokens: At most so many of its first tokens are stored, None for no limit.
         namespace: The tenant: namespaces never share a block.
+        prefetch_only: Whether it is there to have its blocks read from disk into host memory: it is put off
+            until they are (max_wait at most) and stores nothing, and the reading goes on when it is aborted.
+        pin: Seconds for which its blocks stay in host memory after it has finished, None for no longer
+            than they are used.
     """
 
     tiers: tuple[str, ...] = TIERS
     max_load_tokens: int | None = None
     max_store_tokens: int | None = None
     namespace: str = ""
+    prefetch_only: bool = False
+    pin: float | None = None
 
 
 def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
@@ -136,7 +148,11 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     known = [field.name for field in fields(RequestOptions)]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} is {values!r}; allowed: an object with {', '.join(known)}")
-    for key in values:
+    for key, value in values.items():
+        if key in NOT_OFFERED:
+            raise ConfigError(
+                f"{source}: {key} is {value!r}; not offered: {NOT_OFFERED[key]}; allowed: {', '.join(known)}"
+            )
         if key not in known:
             raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(known)}")
     tiers = values.get("tiers", TIERS)
@@ -146,5 +162,23 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     for key in ("max_load_tokens", "max_store_tokens"):
         if values.get(key) is not None:
             limits[key] = check_extent(f"{source}: {key}", values[key], 0, _MAX_TOKENS)
-    namespace = check_namespace(values.get("namespace", ""))
-    return RequestOptions(tiers=tuple(tiers), namespace=namespace, **limits)
+    prefetch_only = values.get("prefetch_only", False)
+    if not isinstance(prefetch_only, bool):
+        raise ConfigError(f"{source}: prefetch_only is {prefetch_only!r}; allowed: true or false")
+    return RequestOptions(
+        tiers=tuple(tiers),
+        namespace=check_namespace(values.get("namespace", "")),
+        prefetch_only=prefetch_only,
+        pin=_parse_pin(values.get("pin"), source),
+        **limits,
+    )
+
+
+def _parse_pin(value: object, source: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_PIN_SECONDS:
+        raise ConfigError(
+            f"{source}: pin is {value!r}; allowed: seconds, above 0 and up to {_MAX_PIN_SECONDS}"
+        )
+    return float(value)

@@ -1,5 +1,7 @@
 """RecomputeClock: how long vLLM would need to compute tokens, measured from its own steps. Pure."""
 
+import math
+
 _MIN_TOKENS = 64  # steps of pure decode say nothing about a prefill
 _WEIGHT = 0.25
 _LONGEST_STEP_SECONDS = 60.0
@@ -24,5 +26,8 @@ class RecomputeClock:
         self._began = (num_tokens, now)
 
     def seconds(self, num_tokens: int) -> float:
-        """How long computing so many tokens would take; 0 if nothing was measured yet."""
-        return 0.0 if self._per_token is None else self._per_token * num_tokens
+        """How long computing so many tokens would take; infinite if nothing was measured yet.
+
+        The first requests after a restart are those that find most on disk.
+        """
+        return math.inf if self._per_token is None else self._per_token * num_tokens

@@ -14,14 +14,16 @@ import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
 from kvtier.adapters.vllm.epoch import load_epoch, new_epoch
-from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
+from kvtier.adapters.vllm.matching import on_disk_alone, pages_of, pending_after, servable_blocks
 from kvtier.adapters.vllm.options import Options, parse_request_options
+from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
 from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.config import Config
-from kvtier.engine import BlockOutcome, BlockState, Engine, Match, Tier, open_engine
+from kvtier.engine import BlockOutcome, Engine, Match, open_engine
 from kvtier.errors import ConfigError, StorageError
 from kvtier.keys import root_key
 from kvtier.ranks import Instruction, Keeper
@@ -29,11 +31,11 @@ from kvtier.tickets import StoreResult
 
 _log = logging.getLogger(__name__)
 
-_NULL_PAGE = 0  # vLLM's block 0 stands for "nothing here"
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
 _MOST_FETCHES = 4  # of one request: host memory that cannot hold its prefix is not to be churned
 _CLOSE_SECONDS = 10.0
+_PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
 Copies = list[tuple[Instruction, Any]]  # with the page ids, uint32 [num_blocks * pages_per_block]
 
@@ -79,6 +81,7 @@ class SchedulerSide:
         self._new_loads: list[tuple[str, Copies]] = []
         self._stale: list[str] = []
         self._engine: Engine = open_engine(config)  # makes the drives' directories
+        self._pins = TimedPins(self._engine)
         self._epoch = load_epoch(config)
         try:
             self._keeper = Keeper(self._engine, directory)
@@ -97,13 +100,14 @@ class SchedulerSide:
             return
         root = self._root(options.namespace, self._loras.of(request.lora_request))
         keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
-        state = RequestState(request, options, keys)
+        state = RequestState(request, options, keys, may_store=not options.prefetch_only)
         self._requests[request.request_id] = state
         if self._options.disk and "disk" in options.tiers:
             match = self._engine.lookup(keys.rows(0, keys.update(request.block_hashes)))
-            state.found_on_disk = int(np.count_nonzero(match.tiers(0) == Tier.DISK))
-            if state.found_on_disk:
-                state.prefetch = start_prefetch(self._engine, match.keys, self._options.max_wait)
+            state.found_on_disk = on_disk_alone(match, len(self._plan.groups))
+            if state.found_on_disk.any():
+                deadline = _PREFETCH_ONLY_SECONDS if options.prefetch_only else self._options.max_wait
+                state.prefetch = start_prefetch(self._engine, match.keys, deadline)
 
     def match(self, request: Any, computed_tokens: int) -> int | None:
         """Tokens beyond `computed_tokens` that can be loaded; None to be asked again. Never waits.
@@ -124,14 +128,15 @@ class SchedulerSide:
         if not state.may_load or last <= first or computed_tokens % block_tokens:
             return 0
         match = self._engine.lookup(state.keys.rows(first, last))
-        ready = self._servable(match, state)
-        pending = self._pending_after(match, ready)
+        # What comes from disk is served from host memory too, once it is there.
+        ready = servable_blocks(match, self._plan.groups) if "host" in state.options.tiers else 0
+        pending = pending_after(match, ready, self._plan.groups)
         if self._fetching(match, ready, state):
             pending = max(pending, match.ready_blocks - ready)
         if pending and self._worth_waiting(state, pending * block_tokens):
             self.counters.add("ask_again")
             return None
-        self._count_lookup(match, ready, pending, state)
+        self._count_lookup(match, ready, pending, state, first)
         if ready == 0:
             return 0
         lease = match.pin(_LEASE_SECONDS)
@@ -159,7 +164,7 @@ class SchedulerSide:
         copies: Copies = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
-            pages = _pages(block_ids[group.index], group, first, first + count)
+            pages = pages_of(block_ids[group.index], group, first, first + count)
             here = np.flatnonzero(pages.all(axis=1))  # a window's pages below it are null: nothing to load
             if len(here):
                 order = self._keeper.load(keys[here], g, first_block=first)
@@ -171,13 +176,24 @@ class SchedulerSide:
         self._new_loads.append((request.request_id, copies))
         self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock())
 
+    def disk_tokens(self, request: Any, external_tokens: int) -> int:
+        """How many of the tokens that match() promised were on disk alone when their request arrived."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            return 0
+        tokens = self._plan.block_tokens
+        return state.disk_blocks(state.first_block, state.first_block + external_tokens // tokens) * tokens
+
     def finish(self, request: Any) -> None:
         """The request is over. Its pages under a store are held; a load of it goes on and is reported."""
         state = self._requests.pop(request.request_id, None)
         if state is not None:
             state.end_lease()
-            if state.prefetch is not None:
+            if state.prefetch is not None and not state.options.prefetch_only:
                 state.prefetch.cancel()
+            if state.options.pin is not None and state.may_load:
+                count = state.keys.update(request.block_hashes)
+                self._pins.add(state.keys.rows(0, count), state.options.pin, self._clock())
 
     # --- steps ---
 
@@ -234,6 +250,7 @@ class SchedulerSide:
         """
         if self.holds.pending:
             self._poll(self._clock(), patience=0.0 if self._requests else _IDLE_PATIENCE_SECONDS)
+        self._pins.poll(self._clock())
 
     def reset(self) -> None:
         """Forgets every block of every tier: nothing stored before is ever served.
@@ -243,6 +260,7 @@ class SchedulerSide:
         """
         self._epoch = new_epoch(self._config)
         self._roots.clear()
+        self._pins.clear()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
@@ -259,6 +277,7 @@ class SchedulerSide:
         for state in self._requests.values():
             state.end_lease()
         self._requests.clear()
+        self._pins.clear()
         self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
         self._keeper.close(_CLOSE_SECONDS)
         with contextlib.suppress(OSError):  # somebody's own things stand there; or it is gone already
@@ -280,20 +299,6 @@ class SchedulerSide:
         ranks = 1 if layout.replicated else self._config.world_size
         return layout.block_bytes(self._plan.block_tokens) * ranks
 
-    def _servable(self, match: Match, state: RequestState) -> int:
-        """Blocks at the beginning of a match that this request may have, and that will not fail."""
-        if "host" not in state.options.tiers:
-            return 0  # what comes from disk is served from host memory too, once it is there
-        ready = match.ready_blocks
-        for g in range(len(self._plan.groups)):
-            # What a window does not reach has no tier; what counts is that nothing is on disk alone: a grant
-            # needs its slots now, and a read can fail where memory cannot.
-            on_disk = np.flatnonzero(match.tiers(g)[:ready] == Tier.DISK)
-            if len(on_disk):
-                ready = min(ready, int(on_disk[0]))
-        whole = all(group.layout.window_tokens is None for group in self._plan.groups)
-        return ready if whole or ready == match.ready_blocks else 0
-
     def _fetching(self, match: Match, ready: int, state: RequestState) -> bool:
         """Whether blocks behind the servable ones are on their way from disk; begins that where it is due."""
         if not self._options.disk or "disk" not in state.options.tiers or ready >= match.ready_blocks:
@@ -303,31 +308,19 @@ class SchedulerSide:
             state.prefetch = start_prefetch(self._engine, match.keys[ready:], self._options.max_wait)
         return not state.prefetch.done()
 
-    def _pending_after(self, match: Match, ready: int) -> int:
-        """Blocks behind the ready ones that would be usable if the running stores were over."""
-        if ready >= len(match.keys):
-            return 0
-        run = len(match.keys) - ready
-        pending = False
-        for g, group in enumerate(self._plan.groups):
-            states = match.states(g)[ready:]
-            pending = pending or bool(states[0] == BlockState.PENDING)
-            if group.layout.window_tokens is None:
-                gap = np.flatnonzero(states == BlockState.MISS)
-                run = min(run, int(gap[0])) if len(gap) else run
-        return run if pending else 0
-
     def _worth_waiting(self, state: RequestState, tokens: int) -> bool:
         now = self._clock()
         if state.asked_again_since is None:
             state.asked_again_since = now
+        if state.options.prefetch_only:
+            return now - state.asked_again_since < self._options.max_wait
         patience = min(self._options.max_wait, self._recompute.seconds(tokens))
         return now - state.asked_again_since < patience
 
-    def _count_lookup(self, match: Match, ready: int, pending: int, state: RequestState) -> None:
+    def _count_lookup(self, match: Match, ready: int, pending: int, state: RequestState, first: int) -> None:
         tokens = self._plan.block_tokens
         self.counters.add("lookup_tokens", len(match.keys) * tokens)
-        disk = min(ready, state.found_on_disk)
+        disk = state.disk_blocks(first, first + ready)
         self.counters.add("hit_tokens_host", (ready - disk) * tokens)
         self.counters.add("hit_tokens_disk", disk * tokens)
         self.counters.add("miss_tokens_pending", pending * tokens)
@@ -352,7 +345,7 @@ class SchedulerSide:
         keys = state.keys.rows(first, last)
         parent = state.keys.rows(first - 1, first)[0] if first else None
         for g, group in enumerate(self._plan.groups):
-            pages = _pages(block_ids[group.index], group, first, last)
+            pages = pages_of(block_ids[group.index], group, first, last)
             here = np.flatnonzero(pages.all(axis=1))
             if not len(here):
                 continue
@@ -386,15 +379,6 @@ class SchedulerSide:
             self.counters.add("store_seconds", seconds)
         if result.error is not None:
             _log.warning("blocks were not stored: %s", result.error)
-
-
-def _pages(block_ids: list[int], group: CacheGroup, first: int, last: int) -> Any:
-    """Pages of blocks [first, last), uint32 [last - first, pages_per_block]; missing ones are null."""
-    each = group.pages_per_block
-    ids = np.asarray(block_ids[first * each : last * each], np.uint32)
-    if len(ids) < (last - first) * each:
-        ids = np.pad(ids, (0, (last - first) * each - len(ids)), constant_values=_NULL_PAGE)
-    return ids.reshape(-1, each)
 
 
 def start_prefetch(engine: Any, keys: Any, deadline: float) -> Any:

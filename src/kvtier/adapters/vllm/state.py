@@ -3,8 +3,11 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from kvtier.adapters.vllm.keys import BlockKeys
 from kvtier.adapters.vllm.options import RequestOptions
@@ -31,7 +34,7 @@ class RequestState:
         first_block: Index of the lease's first block.
         asked_again_since: When it was first told to ask again, monotonic seconds.
         prefetch: Handle of its prefetch, None without.
-        found_on_disk: Blocks that were on disk alone when it arrived.
+        found_on_disk: For each of its blocks whether it was on disk alone when it arrived, bool [n].
         fetches: How often blocks of it were fetched from disk after they had left the host tier again.
     """
 
@@ -46,7 +49,11 @@ class RequestState:
     asked_again_since: float | None = None
     prefetch: Any = None
     fetches: int = 0
-    found_on_disk: int = 0
+    found_on_disk: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+
+    def disk_blocks(self, first: int, last: int) -> int:
+        """How many of its blocks [first, last) were on disk alone when it arrived."""
+        return int(np.count_nonzero(self.found_on_disk[first:last]))
 
     def end_lease(self) -> None:
         """Lets go of what was promised and not taken. Idempotent."""
