@@ -27,6 +27,7 @@ SUBJECTS = {
     "copy": "pages to host slots and back, beside the machine's own copy of the same bytes",
     "disk": "slots of the disk tier, written and read beside fio on the same file",
     "reopen": "an engine's time to be ready again with what its disk tier holds",
+    "ttft": "time to the first token against context length: recomputed, and restored from every tier",
     "device": "a GPU's pages to host slots and back by every path, beside plain pinned copies",
     "vllm": "time to the first token of a real vLLM server: cold, on the device, restored from host memory",
 }

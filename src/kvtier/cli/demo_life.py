@@ -57,7 +57,7 @@ def _run(life: Life, model: Any, cache: Any, tokens: Any) -> Any:
     return Run(model.module, cache, tokens, life.chunk_tokens, life.copy_threads, lines)
 
 
-def _wait_for_room(engine: Any, num_blocks: int) -> None:
+def wait_for_room(engine: Any, num_blocks: int) -> None:
     """Slot files grow in the background; what is stored before they have is not written."""
     from kvtier.errors import StorageError
 
@@ -85,7 +85,7 @@ def save(life: Life, model: Any, tokens: Any) -> None:
         run = _run(life, model, cache, tokens)
         run.warm_up()
         run.cold()
-        _wait_for_room(engine, run.prefix // life.block_tokens)
+        wait_for_room(engine, run.prefix // life.block_tokens)
         run.save()
         say(phase="waiting until the prefix is durable")
         engine.flush(_PATIENCE_SECONDS)

@@ -48,6 +48,11 @@ class Progress:
         else:
             self._line()
 
+    @property
+    def done(self) -> float:
+        """Units of work so far."""
+        return self._done
+
     def expect(self, total: float) -> None:
         """More, or less, is to be done than was thought."""
         self._total = max(total, 1)

@@ -42,7 +42,7 @@ RESERVED = [
 
 # Modules that only some files of the package may import.
 IMPORTERS = {
-    "torch": r"paged\.py|adapters/.*|cli/demo.*",
+    "torch": r"paged\.py|adapters/.*|cli/(demo|bench_ttft).*",
     "kvtier._core": r"engine\.py|gpus\.py|keys\.py|stores\.py|testing\.py",
 }
 

@@ -1,0 +1,332 @@
+"""Time to the first token against context length: recomputed, and restored from every tier.
+
+For each length a prefix and a new suffix of 128 tokens; the time goes from token ids to the logits after the
+last of them, on the host. `recompute` runs the model over all of it, chunk by chunk; the tiers find, load and
+compute the suffix alone. A length whose recompute does not fit the time given is extrapolated
+(`bench_ttft_plan`) and marked; its tiers are measured all the same, with random numbers as its KV.
+
+`limit` is KV bytes over what a plain copy (host) or plain reads of a file on the same drive (disk) did in the
+same round; it holds no computing, so `overhead` is the suffix's prefill and what kvtier adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvtier.cli import bench_ttft_plot, machine, plots
+from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Layer, Room, fit, held_out, place
+from kvtier.cli.lives import live
+from kvtier.cli.progress import Progress
+from kvtier.cli.results import Report, Result, measured, table
+from kvtier.cli.shapes import SHAPES, Shape, find
+from kvtier.errors import ConfigError, UnsupportedError
+
+METHOD = {
+    "time": f"token ids to logits on the host: keys, lookup, load, prefill of a suffix of {SUFFIX_TOKENS}",
+    "recompute": "chunked prefill with random weights through torch's scaled_dot_product_attention; one pass "
+    "over the longest prefix, its time noted at every length; experts as one matrix of their active width, "
+    "no communication between ranks: both make it faster than it is",
+    "repetitions": "recompute: n as stated, once where it takes long; tiers in turn; medians with min-max",
+    "warm_up": "a calibration of three chunks; every tier's pages are filled with NaN before each run",
+    "lossless": "yes: logits are bit-identical to the recompute's (where it was extrapolated: to those of "
+    "the pages in place); a control with one damaged block differs; KV of 8 bits is so in the recompute, too",
+    "limit": "KV bytes over plain copies / O_DIRECT reads of up to 512 MiB in the same round",
+    "page_cache": "no part of it: the disk tier and the plain reads use O_DIRECT",
+    "extrapolated": "a * linear operations + b * attention operations, fitted to the measured recomputes",
+}
+_LENGTHS = [1 << n for n in range(10, 18)]
+_GPU_LENGTHS = [1 << n for n in range(10, 21)]
+_LIFE = "kvtier.cli.bench_ttft_life"
+_USABLE = 0.85  # of free memory
+_USABLE_GPU = 0.93  # of all its memory: the CUDA context, and what torch cannot use for holes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier bench ttft`."""
+    add = parser.add_argument
+    names = ", ".join(name for name in SHAPES if not name.startswith("tiny"))
+    add(
+        "--shape",
+        nargs="+",
+        metavar="NAME",
+        help=f"{names}; or a Hugging Face config.json's path (CPU: 100m)",
+    )
+    add("--ranks", type=int, default=1, help="of tensor parallelism: run one of them (default: %(default)s)")
+    add("--tokens", type=int, nargs="+", help="lengths of the prefix (default: 1k to 128k, to 1M on a GPU)")
+    add("--minutes", type=float, default=10.0, help="for everything, about (default: %(default)s)")
+    add("--device", default="cpu", help='torch\'s name, such as "cuda" (default: %(default)s)')
+    add("--dtype", help="of weights and arithmetic (default: bfloat16 where the hardware computes in it)")
+    add("--kv-dtype", help="of the KV (default: as --dtype; float8_e4m3fn where only that fits a GPU)")
+    add("--chunk", type=int, help="tokens of a prefill at once (default: 512, 8192 on a GPU)")
+    add("--block-tokens", type=int, help="(default: so that a block has 2 MiB, at most 256)")
+    add("--dir", metavar="D", help="a directory on the drive of the disk tier (default: the current one)")
+    add("--plot", metavar="PNG", help="draw it there, too")
+    parser.set_defaults(rounds=5)
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
+    on_gpu = args.device != "cpu"
+    _check(args)
+    chunk = args.chunk or (8192 if on_gpu else 512)
+    dtype = args.dtype or ("bfloat16" if on_gpu or _computes_bfloat16() else "float32")
+    names = args.shape or (["llama-3.1-8b", "qwen2.5-7b-1m"] if on_gpu else ["100m"])
+    shapes = [find(name, args.ranks) for name in names]
+    report.machine |= {"dtype": dtype, "chunk": chunk, "drive": machine.drive(Path(args.dir or "."))}
+    report.machine["ttft"] = {}
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see demo.py
+    minutes = args.minutes / len(shapes)
+    with Progress(report.out, 60 * args.minutes) as progress:
+        for index, shape in enumerate(shapes):
+            lengths = args.tokens or (_GPU_LENGTHS if on_gpu else _LENGTHS)
+            room = _room(args)
+            layer = place(
+                shape,
+                lengths,
+                room,
+                dtype=dtype,
+                kv_dtype=args.kv_dtype,
+                chunk=chunk,
+                block_tokens=args.block_tokens,
+            )
+            run = _Run(args, report, progress, shape, layer, 60 * minutes * (len(shapes) - index - 1))
+            run.describe()
+            if layer.lengths:
+                try:
+                    run.measure(minutes)
+                finally:
+                    run.finish()
+    for shape in shapes:
+        _summarize(report, shape)
+    if args.plot:
+        _plot(args, report)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.minutes > 0:
+        raise ConfigError(f"--minutes {args.minutes}: must be above 0")
+    for name in ("chunk", "block_tokens", "ranks"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.plot:
+        plots.need()
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedError("bench ttft needs torch: pip install torch")
+    if not Path(args.dir or ".").is_dir():
+        raise ConfigError(f"--dir {args.dir}: must be a directory")
+
+
+def _computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without them bfloat16 is slower than float32."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _room(args: argparse.Namespace) -> Room:
+    device = None
+    if args.device != "cpu":
+        gpus = machine.gpus()
+        index = int(args.device.partition(":")[2] or 0)
+        if index >= len(gpus):
+            raise UnsupportedError(f"--device {args.device}: nvidia-smi sees {len(gpus)} GPUs")
+        device = int(_USABLE_GPU * (int(gpus[index]["memory.total"].split()[0]) << 20))
+    free = shutil.disk_usage(args.dir or ".").free
+    return Room(device, int(_USABLE * machine.available_bytes()), int(0.9 * free))
+
+
+@dataclass
+class _Run:
+    """One shape."""
+
+    args: argparse.Namespace
+    report: Report
+    progress: Progress
+    shape: Shape
+    layer: Layer
+    seconds_behind: float  # what the shapes after it are given
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, dict[int, float]] = field(default_factory=dict)  # medians by tier and tokens
+
+    def describe(self) -> None:
+        layer, out = self.layer, self.report.out
+        about = asdict(layer) | {"about": self.shape.about, "left_out": {}}
+        self.facts = self.report.machine["ttft"].setdefault(self.shape.name, about)
+        per_token = self.shape.kv_bytes_per_token(layer.kv_dtype)
+        weights = (
+            "own weights in every layer"
+            if layer.own_weights
+            else "layer by layer: one layer's weights for all"
+        )
+        print(
+            f"{self.shape.about}: {self.shape.parameters / 1e6:.0f} M parameters that a token meets, "
+            f"{layer.dtype}, KV {layer.kv_dtype} {per_token} bytes a token, {weights}, "
+            f"chunks of {layer.chunk}, blocks of {layer.block_tokens} tokens",
+            file=out,
+        )
+        for tokens, why in layer.left_out.items():
+            self._leave_out(tokens, why)
+
+    def _leave_out(self, tokens: int, why: str) -> None:
+        self.facts["left_out"][str(tokens)] = why
+        print(f"{self.shape.name}, {tokens} tokens: left out, {why}", file=self.report.out)
+
+    def measure(self, minutes: float) -> None:
+        with _folder(self.args.dir) as folder:
+            life = {
+                "folder": str(folder),
+                "shape": asdict(self.shape),
+                "layer": asdict(self.layer),
+                "device": self.args.device,
+                "seed": self.args.seed,
+                "rounds": self.args.rounds,
+                "minutes": minutes,
+            }
+            saved = live(_LIFE, "first", {"life": life}, self.progress, self._heard)
+            self.progress.phase("killed with SIGKILL; a new process starts")
+            opened = live(_LIFE, "second", {"life": life, **saved}, self.progress, self._heard)
+            self._check("killed_and_restored", self.report.checks.get("logits_disk_restarted", False))
+            self.report.add(measured(f"reopen/{self.shape.name}", opened["open"], "s"))
+
+    def _check(self, name: str, passed: bool) -> None:
+        self.report.checks[name] = self.report.checks.get(name, True) and passed
+
+    def _heard(self, said: dict[str, Any]) -> None:
+        if "row" in said:
+            self._row(**said["row"])
+        for name, passed in said.get("check", {}).items():
+            self._check(name, passed)
+        if "left_out" in said:
+            self._leave_out(**said["left_out"])
+        if "expect" in said:
+            self.progress.expect(self.progress.done + said["expect"] + self.seconds_behind)
+        self.facts.update(said.get("facts", {}))
+
+    def _bytes(self, tokens: int) -> int:
+        return tokens * self.shape.kv_bytes_per_token(self.layer.kv_dtype)
+
+    def _row(
+        self,
+        tokens: int,
+        tier: str,
+        seconds: list[float],
+        restore: list[float],
+        bandwidth: list[float],
+        joules: list[float],
+    ) -> None:
+        report, where = self.report, f"{self.shape.name}/{tokens}"
+        kv_bytes = self._bytes(tokens)
+        limits = [kv_bytes / rate for rate in bandwidth] or None
+        self.seconds.setdefault(tier, {})[tokens] = statistics.median(seconds)
+        report.add(measured(f"ttft/{where}/{tier}", seconds, "s", limits))
+        if limits is not None:
+            over = [1e3 * (s - limit) for s, limit in zip(seconds, limits, strict=True)]
+            rates, plain = [kv_bytes / s / 1e9 for s in restore], [rate / 1e9 for rate in bandwidth]
+            report.add(
+                measured(f"restore/{where}/{tier}", rates, "GB/s", plain),
+                measured(f"overhead/{where}/{tier}", over, "ms"),
+            )
+        if joules:
+            report.add(measured(f"energy/{where}/{tier}", joules, "J"))
+
+    def finish(self) -> None:
+        """Adds what follows from what was measured."""
+        name, run = self.shape.name, self.seconds.get("recompute", {})
+        lengths = sorted({tokens for tier in self.seconds.values() for tokens in tier})
+        self.report.add(*(Result(f"kv_bytes/{name}/{n}", self._bytes(n), "B") for n in lengths))
+        if not run:
+            return
+        prefills = {tokens + SUFFIX_TOKENS: s for tokens, s in run.items()}
+        model = fit(self.shape, {(n, 0): s for n, s in prefills.items()})
+        self.facts["fit"] = {
+            "linear_gflops": 1e-9 / model.linear if model.linear else None,
+            "attention_gflops": 1e-9 / model.attention if model.attention else None,
+            "largest_error": model.error(prefills),
+            "error_at_longest_from_the_others": held_out(self.shape, prefills),
+        }
+        for tokens in lengths:
+            guessed = tokens not in run
+            cold = model.seconds(tokens + SUFFIX_TOKENS) if guessed else run[tokens]
+            if guessed:
+                self._derived(f"ttft/{name}/{tokens}/recompute", cold, "s", guessed)
+            for tier in ("device", "host", "disk", "disk_restarted"):
+                if tokens in self.seconds.get(tier, {}):
+                    ratio = cold / self.seconds[tier][tokens]
+                    self._derived(f"speedup/{name}/{tokens}/{tier}", ratio, "x", guessed)
+            device = self.seconds.get("device", {}).get(tokens)
+            if device is not None and cold > device:
+                rate = self._bytes(tokens) / (cold - device) / 1e9
+                self._derived(f"break_even/{name}/{tokens}", rate, "GB/s", guessed)
+
+    def _derived(self, name: str, value: float, unit: str, guessed: bool) -> None:
+        self.report.add(Result(name, value, unit, n=0 if guessed else 1, extrapolated=guessed))
+
+
+@contextmanager
+def _folder(given: str | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="kvtier-bench.", dir=given or ".")).resolve()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _summarize(report: Report, shape: Shape) -> None:
+    found = {result.name: result for result in report.results}
+
+    def cell(name: str, form: str, *, limit: bool = False) -> str:
+        result = found.get(name)
+        value = None if result is None else (result.limit if limit else result.value)
+        mark = "~" if result is not None and result.extrapolated else ""
+        return "" if value is None else f"{mark}{value:{form}}"
+
+    tiers = ("device", "host", "disk", "disk_restarted")
+    rows = []
+    lengths = sorted({int(n.split("/")[2]) for n in found if n.startswith(f"kv_bytes/{shape.name}/")})
+    for tokens in lengths:
+        at = f"{shape.name}/{tokens}"
+        row = [plots.tokens_text(tokens), f"{found[f'kv_bytes/{at}'].value / 2**20:.0f}"]
+        row += [cell(f"ttft/{at}/{tier}", ".3g") for tier in ("recompute", *tiers)]
+        row += [cell(f"speedup/{at}/{tier}", ".1f") for tier in ("host", "disk")]
+        for tier in ("host", "disk"):
+            rate, plain = cell(f"restore/{at}/{tier}", ".3g"), cell(f"restore/{at}/{tier}", ".3g", limit=True)
+            row += [f"{rate}/{plain}" if rate else "", cell(f"overhead/{at}/{tier}", ".0f")]
+        row.append(cell(f"break_even/{at}", ".2g"))
+        if any(name.startswith("energy/") for name in found):
+            row += [cell(f"energy/{at}/{tier}", ".3g") for tier in ("recompute", "host")]
+        rows.append(row)
+    if not rows:
+        return
+    header = ["tokens", "KV MiB", "recompute s", "device", "host", "disk", "restarted", "host x", "disk x"]
+    header += ["host GB/s", "over ms", "disk GB/s", "over ms", "even GB/s"]
+    header += ["recompute J", "host J"] if len(rows[0]) > len(header) else []
+    print(f"\n{shape.about}\n{table(header, rows)}", file=report.out)
+    print(
+        f"Seconds to the first token, medians; ~ extrapolated. restarted: from disk in a new process after\n"
+        f"SIGKILL. x: recompute over it. GB/s: restored / plain copy or read in the same round. over: above\n"
+        f"the limit, the suffix's {SUFFIX_TOKENS} tokens included. even: slower than that, recompute wins.",
+        file=report.out,
+    )
+
+
+def _plot(args: argparse.Namespace, report: Report) -> None:
+    document = report.document()
+    shapes = bench_ttft_plot.shapes_of(document)
+    for shape in shapes:
+        path = Path(args.plot)
+        if len(shapes) > 1:
+            path = path.with_name(f"{path.stem}-{shape}{path.suffix}")
+        plots.save(bench_ttft_plot.draw(document, shape), path)
+        print(f"drawn: {path}", file=report.out)

@@ -1,0 +1,168 @@
+"""What the machine itself can do, in plain calls: copies, reads of a drive, energy.
+
+Measured beside what is held against it, in the same round. A drive is read with `preadv` and O_DIRECT by
+threads, 2 MiB at a time, into buffers in huge pages where the kernel gives them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.engine import copy_limit
+
+_READ_BYTES = 2 << 20
+_READERS = 16
+_RAPL = Path("/sys/class/powercap")
+
+
+def huge_buffer(size: int) -> mmap.mmap:
+    """Anonymous memory, in huge pages where the kernel gives them, each page touched."""
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(memory, np.uint8)[::4096] = 1
+    return memory
+
+
+class HostCopy:
+    """Plain contiguous copies within the host's memory: the faster of memcpy and non-temporal stores.
+
+    Args:
+        size: Bytes of each copy.
+        threads: That copy a share each.
+    """
+
+    def __init__(self, size: int, threads: int) -> None:
+        self.size = size
+        self._threads = threads
+        self._source, self._target = (np.frombuffer(huge_buffer(size), np.uint8) for _ in range(2))
+
+    def rate(self) -> float:
+        """Bytes per second of one copy."""
+        took = min(
+            copy_limit(self._target, self._source, method=method, threads=self._threads)
+            for method in ("memcpy", "streaming")
+        )
+        return self.size / took
+
+
+class DriveRead:
+    """Plain reads of one file on a drive, past the page cache.
+
+    Args:
+        folder: On the drive; the file in it is removed by `close`.
+        size: Bytes of the file, rounded down to requests of 2 MiB, at least one.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._requests = max(1, size // _READ_BYTES)
+        self.size = self._requests * _READ_BYTES
+        self._path = folder / "limit"
+        self._buffers = [huge_buffer(_READ_BYTES) for _ in range(min(_READERS, self._requests))]
+        noise = np.random.default_rng(0).integers(0, 256, _READ_BYTES, np.uint8).tobytes()
+        with self._path.open("wb") as file:
+            for _ in range(self._requests):
+                file.write(noise)
+            file.flush()
+            os.fsync(file.fileno())
+        self._handle = _open_direct(self._path)
+        self.direct = self._handle[1]
+
+    def rate(self) -> float:
+        """Bytes per second of reading the whole file once."""
+        left = iter(range(self._requests))
+        lock, failures = threading.Lock(), []
+
+        def read(buffer: mmap.mmap) -> None:
+            while True:
+                with lock:
+                    request = next(left, None)
+                if request is None:
+                    return
+                got = os.preadv(self._handle[0], [buffer], request * _READ_BYTES)
+                if got != _READ_BYTES:
+                    failures.append(got)
+
+        threads = [threading.Thread(target=read, args=(buffer,)) for buffer in self._buffers]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        took = time.perf_counter() - begin
+        if failures:
+            raise OSError(0, f"{self._path}: read {failures[0]} of {_READ_BYTES} bytes")
+        return self.size / took
+
+    def close(self) -> None:
+        """Removes the file."""
+        os.close(self._handle[0])
+        self._path.unlink(missing_ok=True)
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """A descriptor, and whether it is past the page cache (tmpfs and others refuse O_DIRECT)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError:
+        return os.open(path, os.O_RDONLY), False
+
+
+class Energy:
+    """Joules used so far, of the packages (RAPL) and the GPU (NVML), where the machine tells them.
+
+    Attributes:
+        sources: What is counted; empty: nothing is known, and nothing is guessed.
+    """
+
+    def __init__(self, gpu: int | None = None) -> None:
+        self._zones: list[tuple[Path, int]] = []
+        for zone in sorted(_RAPL.glob("intel-rapl:[0-9]")) if _RAPL.is_dir() else []:
+            try:
+                most = int((zone / "max_energy_range_uj").read_text())
+                int((zone / "energy_uj").read_text())
+            except (OSError, ValueError):
+                continue  # for root only, on most machines
+            self._zones.append((zone, most))
+        self._gpu = _nvml_counter(gpu) if gpu is not None else None
+        self.sources = [f"RAPL {zone.name}" for zone, _ in self._zones]
+        self.sources += ["NVML"] if self._gpu is not None else []
+
+    def read(self) -> list[float]:
+        """Joules of each source, from a point of its own; give it to `since`."""
+        found = [int((zone / "energy_uj").read_text()) / 1e6 for zone, _ in self._zones]
+        return [*found, *([self._gpu()] if self._gpu is not None else [])]
+
+    def since(self, before: list[float]) -> float | None:
+        """Joules of all sources since `before`; None without any."""
+        if not self.sources:
+            return None
+        ranges = [most / 1e6 for _, most in self._zones] + ([0.0] if self._gpu is not None else [])
+        pairs = zip(self.read(), before, ranges, strict=True)
+        return sum(now - then if now >= then else now - then + most for now, then, most in pairs)
+
+
+def _nvml_counter(gpu: int) -> Callable[[], float] | None:
+    """Reads the GPU's energy counter, in joules (NVML: nvmlDeviceGetTotalEnergyConsumption)."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, total = ctypes.c_void_p(), ctypes.c_ulonglong()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(gpu, ctypes.byref(device)):
+        return None
+    if nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total)):
+        return None
+
+    def joules() -> float:
+        nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total))
+        return total.value / 1e3
+
+    return joules
