@@ -5,13 +5,14 @@ SHELL := bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+pytest_vllm = .venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm --durations 8
 # Folders too: their times change when a file comes or goes.
 native_inputs = pyproject.toml CMakeLists.txt $(shell find csrc cmake)
 
-.PHONY: help setup build vllm-env demo test test-cpp test-py test-vllm test-deep torture asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench gpu-check offline-deps wheel clean
+.PHONY: help setup build vllm-env demo test test-cpp test-py test-vllm test-vllm-full test-deep torture asan tsan lint lint-py lint-cpp tidy stubs stubs-check format bench gpu-check offline-deps wheel clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 setup: .venv/.ready  ## system packages (if any is missing) and .venv
 vllm-env: .venv-vllm/.built  ## .venv-vllm: vLLM's CPU build and this package, for test-vllm
@@ -25,8 +26,10 @@ test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
 	scripts/ctest.sh dev $(CTEST_ARGS)
 test-py: build  ## Python tests (PYTEST_ARGS="-k name")
 	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
-test-vllm: .venv-vllm/.built  ## the connector against the real vLLM on the CPU (PYTEST_ARGS="-k name")
-	.venv-vllm/bin/python -m pytest -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm $(PYTEST_ARGS)
+test-vllm: .venv-vllm/.built  ## the connector against the real vLLM on the CPU: the tests that CI runs
+	$(pytest_vllm) -m smoke $(PYTEST_ARGS)
+test-vllm-full: .venv-vllm/.built  ## all of them, a soak included (KVTIER_SOAK_SECONDS=600; PYTEST_ARGS="-k name")
+	$(pytest_vllm) $(PYTEST_ARGS)
 test-deep: build  ## the model tests with many more examples (minutes)
 	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
 torture: build  ## thousands of crashes of the disk tier, and its mutants (KVTIER_TORTURE_CYCLES=4000)
@@ -87,7 +90,8 @@ clean:  ## removes what was built; keeps .venv's packages
 # Installed as users install it, not editable: the entry point too is what vLLM meets.
 .venv-vllm/.built: .venv-vllm/.ready .venv/.built $(shell find src)
 	mkdir -p build
-	flock build/pip.lock pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/vllm-wheel .
+	flock build/pip.lock pip wheel --quiet --no-deps --no-build-isolation \
+	  --config-settings=cmake.define.KVTIER_WERROR=ON --wheel-dir build/vllm-wheel .
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
 	  build/vllm-wheel/kvtier-*.whl
 	touch $@

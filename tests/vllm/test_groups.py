@@ -30,6 +30,7 @@ def check_restored(model: Path, groups: int, block: int = BLOCK, **options: Any)
         assert not all(same(damaged, computed))
 
 
+@pytest.mark.smoke
 def test_sliding_windows_and_full_attention(gemma3: Path) -> None:
     check_restored(gemma3, groups=3)
 

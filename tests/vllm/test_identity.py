@@ -10,6 +10,8 @@ from harness import BLOCK, Result, Server, prompt, same, serving
 
 from kvtier.engine import arena_of
 
+pytestmark = pytest.mark.smoke
+
 PROMPTS = [prompt(seed, 300 + 50 * seed) for seed in range(4)]
 HITS = [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
 

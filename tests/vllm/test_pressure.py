@@ -79,6 +79,7 @@ def preemptions(server: Server) -> float:
     return sum(m.value for m in server.llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
+@pytest.mark.smoke
 def test_conversations_that_do_not_fit_are_restored(server: Server, computed: list[Result]) -> None:
     before, loads = preemptions(server), server.count("load_requests")
     for _ in range(2):
@@ -88,6 +89,7 @@ def test_conversations_that_do_not_fit_are_restored(server: Server, computed: li
     assert server.count("load_failures") == 0
 
 
+@pytest.mark.smoke
 def test_pages_under_a_slow_store_are_not_reused(
     server: Server, computed: list[Result], computed_next: list[Result]
 ) -> None:
@@ -150,6 +152,7 @@ def run_and_abort(server: Server, prompts: list[list[int]], abort_after: int) ->
     server.drain()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
 def test_aborted_in_the_middle_of_a_store(server: Server, computed: list[Result], steps: int) -> None:
     slow = SlowStores(server, steps=3)
@@ -163,6 +166,7 @@ def test_aborted_in_the_middle_of_a_store(server: Server, computed: list[Result]
     assert same(server.generate(PROMPTS[:3], TOKENS), computed[:3]) == [True] * 3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_aborted_in_the_middle_of_a_load(
     server: Server, computed: list[Result], monkeypatch: pytest.MonkeyPatch, steps: int
@@ -184,6 +188,7 @@ def test_aborted_in_the_middle_of_a_load(
     assert same(server.generate(PROMPTS[:3], TOKENS), computed[:3]) == [True] * 3
 
 
+@pytest.mark.smoke
 def test_a_load_that_fails_is_recomputed_once_and_its_blocks_are_dropped(
     server: Server, computed: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +214,7 @@ def test_a_load_that_fails_is_recomputed_once_and_its_blocks_are_dropped(
     assert all(r.cached for r in again)
 
 
+@pytest.mark.smoke
 def test_a_reset_in_the_middle_of_a_load_serves_nothing_old(
     server: Server, computed: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +240,7 @@ def test_a_reset_in_the_middle_of_a_load_serves_nothing_old(
     assert server.count("load_failures") == failures + 1
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.smoke), 2])
 def test_random_traffic(server: Server, computed: list[Result], seed: int) -> None:
     """Requests come, go and are aborted at random; whoever finishes has what vLLM gives without us."""
     random = Random(seed)

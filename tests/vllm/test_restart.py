@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from harness import BLOCK, prompt, same, serving
 
 PROMPTS = [prompt(seed, 300 + 50 * seed) for seed in range(3)]
 HITS = [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
 
 
+@pytest.mark.smoke
 def test_the_second_life_restores_from_disk_what_the_first_computed(llama: Path, tmp_path: Path) -> None:
     extra = {
         "host": "32MiB",

@@ -23,7 +23,9 @@ def environment(directory: Path, **more: str) -> dict[str, str]:
     return keep | {"XDG_RUNTIME_DIR": str(directory), "VLLM_SERVER_DEV_MODE": "1"} | more
 
 
-@pytest.mark.parametrize(("model", "block"), [("llama", 32), ("deepseek", 16)])
+@pytest.mark.parametrize(
+    ("model", "block"), [pytest.param("llama", 32, marks=pytest.mark.smoke), ("deepseek", 16)]
+)
 def test_two_ranks_share_a_slot(
     model: str, block: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -152,6 +154,7 @@ def api(llama: Path, tmp_path: Path) -> Iterator[Api]:
         log.close()
 
 
+@pytest.mark.smoke
 def test_the_server_restores_what_its_device_cache_lost(api: Api) -> None:
     tokens = [(7 * i + i * i * 3) % 500 + 4 for i in range(1000)]
     hits = 999 // BLOCK * BLOCK
