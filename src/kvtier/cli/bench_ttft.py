@@ -321,6 +321,11 @@ def _summarize(report: Report, shape: Shape) -> None:
     )
 
 
+def figures(document: dict[str, Any]) -> list[Any]:
+    """What `kvtier bench report` shows of a document: a figure for each shape."""
+    return [bench_ttft_plot.draw(document, shape) for shape in bench_ttft_plot.shapes_of(document)]
+
+
 def _plot(args: argparse.Namespace, report: Report) -> None:
     document = report.document()
     shapes = bench_ttft_plot.shapes_of(document)

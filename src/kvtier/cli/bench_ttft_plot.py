@@ -13,7 +13,10 @@ TIERS = {
     "disk": "from disk",
     "disk_restarted": "from disk, new process after SIGKILL",
 }
-LIMITS = {"host": "limit, host: bytes / plain copy", "disk": "limit, disk: bytes / plain read"}
+LIMITS = {
+    "host": ("limit of host: bytes / plain copy", ":"),
+    "disk": ("limit of disk: bytes / plain read", "-."),
+}
 
 
 def shapes_of(document: dict[str, Any]) -> list[str]:
@@ -57,11 +60,11 @@ def draw(document: dict[str, Any], shape: str) -> Any:
                 label=f"{label}, extrapolated",
                 **look | {"linestyle": "--", "markerfacecolor": "white", "linewidth": 1.2},
             )
-    for index, (tier, label) in enumerate(LIMITS.items()):
+    for index, (tier, (label, dashes)) in enumerate(LIMITS.items()):
         bound = sorted((n, r["limit"]) for n, r in rows.get(tier, {}).items() if r["limit"])
         if bound:
             colour = plots.style(2 + index)["color"]
-            axes.plot(*zip(*bound, strict=True), label=label, color=colour, linestyle=":", linewidth=1.4)
+            axes.plot(*zip(*bound, strict=True), label=label, color=colour, linestyle=dashes, linewidth=1.4)
     plots.token_ticks(axes, (n for tier in rows.values() for n in tier))
-    axes.legend(fontsize=8, loc="upper left")
+    drawn.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return drawn

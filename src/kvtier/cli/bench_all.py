@@ -1,0 +1,202 @@
+"""Every benchmark that this machine can run, one after the other, and the report.
+
+Each is a process of its own and writes SUBJECT-MACHINE-DATE.json into the results. What cannot run here is
+left out, with its reason, and so is what would not be over in the time given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kvtier.cli import machine
+from kvtier.cli.figures import RESULTS
+from kvtier.cli.results import Report, Result, add_json_argument, write_json
+from kvtier.errors import ConfigError
+from kvtier.gpus import cuda_facts
+
+_VLLM_PYTHON = Path(".venv-vllm") / "bin" / "python"
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of them.
+
+    Attributes:
+        name: Of the result file.
+        command: Behind `kvtier`; "{dir}" is the directory of the drive, "{minutes}" what it is given.
+        minutes: How long it takes on a machine with 2 cores, about.
+        missing: Why it cannot run here; None: it can.
+        python: Which Python runs it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+    missing: Callable[[], str | None] = lambda: None
+    python: Callable[[], str] = lambda: sys.executable
+
+
+def _no_fio() -> str | None:
+    return (
+        None if shutil.which("fio") else "fio is not installed (Debian: fio); it is what disk is held against"
+    )
+
+
+def _no_module(*names: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        absent = [name for name in names if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+    return missing
+
+
+def _no_gpu() -> str | None:
+    facts = cuda_facts()
+    return None if facts.gpus else "no GPU that CUDA can use"
+
+
+def _no_gpu_torch() -> str | None:
+    if why := _no_gpu() or _no_module("torch")():
+        return why
+    probe = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    done = subprocess.run([sys.executable, "-c", probe], check=False, timeout=120)  # noqa: S603
+    return "this torch sees no GPU" if done.returncode else None
+
+
+def _vllm_python() -> str:
+    if importlib.util.find_spec("vllm") is not None:
+        return sys.executable
+    root = machine.checkout() or Path.cwd()
+    return str(root / _VLLM_PYTHON)
+
+
+def _no_vllm() -> str | None:
+    python = _vllm_python()
+    return (
+        None if python == sys.executable or Path(python).exists() else "vLLM is not installed (make vllm-env)"
+    )
+
+
+STEPS = (
+    Step("index", ("bench", "index"), 1),
+    Step("copy", ("bench", "copy"), 1),
+    Step("demo", ("demo", "--disk", "{dir}"), 2, _no_module("torch", "transformers")),
+    Step("reopen", ("bench", "reopen", "--dir", "{dir}"), 1),
+    Step("disk", ("bench", "disk", "--dir", "{dir}"), 7, _no_fio),
+    Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch")),
+    Step("peers", ("bench", "peers"), 15, _no_module("kvtier.cli.bench_peers")),
+    Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 10, _no_vllm, _vllm_python),
+    Step("gpu", ("bench", "device"), 3, _no_gpu),
+    Step("ttft-gpu", ("bench", "ttft", "--device", "cuda", "--dir", "{dir}"), 10, _no_gpu_torch),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier bench all`."""
+    parser.add_argument("--results", metavar="DIR", help=f"where the files go (default: {RESULTS})")
+    parser.add_argument(
+        "--machine", metavar="NAME", help="in the files' names (default: by processor and cores)"
+    )
+    parser.add_argument(
+        "--dir", default=".", metavar="D", help="a directory on the drive (default: %(default)s)"
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all (default: %(default)s)")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
+    parser.add_argument("--without", nargs="+", choices=names, default=[], metavar="NAME", help="of the same")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs them; returns the exit status: 1 if one of them failed."""
+    folder = Path(args.results or (machine.checkout() or Path.cwd()) / RESULTS)
+    if not folder.is_dir():
+        raise ConfigError(f"--results {folder}: must be a directory")
+    if not args.minutes > 0:
+        raise ConfigError(f"--minutes {args.minutes}: must be above 0")
+    chosen = [s for s in STEPS if (args.only is None or s.name in args.only) and s.name not in args.without]
+    with Report("bench all", args.json) as report:
+        name = args.machine or machine.slug(report.machine)
+        date = datetime.now(timezone.utc).date().isoformat()
+        print(machine.describe(report.machine), file=report.out)
+        left_out: dict[str, str] = {}
+        report.machine["left_out"] = left_out
+        interrupted = _all(chosen, args, lambda step: folder / f"{step.name}-{name}-{date}.json", report)
+        html = [sys.executable, "-m", "kvtier.cli", "bench", "report", "--results", str(folder)]
+        if any(folder.glob("*.json")):
+            report.checks["report"] = subprocess.run(html, check=False).returncode == 0  # noqa: S603
+        for subject, why in left_out.items():
+            print(f"left out: {subject}: {why}", file=report.out)
+        for subject, passed in report.checks.items():
+            print(f"{'ok    ' if passed else 'FAILED'} {subject}", file=report.out)
+        if interrupted:
+            raise KeyboardInterrupt
+    return report.status
+
+
+def _all(steps: list[Step], args: argparse.Namespace, target: Callable[[Step], Path], report: Report) -> bool:
+    """Runs the steps; whether somebody pressed Ctrl-C."""
+    left_out: dict[str, str] = report.machine["left_out"]
+    can = []
+    for step in steps:
+        if why := step.missing():
+            left_out[step.name] = why
+        else:
+            can.append(step)
+    begin = time.monotonic()
+    for index, step in enumerate(can):
+        left = args.minutes - (time.monotonic() - begin) / 60
+        if step.minutes > left:
+            left_out[step.name] = f"takes about {step.minutes:.0f} min, {max(0.0, left):.0f} are left"
+            continue
+        behind = sum(s.minutes for s in can[index:])
+        print(
+            f"\n== {index + 1} of {len(can)}: {step.name}, about {step.minutes:.0f} min; "
+            f"all about {min(left, behind):.0f} min left ==",
+            file=report.out,
+            flush=True,
+        )
+        started = time.monotonic()
+        status = _run(step, args.dir, target(step))
+        if status == _INTERRUPTED:
+            left_out[step.name] = "interrupted"
+            return True
+        report.checks[step.name] = status == 0
+        report.add(Result(f"duration/{step.name}", time.monotonic() - started, "s"))
+    return False
+
+
+def _run(step: Step, directory: str, target: Path) -> int:
+    """Runs one; its file, whose commit is ours where it knows none, replaces an older one when it is over."""
+    part = target.with_suffix(".part")
+    words = [word.replace("{dir}", directory) for word in step.command]
+    command = [step.python(), "-m", "kvtier.cli", *words, "--json", str(part)]
+    try:
+        # Ctrl-C reaches the child, too: it writes what was finished and ends.
+        child = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})  # noqa: S603
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            child.wait()
+            status = _INTERRUPTED
+        if part.exists() and status != _INTERRUPTED:
+            document: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+            if document["commit"] == "unknown":
+                document["commit"] = machine.commit()
+            write_json(str(target), document)
+        return status
+    finally:
+        part.unlink(missing_ok=True)
