@@ -242,18 +242,14 @@ def schedule(lengths: Sequence[int], model: Fit, rounds: int, minutes: float) ->
     given = 60 * minutes
     recomputed = [n for n in lengths if model.seconds(n) <= _RECOMPUTE_SHARE * given] or [lengths[0]]
     repeated = [n for n in recomputed if model.seconds(n) * max(1, rounds - 1) <= _REPEAT_SHARE * given]
-    # Half of the time for the tiers belongs to the longest prefix, half of the rest to the next.
     plan: dict[int, int] = {}
-    allowance = _TIER_SHARE * given
     spent = 0.0
-    for tokens in reversed(lengths):
-        one_round = _TIERS * run_seconds(model, tokens)
-        if one_round > allowance and tokens != lengths[0]:
-            continue
-        share = allowance if tokens == lengths[0] else allowance / 2
-        plan[tokens] = max(1, min(rounds, int(share / one_round)))
-        allowance = max(0.0, allowance - plan[tokens] * one_round)
-        spent += plan[tokens] * one_round
+    for _ in range(rounds):
+        for tokens in lengths:
+            one_round = _TIERS * run_seconds(model, tokens)
+            if spent + one_round <= _TIER_SHARE * given or not plan:
+                plan[tokens] = plan.get(tokens, 0) + 1
+                spent += one_round
     seconds = spent + model.seconds(recomputed[-1])
     seconds += (rounds - 1) * model.seconds(repeated[-1]) if repeated else 0.0
     return Schedule(tuple(recomputed), tuple(repeated), dict(sorted(plan.items())), seconds)

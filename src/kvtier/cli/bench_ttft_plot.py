@@ -58,6 +58,7 @@ def draw(document: dict[str, Any], shape: str) -> Any:
             axes.plot(
                 *zip(*real[-1:], *guessed, strict=True),
                 label=f"{label}, extrapolated",
+                markevery=slice(len(real[-1:]), None),
                 **look | {"linestyle": "--", "markerfacecolor": "white", "linewidth": 1.2},
             )
     for index, (tier, (label, dashes)) in enumerate(LIMITS.items()):

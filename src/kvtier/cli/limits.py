@@ -15,20 +15,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.engine import copy_limit
 
 _READ_BYTES = 2 << 20
 _READERS = 16
+_HUGE_PAGE = 2 << 20
 _RAPL = Path("/sys/class/powercap")
 
 
-def huge_buffer(size: int) -> mmap.mmap:
-    """Anonymous memory, in huge pages where the kernel gives them, each page touched."""
-    memory = mmap.mmap(-1, size)
+def huge_buffer(size: int) -> npt.NDArray[np.uint8]:
+    """Anonymous memory that begins with a huge page where the kernel gives them, each page touched."""
+    # Private: the kernel gives shared anonymous memory no huge pages.
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    np.frombuffer(memory, np.uint8)[::4096] = 1
-    return memory
+    whole = np.frombuffer(memory, np.uint8)
+    begin = -whole.ctypes.data % _HUGE_PAGE
+    whole[::4096] = 1
+    return whole[begin : begin + size]
 
 
 class HostCopy:
@@ -42,7 +47,7 @@ class HostCopy:
     def __init__(self, size: int, threads: int) -> None:
         self.size = size
         self._threads = threads
-        self._source, self._target = (np.frombuffer(huge_buffer(size), np.uint8) for _ in range(2))
+        self._source, self._target = huge_buffer(size), huge_buffer(size)
 
     def rate(self) -> float:
         """Bytes per second of one copy."""
@@ -65,7 +70,8 @@ class DriveRead:
         self._requests = max(1, size // _READ_BYTES)
         self.size = self._requests * _READ_BYTES
         self._path = folder / "limit"
-        self._buffers = [huge_buffer(_READ_BYTES) for _ in range(min(_READERS, self._requests))]
+        count = min(_READERS, self._requests)
+        self._buffers = np.split(huge_buffer(count * _READ_BYTES), count)
         noise = np.random.default_rng(0).integers(0, 256, _READ_BYTES, np.uint8).tobytes()
         with self._path.open("wb") as file:
             for _ in range(self._requests):
@@ -80,13 +86,13 @@ class DriveRead:
         left = iter(range(self._requests))
         lock, failures = threading.Lock(), []
 
-        def read(buffer: mmap.mmap) -> None:
+        def read(buffer: npt.NDArray[np.uint8]) -> None:
             while True:
                 with lock:
                     request = next(left, None)
                 if request is None:
                     return
-                got = os.preadv(self._handle[0], [buffer], request * _READ_BYTES)
+                got = os.preadv(self._handle[0], [buffer.data], request * _READ_BYTES)
                 if got != _READ_BYTES:
                     failures.append(got)
 
