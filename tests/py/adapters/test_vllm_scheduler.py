@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kvtier import Config, Disk, KVLayout
+from kvtier.adapters.vllm.events import Cleared, Removed, Stored
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
@@ -32,6 +33,10 @@ class Request:
     kv_transfer_params: Any = None
     lora_request: Any = None
     skip_reading_prefix_cache: bool = False
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        return list(range(self.num_tokens))
 
 
 def request(name: str, blocks: int, seed: int = 0, **more: Any) -> Request:
@@ -64,6 +69,7 @@ class Bench:
         windowed = KVLayout(1, 1, D, "uint8", T, "TD", window_tokens=window, num_parts=1)
         layouts = [layout] if window is None else [layout, windowed]
         groups = [CacheGroup(g, each, (), 1) for g, each in enumerate(layouts)]
+        events = bool(options.pop("events", False))
         disks = [Disk(str(directory / "disk"), "32MiB")] if options.pop("disk", False) else []
         config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T, disk=disks)
         self.now = 0.0
@@ -72,6 +78,7 @@ class Bench:
             CachePlan(tuple(groups), T, T, 0),
             Options(host=4 << 20, disk=tuple(DiskOption(d.path, d.capacity_bytes) for d in disks), **options),
             str(directory / "meet"),
+            events=events,
             clock=lambda: self.now,
         )
         self.pool = Pool()
@@ -387,6 +394,61 @@ def test_a_prefetch_goes_on_without_its_request(tmp_path: Path) -> None:
         second.close()
 
 
+def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, events=True)
+    try:
+        events = bench.side.events
+        assert events is not None
+        one = request("a", 3)
+        tokens = one.all_token_ids
+        bench.side.on_new_request(one)
+        _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
+        assert events.take() == []  # nothing is there yet
+        bench.execute(stores)
+        bench.side.settle()
+        stored = Stored(one.block_hashes[:2], None, tokens[: 2 * T], T, None, None, "CPU", 0)
+        assert events.take() == [stored]
+        one.num_computed_tokens = 2 * T
+        _, stores, _ = bench.step({"a": (T, ([1, 2, 3],))})
+        bench.execute(stores)
+        bench.side.settle()
+        last = Stored(
+            one.block_hashes[2:], one.block_hashes[1], tokens[2 * T : 3 * T], T, None, None, "CPU", 0
+        )
+        assert events.take() == [last]
+        bench.side.finish(one)
+
+        again = request("b", 3)
+        bench.side.on_new_request(again)
+        bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+        whole = Stored(one.block_hashes, None, tokens[: 3 * T], T, None, None, "CPU", 0)
+        assert events.take() == [whole]
+        bench.side.received({"b"}, {"b"})  # a rank has failed
+        assert events.take() == [Removed(one.block_hashes, medium, 0) for medium in ("CPU", "STORAGE")]
+        bench.side.reset()
+        assert events.take() == [Cleared()]
+    finally:
+        bench.close()
+
+
+def test_blocks_on_disk_alone_are_announced_when_they_are_loaded(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True, events=True)
+    try:
+        again = request("b", 3)
+        second.side.on_new_request(again)
+        second.side._requests["b"].prefetch.wait(30)
+        second.side.grant(again, ([4, 5, 6],), second.side.match(again, 0) or 0)
+        assert second.side.events is not None
+        (event,) = second.side.events.take()
+        assert isinstance(event, Stored)
+        assert (event.block_hashes, event.medium) == (again.block_hashes, "STORAGE")
+    finally:
+        second.close()
+
+
 def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_take(bench: Bench) -> None:
     for now in (0.0, 1.0):  # 1000 tokens a second
         bench.now = now
@@ -441,6 +503,10 @@ def test_a_request_keeps_nothing_when_no_slot_is_free(tmp_path: Path) -> None:
     one = request("a", 3)
     bench.side.on_new_request(one)
     bench.worker.close(10)  # nobody could carry a store out: all is declined
+    deadline = time.monotonic() + 10
+    while bench.side._keeper.workers() != [None]:  # the keeper hears of it a moment later
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3],))})
     assert (stores, bench.pool.references) == ([], {})
     assert bench.side.counters.take()["store_blocks_declined"] == 3

@@ -22,6 +22,7 @@ from kvtier.adapters.vllm.metadata import Copy, KVTierMetadata
 from kvtier.adapters.vllm.options import Options, parse_options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.adapters.vllm.stats import KVTierPromMetrics, KVTierStats
+from kvtier.adapters.vllm.vllm_events import vllm_event
 from kvtier.adapters.vllm.worker import WorkerSide
 from kvtier.config import Config, Disk
 from kvtier.errors import KVTierError, UnsupportedError
@@ -63,7 +64,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 'kv_load_failure_policy is "fail": a block that cannot be loaded fails its request; '
                 '"recompute" only costs time'
             )
-        self._scheduler = SchedulerSide(config, plan, options, directory)
+        self._scheduler = SchedulerSide(config, plan, options, directory, events=_wants_events(vllm_config))
 
     # --- what it is ---
 
@@ -136,10 +137,12 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
 
     def take_events(self) -> Iterable[Any]:
-        """No events yet; the last thing that vLLM calls in a step."""
-        if self._scheduler is not None:
-            self._scheduler.settle()
-        return ()
+        """What events.py says of our tiers; the last thing that vLLM calls in a step."""
+        if self._scheduler is None:
+            return ()
+        self._scheduler.settle()
+        events = self._scheduler.events
+        return () if events is None else [vllm_event(event) for event in events.take()]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As request_finished_all_groups()."""
@@ -230,6 +233,11 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if side is not None:
                 with contextlib.suppress(KVTierError):  # copies still run: their memory stays till the end
                     side.close()
+
+
+def _wants_events(vllm_config: Any) -> bool:
+    events = vllm_config.kv_events_config
+    return events is not None and bool(events.enable_kv_cache_events)
 
 
 def _check_parallel(parallel: Any) -> None:

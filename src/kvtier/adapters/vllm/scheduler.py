@@ -14,6 +14,7 @@ import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
 from kvtier.adapters.vllm.epoch import load_epoch, new_epoch
+from kvtier.adapters.vllm.events import Blocks, EventLog
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
@@ -50,6 +51,7 @@ class SchedulerSide:
         options: Options,
         directory: str,
         *,
+        events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens the engine and begins to serve the workers.
@@ -59,6 +61,7 @@ class SchedulerSide:
             plan: The cache groups.
             options: The connector's.
             directory: Where the workers find the keeper.
+            events: Whether to collect KV events.
             clock: Monotonic seconds, for tests.
 
         Raises:
@@ -66,6 +69,7 @@ class SchedulerSide:
         """
         self.counters = Counters()
         self.holds = PageHolds()
+        self.events = EventLog(plan.block_tokens, plan.hash_tokens) if events else None
         self._config = config
         self._plan = plan
         self._options = options
@@ -107,7 +111,7 @@ class SchedulerSide:
             state.found_on_disk = on_disk_alone(match, len(self._plan.groups))
             if state.found_on_disk.any():
                 deadline = _PREFETCH_ONLY_SECONDS if options.prefetch_only else self._options.max_wait
-                state.prefetch = start_prefetch(self._engine, match.keys, deadline)
+                state.prefetch = self._engine.prefetch(match.keys, deadline=deadline)
 
     def match(self, request: Any, computed_tokens: int) -> int | None:
         """Tokens beyond `computed_tokens` that can be loaded; None to be asked again. Never waits.
@@ -162,6 +166,7 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
+        about: list[Blocks] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -170,11 +175,15 @@ class SchedulerSide:
                 order = self._keeper.load(keys[here], g, first_block=first)
                 copies.append((order.instruction, pages[here].reshape(-1)))
                 num_bytes += len(here) * self._block_bytes(g)
+                if self.events is not None:
+                    begin = first + int(here[0])
+                    on_disk = state.on_disk(begin, first + count)
+                    about.append(self.events.loaded(request, begin, on_disk, group.index))
         state.end_lease()  # the grants have pinned what they load
         if first == 0:
             state.stored_blocks = count
         self._new_loads.append((request.request_id, copies))
-        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock())
+        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock(), about=tuple(about))
 
     def disk_tokens(self, request: Any, external_tokens: int) -> int:
         """How many of the tokens that match() promised were on disk alone when their request arrived."""
@@ -237,6 +246,9 @@ class SchedulerSide:
             self.counters.add("load_failures")
             if not load.stale:  # those of a reset are gone
                 self._engine.drop(load.keys)
+                for blocks in load.about:
+                    if self.events is not None:
+                        self.events.removed(blocks)
             state = self._requests.get(request_id)
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
@@ -261,6 +273,8 @@ class SchedulerSide:
         self._epoch = new_epoch(self._config)
         self._roots.clear()
         self._pins.clear()
+        if self.events is not None:
+            self.events.cleared()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
@@ -305,7 +319,7 @@ class SchedulerSide:
             return False
         if state.prefetch is None or (state.prefetch.done() and state.fetches < _MOST_FETCHES):
             state.fetches += 1
-            state.prefetch = start_prefetch(self._engine, match.keys[ready:], self._options.max_wait)
+            state.prefetch = self._engine.prefetch(match.keys[ready:], deadline=self._options.max_wait)
         return not state.prefetch.done()
 
     def _worth_waiting(self, state: RequestState, tokens: int) -> bool:
@@ -360,6 +374,7 @@ class SchedulerSide:
                     pages[here][running].reshape(-1).tolist(),
                     int(np.count_nonzero(running)) * self._block_bytes(g),
                     now,
+                    self.events and (self.events.describe(request, first, last, group.index), here),
                 )
             else:
                 self._count_store(ticket.result(), 0, 0.0)
@@ -369,7 +384,10 @@ class SchedulerSide:
 
     def _poll(self, now: float, patience: float = 0.0) -> None:
         for ended in self.holds.poll(now, patience=patience):
-            self._count_store(ended.ticket.result(), ended.num_bytes, ended.seconds)
+            result = ended.ticket.result()
+            self._count_store(result, ended.num_bytes, ended.seconds)
+            if self.events is not None:
+                self.events.ended(*ended.about, result.outcomes == BlockOutcome.STORED)
 
     def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
         for name in ("stored", "present", "pending", "declined", "failed", "dropped"):
@@ -379,8 +397,3 @@ class SchedulerSide:
             self.counters.add("store_seconds", seconds)
         if result.error is not None:
             _log.warning("blocks were not stored: %s", result.error)
-
-
-def start_prefetch(engine: Any, keys: Any, deadline: float) -> Any:
-    """Begins to read a request's blocks from disk into host memory; the handle's cancel() ends that."""
-    return engine.prefetch(keys, deadline=deadline)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.adapters.vllm.events import Blocks
 from kvtier.adapters.vllm.keys import BlockKeys
 from kvtier.adapters.vllm.options import RequestOptions
 from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
@@ -51,8 +52,13 @@ class RequestState:
     fetches: int = 0
     found_on_disk: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
+    def on_disk(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Which of its blocks [first, last) were on disk alone when it arrived, bool [last - first]."""
+        found = self.found_on_disk[first:last]
+        return np.pad(found, (0, last - first - len(found)))
+
     def disk_blocks(self, first: int, last: int) -> int:
-        """How many of its blocks [first, last) were on disk alone when it arrived."""
+        """How many those are."""
         return int(np.count_nonzero(self.found_on_disk[first:last]))
 
     def end_lease(self) -> None:
@@ -71,12 +77,14 @@ class RunningLoad:
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
         stale: Whether the cache was reset since.
+        about: For its events, for each group that loads; empty without events.
     """
 
     keys: Keys
     num_bytes: int
     began: float
     stale: bool = False
+    about: tuple[Blocks, ...] = ()
 
 
 class _Hold(NamedTuple):
@@ -84,14 +92,16 @@ class _Hold(NamedTuple):
     blocks: list[Any]
     num_bytes: int
     began: float
+    about: Any
 
 
 class Ended(NamedTuple):
-    """A store that is over: its ticket, its bytes and the seconds it took."""
+    """A store that is over: its ticket, its bytes, the seconds it took, and what add() was told of it."""
 
     ticket: StoreTicket
     num_bytes: int
     seconds: float
+    about: Any
 
 
 class PageHolds:
@@ -124,7 +134,9 @@ class PageHolds:
         """Pages that are held for good: a device cannot prove that its copies are over."""
         return self._quarantined
 
-    def add(self, ticket: StoreTicket, page_ids: Sequence[int], num_bytes: int, now: float) -> None:
+    def add(
+        self, ticket: StoreTicket, page_ids: Sequence[int], num_bytes: int, now: float, about: Any = None
+    ) -> None:
         """Holds pages until a store has let go of them.
 
         Args:
@@ -132,10 +144,11 @@ class PageHolds:
             page_ids: vLLM's block ids.
             num_bytes: What is stored.
             now: Monotonic seconds.
+            about: Whatever is wanted back when it is over.
         """
         blocks = [self._pool.blocks[page] for page in page_ids]
         self._pool.touch(blocks)
-        self._holds.append(_Hold(ticket, blocks, num_bytes, now))
+        self._holds.append(_Hold(ticket, blocks, num_bytes, now, about))
 
     def poll(self, now: float, *, patience: float = 0.0) -> list[Ended]:
         """Lets go of pages whose stores are over.
@@ -167,6 +180,6 @@ class PageHolds:
                 _log.error("%d pages of vLLM are never used again: %s", len(hold.blocks), error)
                 continue
             self._pool.free_blocks(reversed(hold.blocks))  # the tail is evicted first, as vLLM does
-            ended.append(Ended(hold.ticket, hold.num_bytes, now - hold.began))
+            ended.append(Ended(hold.ticket, hold.num_bytes, now - hold.began, hold.about))
         self._holds = left
         return ended
