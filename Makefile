@@ -58,11 +58,8 @@ format: setup  ## formats Python and C++ in place
 	ruff format .
 	clang-format -i $(cpp_files)
 
-bench: build  ## the benchmarks that need no GPU, each beside this machine's own limit
-	kvtier bench index
-	kvtier bench copy
-	kvtier bench disk --dir .
-	kvtier bench reopen --dir .
+bench: build  ## all benchmarks that this machine can run in an hour, into benchmarks/results/, and the report (BENCH_ARGS="--without vllm")
+	kvtier bench all $(BENCH_ARGS)
 
 gpu-check:  ## on a machine with a GPU, network or none: builds, GPU tests, GPU benchmarks into benchmarks/results/
 	scripts/gpu-check.sh
