@@ -194,7 +194,7 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
     room = {
         llama: "48MiB",
         other: "96MiB",
-    }  # bytes of the whole directory: for the second one beside the first
+    }  # of the whole directory: the second has room beside the first
 
     def salted(server: Server, salt: str) -> list[Result]:
         asked: list[Any] = [{"prompt_token_ids": p, "cache_salt": salt} for p in DURABLE]

@@ -14,7 +14,7 @@ from harness import BLOCK, Server, prompt, serving
 CONVERSATIONS, TURNS, TOKENS = 30, 3, 24
 SOAK_SECONDS = float(os.environ.get("KVTIER_SOAK_SECONDS", "600"))
 SMALL: dict[str, Any] = {
-    "num_gpu_blocks_override": 300,
+    "num_gpu_blocks_override": 200,
     "max_model_len": 1024,
     "max_num_batched_tokens": 512,  # chunked prefill
     "max_num_seqs": 16,
@@ -186,7 +186,7 @@ def test_random_traffic_through_all_tiers(busy: Server, talked: Turns, seed: int
 
 @pytest.mark.timeout(SOAK_SECONDS + 300)
 def test_soak(busy: Server, talked: Turns) -> None:
-    """KVTIER_SOAK_SECONDS of random traffic: the engine lives, answers right, and keeps nothing that ended."""
+    """KVTIER_SOAK_SECONDS of random traffic: the engine lives, answers right, keeps nothing that ended."""
     traffic = Traffic(busy, talked, Random(7))
     end = time.monotonic() + SOAK_SECONDS
     loads = busy.count("load_requests")

@@ -405,13 +405,13 @@ def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
         _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
         assert events.take() == []  # nothing is there yet
         bench.execute(stores)
-        bench.side.settle()
+        bench.side._poll(bench.now, patience=10)
         stored = Stored(one.block_hashes[:2], None, tokens[: 2 * T], T, None, None, "CPU", 0)
         assert events.take() == [stored]
         one.num_computed_tokens = 2 * T
         _, stores, _ = bench.step({"a": (T, ([1, 2, 3],))})
         bench.execute(stores)
-        bench.side.settle()
+        bench.side._poll(bench.now, patience=10)
         last = Stored(
             one.block_hashes[2:], one.block_hashes[1], tokens[2 * T : 3 * T], T, None, None, "CPU", 0
         )

@@ -124,8 +124,9 @@ class EventLog:
                 )
             )
 
-    def ended(self, blocks: Blocks, which: npt.NDArray[np.intp], stored: Mask) -> None:
-        """A store of some of the blocks, by index [n], is over; `stored` says what of it is there, bool [n]."""
+    def ended(self, about: tuple[Blocks, npt.NDArray[np.intp]], stored: Mask) -> None:
+        """A store is over, of some blocks by index [n]; `stored` says which of these are there, bool [n]."""
+        blocks, which = about
         there = np.zeros(len(blocks.hashes) - 1, np.bool_)
         there[which] = stored
         self.stored(blocks, there)

@@ -387,7 +387,7 @@ class SchedulerSide:
             result = ended.ticket.result()
             self._count_store(result, ended.num_bytes, ended.seconds)
             if self.events is not None:
-                self.events.ended(*ended.about, result.outcomes == BlockOutcome.STORED)
+                self.events.ended(ended.about, result.outcomes == BlockOutcome.STORED)
 
     def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
         for name in ("stored", "present", "pending", "declined", "failed", "dropped"):
