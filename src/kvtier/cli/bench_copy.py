@@ -19,6 +19,7 @@ import numpy as np
 import kvtier
 from kvtier.cli import machine
 from kvtier.cli.bench import seconds
+from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.engine import copy_limit, copy_runs_limit
 from kvtier.errors import ConfigError, ResourceError
@@ -88,14 +89,15 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         text = f"{args.mib} MiB are not far larger than the L3 cache: the figures flatter"
         print(text, file=report.out)
     targets: dict[str, str] = {}
-    for shape in SHAPES:
-        for threads in args.threads:
-            suffix = shape.suffix
-            if threads != args.threads[0]:
-                suffix += f"_{threads}_thread" + ("s" if threads > 1 else "")
-            print(f"{shape.about}, {threads} threads: *{suffix or ' without suffix'}", file=report.out)
-            targets |= {name + suffix: text for name, text in TARGETS.items()}
-            _measure_shape(args, shape, threads, suffix, report)
+    with Progress(report.out, len(SHAPES) * len(args.threads) * (args.rounds + 1)) as progress:
+        for shape in SHAPES:
+            for threads in args.threads:
+                suffix = shape.suffix
+                if threads != args.threads[0]:
+                    suffix += f"_{threads}_thread" + ("s" if threads > 1 else "")
+                progress.phase(f"{shape.about}, {threads} threads: *{suffix or ' without suffix'}")
+                targets |= {name + suffix: text for name, text in TARGETS.items()}
+                _measure_shape(args, shape, threads, suffix, report, progress)
     print(
         "\nstore, load: one ticket for all blocks, from the call until it is done; pages are scattered.\n"
         "limit: the faster of memcpy (C library) and a non-temporal copy, contiguous; *_same_runs: of the\n"
@@ -106,7 +108,9 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     print(results_table(report.results, targets), file=report.out)
 
 
-def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix: str, report: Report) -> None:
+def _measure_shape(
+    args: argparse.Namespace, shape: Shape, threads: int, suffix: str, report: Report, progress: Progress
+) -> None:
     layout = shape.layout
     block_bytes = layout.block_bytes(16)
     num_blocks = max(2, (args.mib << 20) // block_bytes)
@@ -142,6 +146,7 @@ def _measure_shape(args: argparse.Namespace, shape: Shape, threads: int, suffix:
         try:
             for _ in range(args.rounds + 1):
                 _round(bench)
+                progress.step()
         finally:
             _record(bench, moved, suffix, report)
         bench.pages.detach()

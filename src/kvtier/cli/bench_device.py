@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import kvtier
+from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.errors import ConfigError
 from kvtier.gpus import CudaFacts, Gpu, cuda_facts, device_bench
@@ -81,13 +82,21 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     gpu = facts.gpus[args.gpu]
     describe(report, facts, gpu, args)
     bench = _Bench(args, report)
-    bench.limits()
-    for shape in SHAPES:
-        for layout in LAYOUTS:
-            bench.shape(shape, layout)
-    bench.slowdown("free", bench.native)
-    limited = device_bench(args.gpu, max_sms=args.sms, store_rate=rate, load_rate=rate)
-    bench.slowdown("limited", limited)
+    with Progress(report.out, len(SHAPES) * len(LAYOUTS) + 3) as progress:
+        progress.phase("limits")
+        bench.limits()
+        progress.step()
+        for shape in SHAPES:
+            for layout in LAYOUTS:
+                progress.phase(f"{shape.name}, {layout}")
+                bench.shape(shape, layout)
+                progress.step()
+        progress.phase("beside decoding")
+        bench.slowdown("free", bench.native)
+        progress.step()
+        limited = device_bench(args.gpu, max_sms=args.sms, store_rate=rate, load_rate=rate)
+        bench.slowdown("limited", limited)
+        progress.step()
     print(
         "\nlimit: plain pinned copies of 256 MiB; ratio: beside it, of the same round. calibrated: the\n"
         "path that is used. batched: the driver's batched copy, as vLLM uses it; plain: one copy a run.\n",

@@ -20,6 +20,7 @@ import numpy as np
 import kvtier
 from kvtier.cli import machine
 from kvtier.cli.bench import seconds
+from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, results_table
 from kvtier.errors import ConfigError
 
@@ -88,12 +89,21 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         table = {flat[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(capacity)}
         bench = _Bench(engine, pages, memory, keys, table, args.batch, rng, report)
         try:
-            _fill(bench)
-            for i in range(args.rounds + 1):
-                _lookup_round(bench, i)
-            _key_rounds(bench, args)
-            for _ in range(args.rounds + 1):
-                _evicting_round(bench)
+            with Progress(report.out, 2 * (args.rounds + 1) + 2) as progress:
+                progress.phase("filling the index")
+                _fill(bench)
+                progress.step()
+                progress.phase("lookups")
+                for i in range(args.rounds + 1):
+                    _lookup_round(bench, i)
+                    progress.step()
+                progress.phase("keys")
+                _key_rounds(bench, args)
+                progress.step()
+                progress.phase("stores that evict")
+                for _ in range(args.rounds + 1):
+                    _evicting_round(bench)
+                    progress.step()
         finally:
             _record(bench)
         pages.detach()
