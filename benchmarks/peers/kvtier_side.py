@@ -1,0 +1,156 @@
+"""kvtier as a side: the whole engine, from pages to the host tier, or to disk and durable."""
+
+import time
+
+import numpy as np
+from harness import Store, keys_of, serve
+
+import kvtier
+
+# The batch of 16 is what a scheduler hands over in a step.
+STEP_BATCH = 16
+
+
+def _matrix(keys):
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
+
+
+class Kvtier(Store):
+    def open(self, home, size, blocks, capacity, options):
+        tokens = size // (32 * 2 * 8 * 128 * 2)  # the shape of an 8B model: 128 KiB a token
+        layout = kvtier.KVLayout(32, 8, 128, "bfloat16", tokens)
+        host = (blocks + 8) * (size + 8192) + (64 << 20)
+        disk = {}
+        if options["tier"] == "disk":
+            disk = {
+                "disk": kvtier.Disk(str(home / "disk"), capacity),
+                "disk_admission": "all",
+                "disk_write_budget": "unlimited",
+                "disk_queue_depth": 32,
+                "disk_commit_seconds": 0.01,  # put() waits for durable: default 0.5 gathers more
+            }
+        self.config = kvtier.Config(
+            groups=[layout], model="kvtier-bench@1", block_tokens=tokens, host=host, **disk
+        )
+        self.tokens, self.blocks, self.on_disk = tokens, blocks, bool(disk)
+        self.ids = np.arange(blocks)
+        self.shape = (2 * blocks, 32, 2, tokens, 8, 128)
+        self._open()
+        if self.on_disk and self.engine.stats().disks[0].opened_from == "fresh":
+            self._wait_until_grown()
+        return {
+            "config": f"tier {options['tier']}, default copy threads; disk: admission all, queue depth 32, "
+            "commit 0.01 s"
+        }
+
+    def _open(self):
+        self.engine = kvtier.open(self.config)
+        memory = self.pages.both.view(np.uint16).reshape(self.shape)
+        self.attached = self.engine.attach(memory, axes="PLKTHD")
+
+    def _wait_until_grown(self):
+        """A new store's files are written once in the background: not beside what is timed."""
+        until = time.monotonic() + 60
+        while any(c.usable < c.capacity for c in self.engine.stats().disks[0].classes):
+            if time.monotonic() > until:
+                raise TimeoutError("the disk tier's files did not grow in 60 s")
+            time.sleep(0.01)
+
+    def put(self, keys):
+        until = time.monotonic() + 60
+        array = _matrix(keys)
+        while True:
+            ticket = self.engine.store(array, self.attached, self.ids)
+            ticket.wait()
+            if not self.on_disk:
+                if ticket.result().stored != len(keys):
+                    raise RuntimeError(f"stored {ticket.result().stored} of {len(keys)}")
+                return
+            self.engine.flush()
+            if ticket.durable_blocks == len(keys):
+                return
+            if time.monotonic() > until:
+                raise RuntimeError(f"durable {ticket.durable_blocks} of {len(keys)} after 60 s")
+            time.sleep(0.02)  # the files of a new store are still growing
+
+    def get(self, keys):
+        ticket = self.engine.load(_matrix(keys), self.attached, self.ids + self.blocks).wait()
+        return [int(o) == kvtier.BlockOutcome.LOADED for o in ticket.result().outcomes]
+
+    def found(self, keys):
+        return int((self.engine.lookup(_matrix(keys)).states() == kvtier.BlockState.READY).sum())
+
+    def forget(self, keys):
+        self.engine.drop(_matrix(keys))
+
+    def cold(self):
+        if self.on_disk:  # a new engine has nothing in its host tier
+            self.engine.close()
+            self._open()
+            self.engine.wait_until_whole()
+
+    def close(self):
+        self.engine.close()
+
+    def steps_open(self, count, options):
+        layout = kvtier.KVLayout(1, 1, 16, "uint8", 1)
+        slots = options.get("slots", count)
+        # A slot has a header of 4096 and as much for the payload of 32 bytes.
+        self.config = kvtier.Config(
+            groups=[layout], block_tokens=1, model="kvtier-bench@1", host=slots * 8192 + 8192
+        )
+        self.engine = kvtier.open(self.config)
+        self.engine.wait_until_whole()
+        memory = np.zeros((count, 2, 1, 1, 16), np.uint8)
+        self.attached = self.engine.attach([memory])
+        self.count, self.wanted = count, options["steps"]
+        self.slots = self.engine.stats().host[0].capacity
+        self.filled = 0
+        while self.engine.stats().host[0].ready < self.slots:
+            self._store_all(self._keys(-1 - self.filled))
+            self.filled += 1
+        self.present = self._keys(-self.filled)
+
+    def _keys(self, number):
+        return _matrix(keys_of(number, self.count))
+
+    def _store_all(self, keys):
+        self.engine.store(keys, self.attached, np.arange(len(keys))).wait()
+
+    def steps(self, number):
+        took = {}
+        begin = time.perf_counter()
+        match = self.engine.lookup(self.present)
+        took["lookup"] = time.perf_counter() - begin
+        if match.ready_blocks != self.count:
+            raise RuntimeError(f"lookup found {match.ready_blocks} of {self.count}")
+        if "prepare_load" in self.wanted:
+            begin = time.perf_counter()
+            lease = match.pin(ttl=60)
+            took["prepare_load"] = time.perf_counter() - begin
+            if lease.num_blocks != self.count:
+                raise RuntimeError(f"pinned {lease.num_blocks} of {self.count}")
+            lease.release()
+        if "store_evicting" in self.wanted:
+            for name, batch in (("store_evicting", STEP_BATCH), ("store_evicting_at_once", self.count)):
+                self._evicting(took, name, batch, self._keys(2 * number + (batch == STEP_BATCH)))
+        return took
+
+    def _evicting(self, took, name, batch, keys):
+        before = self.engine.stats().evictions
+        ids = np.arange(batch)
+        begin = time.perf_counter()
+        tickets = [
+            self.engine.store(keys[i : i + batch], self.attached, ids) for i in range(0, self.count, batch)
+        ]
+        for ticket in tickets:
+            ticket.wait()
+        took[name] = time.perf_counter() - begin
+        evicted = self.engine.stats().evictions - before
+        if evicted != self.count or self.engine.lookup(keys).ready_blocks != self.count:
+            raise RuntimeError(f"evicted {evicted} of {self.count}")
+        self.present = keys
+
+
+if __name__ == "__main__":
+    serve(Kvtier)

@@ -1,0 +1,373 @@
+"""kvtier beside other stores of KV blocks, in one run, taking turns: `kvtier bench peers`.
+
+Each side is a process in an environment of its own (peer_list.py, benchmarks/peers). Values begin and end in
+the framework's pages on every side, contiguous and in huge pages. A round is: put by one, put by the other,
+get by one, get by the other; who is first changes. A put of a side with files ends with syncfs(), a get
+begins with the page cache dropped; kvtier's put to disk waits until the blocks are durable and checksummed,
+which no file of the others is. docs/peers.md says what each figure means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kvtier.cli import machine, peer_tables
+from kvtier.cli.peer_list import KVTIER, PEERS, Peer, default_cache, environment_folder, python_of
+from kvtier.cli.peer_side import Side, SideError
+from kvtier.cli.progress import Progress
+from kvtier.cli.results import Report, Result, measured
+from kvtier.errors import ConfigError, ResourceError
+
+SIZES = {"2MiB": 2 << 20, "32MiB": 32 << 20}
+METHOD = {
+    "sides": "a process each; pages and staging memory in transparent huge pages; values contiguous",
+    "disk": "puts end with syncfs(), gets begin with the page cache dropped; kvtier's puts are durable",
+    "limit": "of a kvtier row: the peer's median in the same rounds; of its /ratio: none",
+}
+_KEYS = 65_536
+_BEHAVIOUR_SIZE = "2MiB"
+_SECONDS_BEFORE_KILL = 2.0
+_CAP_ROUNDS = 8
+_SLACK_BYTES = 256 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier bench peers`."""
+    parser.add_argument("--dir", default=".", metavar="D", help="a directory on the drive (default: here)")
+    parser.add_argument("--only", action="append", metavar="PEER", help="only this one; may be repeated")
+    parser.add_argument("--list", action="store_true", help="say which peers there are, and measure nothing")
+    parser.add_argument("--mib", type=int, default=256, help="moved by each pass (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="write the ratios as a PNG there")
+    parser.add_argument("--cache", metavar="D", help="where the peers' environments are kept")
+    parser.set_defaults(rounds=5)
+
+
+@dataclass
+class Run:
+    """What the parts of one run share."""
+
+    args: argparse.Namespace
+    report: Report
+    progress: Progress
+    root: Path
+    home: Path
+    cache: Path
+    pythons: dict[str, str] = field(default_factory=dict)
+    count: int = 0
+
+    @contextlib.contextmanager
+    def folder(self) -> Iterator[Path]:
+        """An empty one for a store, removed in the end."""
+        self.count += 1
+        path = self.home / str(self.count)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def side(self, peer: Peer) -> Iterator[Side]:
+        """A running side."""
+        script, *rest = peer.script
+        path = self.root / "benchmarks" / "peers" / script
+        self.count += 1
+        with Side([self.pythons[peer.name], str(path), *rest], self.home / f"{self.count}.log") as side:
+            yield side
+
+    def open(self, side: Side, peer: Peer, home: Path, size: int) -> dict[str, Any]:
+        """Opens a store for values of `size` bytes; what is there already is found again."""
+        return side.ask(
+            "open",
+            home=str(home),
+            size=size,
+            blocks=self.blocks(size),
+            capacity=self.capacity(size),
+            seed=self.args.seed,
+            on_disk=peer.tier == "disk",
+            options=dict(peer.options),
+        )
+
+    def capacity(self, size: int) -> int:
+        """What stores with files are told to stay below: about four passes."""
+        return 3 * self.blocks(size) * size + _SLACK_BYTES
+
+    def blocks(self, size: int) -> int:
+        """Values of a pass."""
+        mib: int = self.args.mib
+        return max(4, (mib << 20) // size)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Notes what was left out and why."""
+        self.report.machine["skipped"][name] = reason.replace(str(self.home), "DIR")[:300]
+        print(f"left out: {name}: {reason[:300]}", file=self.report.out)
+
+    def wrong(self, name: str, what: str) -> None:
+        """Notes wrong bytes: no figure. kvtier's own fail the run."""
+        self.report.machine["wrong_bytes"][name] = what
+        print(f"WRONG BYTES: {name}: {what}", file=self.report.out)
+        if name.startswith("kvtier/"):
+            self.report.checks["kvtier_bytes"] = False
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
+    report.machine["method"]["options"] = {"mib": args.mib, "only": args.only}
+    known = {peer.name: peer for peer in PEERS}
+    for name in args.only or []:
+        if name not in known:
+            raise ConfigError(f"--only {name}: allowed: {', '.join(known)}")
+    if not 8 <= args.mib <= 4096:
+        raise ConfigError(f"--mib {args.mib}: allowed: 8 to 4096")
+    root = machine.checkout()
+    if root is None or not (root / "benchmarks" / "peers").is_dir():
+        raise ResourceError("bench peers needs a checkout: its scripts are in benchmarks/peers")
+    chosen = [known[name] for name in args.only] if args.only else list(PEERS)
+    cache = Path(args.cache).resolve() if args.cache else default_cache()
+    if args.list:
+        _list(chosen, root, cache, report)
+        return
+    if args.plot:
+        peer_tables.check_plot(args.plot)
+    _check_room(args)
+    report.machine |= {"drive": machine.drive(Path(args.dir)), "skipped": {}, "wrong_bytes": {}, "peers": {}}
+    report.checks["kvtier_bytes"] = True
+    home = Path(tempfile.mkdtemp(prefix="kvtier-peers.", dir=args.dir)).resolve()
+    try:
+        with Progress(report.out, sum(map(_units, chosen)) + 6) as progress:
+            run = Run(args, report, progress, root, home, cache)
+            _everything(run, chosen)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+        peer_tables.print_tables(report)
+    if args.plot:
+        peer_tables.plot(report, args.plot)
+
+
+def _everything(run: Run, chosen: list[Peer]) -> None:
+    run.pythons[KVTIER.name] = python_of(KVTIER, run.root, run.cache)
+    behaviour(run, KVTIER)
+    for peer in chosen:
+        run.progress.phase(f"{peer.name}: environment")
+        try:
+            run.pythons[peer.name] = python_of(peer, run.root, run.cache)
+        except SideError as error:
+            run.skip(peer.name, str(error))
+            run.progress.step(_units(peer))
+            continue
+        run.report.machine["peers"][peer.name] = {"about": peer.about}
+        for size in SIZES if peer.moves else ():
+            with _part(run, peer, size):
+                throughput(run, peer, size)
+        if peer.steps:
+            with _part(run, peer, "lookup"):
+                index_work(run, peer)
+        behaviour(run, peer)
+
+
+def _units(peer: Peer) -> int:
+    return len(SIZES) * 2 * peer.moves + bool(peer.steps) + _behaviours(peer)
+
+
+def _behaviours(peer: Peer) -> int:
+    return 2 * peer.survives + 2 * (peer.bounded and peer.tier == "disk")
+
+
+@contextlib.contextmanager
+def _part(run: Run, peer: Peer, what: str) -> Iterator[None]:
+    run.progress.phase(f"{peer.name}: {what}")
+    try:
+        yield
+    except SideError as error:
+        run.skip(f"{peer.name}/{what}", str(error))
+    run.progress.step(2 if what in SIZES else 1)
+
+
+def _check_room(args: argparse.Namespace) -> None:
+    free, needed = shutil.disk_usage(args.dir).free, 16 * (args.mib << 20) + 8 * _SLACK_BYTES
+    if free < needed:
+        raise ResourceError(f"--dir {args.dir}: {free >> 20} MiB are free; needs {needed >> 20} MiB")
+    if (needed := 12 * (args.mib << 20) + (2 << 30)) > machine.available_bytes():
+        raise ResourceError(f"--mib {args.mib}: needs {needed >> 20} MiB of free memory")
+
+
+def _list(chosen: list[Peer], root: Path, cache: Path, report: Report) -> None:
+    for peer in chosen:
+        state = "there"
+        if peer.environment == "vllm":
+            state = "there" if (root / ".venv-vllm" / "bin" / "python").exists() else "missing: make vllm-env"
+        elif peer.environment != "kvtier":
+            folder = environment_folder(peer.environment, root, cache)
+            state = "there" if (folder / ".ready").exists() else "made when it is needed"
+        if peer.program is not None and shutil.which(peer.program) is None:
+            state = f"missing: {peer.program} is not installed"
+        print(f"{peer.name:20} {peer.about}; environment: {state}", file=report.out)
+
+
+# --- put and get ---
+
+
+def throughput(run: Run, peer: Peer, size_name: str) -> None:
+    """Rounds of put and get by both sides in turn."""
+    size = SIZES[size_name]
+    moved = run.blocks(size) * size
+    ours = replace(KVTIER, tier=peer.tier, options={"tier": peer.tier})
+    rates: dict[str, dict[str, list[float]]] = {
+        what: {KVTIER.name: [], peer.name: []} for what in ("put", "get")
+    }
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for each in (ours, peer):
+            side = stack.enter_context(run.side(each))
+            about = run.open(side, each, stack.enter_context(run.folder()), size)["about"]
+            run.report.machine["peers"].setdefault(each.name, {})[f"config {size_name} {each.tier}"] = about
+            sides.append((each, side))
+        for number in range(run.args.rounds + 1):
+            turns = sides if number % 2 == 0 else sides[::-1]
+            for what in rates:
+                for each, side in turns:
+                    took = _pass(run, each, side, what, number, size)
+                    if took is None:
+                        return
+                    if number > 0:  # the first warms up
+                        rates[what][each.name].append(moved / took / 1e9)
+            for _, side in turns:
+                side.ask("forget", number=number)
+    for what, of in rates.items():
+        _record(run, f"{what}/{size_name}", peer, of[KVTIER.name], of[peer.name], "GB/s")
+
+
+def _pass(run: Run, peer: Peer, side: Side, what: str, number: int, size: int) -> float | None:
+    """Seconds of one; None after a note if the bytes were wrong or not there."""
+    if what == "put":
+        return float(side.ask("put", number=number)["seconds"])
+    answer = side.ask("get", number=number, cold=peer.tier == "disk")
+    blocks = run.blocks(size)
+    if answer["wrong"]:
+        run.wrong(f"{peer.name}/get/{size >> 20}MiB", f"{answer['wrong']} of {blocks} values")
+        return None
+    if answer["right"] != blocks:
+        raise SideError(f"get: {peer.name} had {answer['right']} of {blocks} values that were just put")
+    return float(answer["seconds"])
+
+
+def _record(run: Run, name: str, peer: Peer, ours: list[float], theirs: list[float], unit: str) -> None:
+    row = measured(f"{KVTIER.name}/{name}/{peer.name}", ours, unit, theirs)
+    pairs = zip(ours, theirs, strict=True)
+    ratios = [b / a if unit == "ms" else a / b for a, b in pairs]
+    run.report.add(
+        measured(f"{peer.name}/{name}", theirs, unit), row, measured(f"{row.name}/ratio", ratios, "x")
+    )
+
+
+# --- index work ---
+
+
+def index_work(run: Run, peer: Peer) -> None:
+    """Rounds of lookups, and of what else both can do, on keys of small values."""
+    ours = replace(KVTIER, tier="host", options={"steps": peer.steps, "slots": peer.slots or _KEYS})
+    ms: dict[str, dict[str, list[float]]] = {}
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for each in (ours, peer):
+            side = stack.enter_context(run.side(each))
+            options = {**each.options, "steps": peer.steps, "slots": peer.slots or _KEYS}
+            folder = stack.enter_context(run.folder())
+            side.ask("steps_open", home=str(folder), count=_KEYS, options=options)
+            sides.append((each, side))
+        for number in range(run.args.rounds + 1):
+            for each, side in sides if number % 2 == 0 else sides[::-1]:
+                for step, took in side.ask("steps", number=number)["steps"].items():
+                    if number > 0:
+                        ms.setdefault(step, {}).setdefault(each.name, []).append(1e3 * took)
+    for step, of in ms.items():
+        if len(of) == 2:
+            _record(run, f"{step}/{_KEYS}", peer, of[KVTIER.name], of[peer.name], "ms")
+
+
+# --- behaviour ---
+
+
+def behaviour(run: Run, peer: Peer) -> None:
+    """What is left after an end, what becomes of a flipped bit, how far files grow."""
+    if peer.survives:
+        for end in ("killed", "closed"):
+            with _part(run, peer, f"restart/{end}"):
+                _restart(run, peer, end)
+    if peer.bounded and peer.tier == "disk":
+        with _part(run, peer, "bitflip"):
+            _bitflip(run, peer)
+        with _part(run, peer, "cap"):
+            _cap(run, peer)
+
+
+def _restart(run: Run, peer: Peer, end: str) -> None:
+    size = SIZES[_BEHAVIOUR_SIZE]
+    blocks = run.blocks(size)
+    with run.folder() as home:
+        with run.side(peer) as side:
+            run.open(side, peer, home, size)
+            side.ask("put", number=7)
+            if end == "closed":
+                side.ask("close")
+            else:
+                time.sleep(_SECONDS_BEFORE_KILL)
+        with run.side(peer) as side:
+            opened = run.open(side, peer, home, size)["seconds"]
+            found = side.ask("found", number=7)
+            back = side.ask("get", number=7, cold=peer.tier == "disk")
+    name = f"{peer.name}/restart/{_BEHAVIOUR_SIZE}"
+    if back["wrong"]:
+        run.wrong(name, f"{end}: {back['wrong']} of {blocks} values")
+        return
+    run.report.add(Result(f"{name}/{end}", 100 * back["right"] / blocks, "%", n=blocks))
+    if back["right"]:
+        run.report.add(Result(f"{name}/{end}_seconds", opened + found["seconds"], "s"))
+
+
+def _bitflip(run: Run, peer: Peer) -> None:
+    size = SIZES[_BEHAVIOUR_SIZE]
+    blocks = run.blocks(size)
+    flips = (1, blocks // 2, blocks - 1)
+    with run.folder() as home, run.side(peer) as side:
+        run.open(side, peer, home, size)
+        side.ask("put", number=3)
+        for block in flips:
+            if not side.ask("flip", number=3, block=block)["flipped"]:
+                raise SideError("its bytes were not found in its files")
+        answer = side.ask("get", number=3, cold=True)
+    name = f"{peer.name}/bitflip/{_BEHAVIOUR_SIZE}"
+    run.report.add(Result(name, answer["wrong"], "wrong values served", n=len(flips)))
+    if peer is KVTIER:
+        run.report.checks["kvtier_bytes"] &= answer["wrong"] == 0
+        run.report.checks["kvtier_misses_only_flipped"] = answer["right"] == blocks - len(flips)
+
+
+def _cap(run: Run, peer: Peer) -> None:
+    size = SIZES[_BEHAVIOUR_SIZE]
+    blocks = run.blocks(size)
+    most, refused = 0, ""
+    with run.folder() as home, run.side(peer) as side:
+        run.open(side, peer, home, size)
+        for number in range(_CAP_ROUNDS):
+            try:
+                side.ask("put", number=number)
+            except SideError as error:
+                refused = str(error)
+            most = max(most, side.ask("usage")["bytes"])
+            if refused:
+                break
+        newest = 0 if refused else side.ask("get", number=number, cold=True)["right"]
+    name = f"{peer.name}/cap/{_BEHAVIOUR_SIZE}"
+    run.report.add(Result(name, most / run.capacity(size), "x of the cap"))
+    run.report.add(Result(f"{name}/newest", 100 * newest / blocks, "%", n=blocks))
+    if refused:
+        run.report.machine["peers"].setdefault(peer.name, {})["at the cap"] = refused[:200]

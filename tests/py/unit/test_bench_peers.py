@@ -1,0 +1,276 @@
+"""`kvtier bench peers`: real processes, small amounts; a side that fails costs a reason and nothing else."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier.cli import bench_peers, main, peer_list, peer_tables
+from kvtier.cli.peer_list import KVTIER, PEERS, Peer
+from kvtier.cli.peer_side import Side, SideError
+from kvtier.cli.results import Report, Result, problems
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = ROOT / "benchmarks" / "peers"
+MIB = 8
+
+# A peer that keeps values in a dict and files, and does wrong what it is told to.
+FAKE = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+import numpy as np
+from harness import Store, keys_of, serve
+
+class Fake(Store):
+    def open(self, home, size, blocks, capacity, options):
+        self.home, self.options = home, options
+        return {{"config": "a file a value"}}
+    def _path(self, key):
+        return self.home / key.hex()
+    def put(self, keys):
+        if self.options.get("hangs"):
+            import time
+            time.sleep(600)
+        if self.options.get("dies"):
+            sys.stderr.write("out of luck\\n")
+            sys.stderr.flush()
+            import os
+            os._exit(3)
+        for i, key in enumerate(keys):
+            self._path(key).write_bytes(self.pages.source[i].tobytes())
+    def get(self, keys):
+        for i, key in enumerate(keys):
+            if self._path(key).exists():
+                self.pages.target[i] = np.frombuffer(self._path(key).read_bytes(), np.uint8)
+        if self.options.get("lies"):
+            self.pages.target[0, 5] ^= 1
+        return [self._path(key).exists() for key in keys]
+    def found(self, keys):
+        return sum(self._path(key).exists() for key in keys)
+    def forget(self, keys):
+        for key in keys:
+            self._path(key).unlink()
+    def steps_open(self, count, options):
+        self.present = dict.fromkeys(keys_of(-1, count))
+    def steps(self, number):
+        import time
+        begin = time.perf_counter()
+        found = sum(key in self.present for key in list(self.present))
+        assert found == len(self.present)
+        return {{"lookup": time.perf_counter() - begin}}
+
+serve(Fake)
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fake peers beside the real ones, in this test's own environment."""
+    script = tmp_path / "fake_side.py"
+    script.write_text(FAKE)
+    fake = {
+        name: Peer(name, f"a fake that {name}", "kvtier", (str(script),), options={name: True})
+        for name in ("works", "lies", "dies", "hangs")
+    }
+    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=("lookup",))
+    fake["absent"] = Peer(
+        "absent", "needs what is not there", "kvtier", (str(script),), program="no-such-program"
+    )
+    monkeypatch.setattr(bench_peers, "PEERS", tuple(fake.values()))
+    monkeypatch.setattr(bench_peers, "_SECONDS_BEFORE_KILL", 0.1)
+    monkeypatch.setattr(bench_peers, "SIZES", {"2MiB": 2 << 20})
+    monkeypatch.setattr(bench_peers, "_KEYS", 1024)
+    monkeypatch.setattr(bench_peers, "_SLACK_BYTES", 32 << 20)  # the cap is below what is put
+    monkeypatch.setattr("kvtier.cli.bench_lock.lock_file", lambda: tmp_path / "lock")
+    return tmp_path
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what kvtier does after ends and flipped bits; one test looks at that."""
+    monkeypatch.setattr(bench_peers, "KVTIER", replace(KVTIER, survives=False, bounded=False))
+
+
+def run(folder: Path, *words: str) -> tuple[int, Any]:
+    out = folder / "out.json"
+    options = ["--dir", str(folder), "--mib", str(MIB), "--rounds", "1", "--json", str(out)]
+    status = main(["bench", "peers", *options, *words])
+    document = json.loads(out.read_text())
+    assert problems(document) == []
+    return status, document
+
+
+def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run(fakes, "--only", "works")
+    assert status == 0
+    of = {result["name"]: result for result in document["results"]}
+    for what in ("put/2MiB", "get/2MiB", "lookup/1024"):
+        ours, theirs = of[f"kvtier/{what}/works"], of[f"works/{what}"]
+        ratio = of[f"kvtier/{what}/works/ratio"]
+        assert ours["limit"] == theirs["value"] > 0
+        assert ratio["min"] <= ratio["value"] == ours["ratio"] <= ratio["max"]
+    assert document["machine"]["skipped"] == document["machine"]["wrong_bytes"] == {}
+    # kvtier beside itself alone: nothing is lost, nothing wrong is served, and the cap holds.
+    for end in ("killed", "closed"):
+        assert of[f"kvtier/restart/2MiB/{end}"]["value"] == 100
+        assert of[f"works/restart/2MiB/{end}"]["value"] == 100
+    assert of["kvtier/bitflip/2MiB"]["value"] == 0
+    assert of["works/bitflip/2MiB"]["value"] == of["works/bitflip/2MiB"]["n"] == 3
+    assert of["kvtier/cap/2MiB"]["value"] <= 1
+    assert of["kvtier/cap/2MiB/newest"]["value"] == 100
+    assert document["checks"] == {
+        "kvtier_bytes": True,
+        "kvtier_misses_only_flipped": True,
+        "completed": True,
+    }
+    text = capsys.readouterr().out
+    assert "3 of 3 served wrong" in text
+    assert str(fakes) not in (fakes / "out.json").read_text()
+
+
+@pytest.mark.usefixtures("brief")
+def test_wrong_bytes_are_reported_and_not_timed(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = run(fakes, "--only", "lies")
+    names = {result["name"] for result in document["results"]}
+    assert not any(name.startswith(("lies/put", "lies/get", "kvtier/put", "kvtier/get")) for name in names)
+    assert set(document["machine"]["wrong_bytes"]) == {"lies/get/2MiB", "lies/restart/2MiB"}
+    assert "WRONG BYTES: lies/get/2MiB: 1 of 4 values" in capsys.readouterr().out
+    assert status == 0  # they are wrong, not we
+
+
+@pytest.mark.usefixtures("brief")
+def test_what_fails_is_left_out_with_its_reason(fakes: Path) -> None:
+    _, document = run(fakes, "--only", "dies", "--only", "absent")
+    skipped = document["machine"]["skipped"]
+    assert skipped["absent"] == "no-such-program is not installed"
+    assert skipped["dies/2MiB"] == "put: it ended: status 3, out of luck"
+    assert document["checks"]["completed"]
+
+
+def test_wrong_bytes_of_our_own_fail_the_run(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = fakes / "fake_side.py"
+    monkeypatch.setattr(
+        bench_peers, "KVTIER", Peer("kvtier", "lies", "kvtier", (str(script),), options={"lies": True})
+    )
+    status, document = run(fakes, "--only", "absent")
+    assert status == 1
+    assert document["checks"]["kvtier_bytes"] is False
+
+
+@pytest.mark.usefixtures("brief")
+def test_interrupted_it_leaves_what_was_finished_and_no_process(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+    ask = Side.ask
+
+    def interrupted(side: Side, op: str, **arguments: Any) -> dict[str, Any]:
+        pids.append(side._process.pid)
+        if op == "steps_open":
+            raise KeyboardInterrupt
+        return ask(side, op, **arguments)
+
+    monkeypatch.setattr(Side, "ask", interrupted)
+    status, document = run(fakes, "--only", "works")
+    assert status == 130
+    assert document["checks"]["completed"] is False
+    assert any(result["name"] == "works/put/2MiB" for result in document["results"])
+    assert pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list(fakes.glob("kvtier-peers.*"))
+
+
+def test_a_side_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    log = tmp_path / "log"
+    with (
+        Side([sys.executable, "-c", program], log, patience=2) as side,
+        pytest.raises(SideError, match="put: no answer in 2 s, killed"),
+    ):
+        side.ask("put")
+    child = int(log.read_text())
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and "Z" not in _state(child):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_an_unknown_peer_is_refused(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "peers", "--only", "nobody", "--dir", str(fakes)]) == 1
+    assert "--only nobody: allowed: works, lies" in capsys.readouterr().err
+
+
+def test_list_measures_nothing(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "peers", "--list", "--dir", str(fakes)]) == 0
+    assert "missing: no-such-program is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("peer", [*PEERS, KVTIER], ids=lambda peer: peer.name)
+def test_every_peer_has_its_script_and_pinned_requirements(peer: Peer) -> None:
+    assert (SCRIPTS / peer.script[0]).is_file()
+    if peer.environment in ("kvtier", "vllm"):
+        return
+    lines = peer_list.requirements_of(peer.environment, ROOT).read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins
+    assert all("==" in line for line in pins)
+    assert not any(line.lower().startswith(("nvidia", "cuda", "cupy")) for line in pins)
+
+
+def test_an_environment_that_does_not_install_costs_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("./there/is/nothing-1.0-py3-none-any.whl\n")
+    monkeypatch.setattr(peer_list, "requirements_of", lambda environment, root: requirements)
+    peer = Peer("broken", "", "broken", ("kv_side.py",))
+    with pytest.raises(SideError, match="does not install"):
+        peer_list.python_of(peer, ROOT, tmp_path / "cache")
+    assert not (peer_list.environment_folder("broken", ROOT, tmp_path / "cache") / ".ready").exists()
+
+
+def test_where_we_are_behind_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("bench peers")
+    for name, value, unit in (
+        ("other/get/2MiB", 4.0, "GB/s"),
+        ("kvtier/get/2MiB/other", 3.0, "GB/s"),
+        ("kvtier/get/2MiB/other/ratio", 0.75, "x"),
+    ):
+        report.add(Result(name, value, unit, n=3, min=value / 2, max=2 * value))
+    peer_tables.print_tables(report)
+    text = capsys.readouterr().out
+    assert "behind: get/2MiB/other (0.75 x)" in text
+    assert "0.38-1.50" in text
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = Report("bench peers")
+    for peer in ("a", "b"):
+        report.add(Result(f"kvtier/get/2MiB/{peer}/ratio", 2.0, "x", n=3, min=1.0, max=3.0))
+    path = tmp_path / "plot.png"
+    peer_tables.check_plot(str(path))
+    peer_tables.plot(report, str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_environments_are_kept_below_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "cache")
+    assert peer_list.default_cache() == Path("/cache/kvtier/peers")
