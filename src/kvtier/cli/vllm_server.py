@@ -1,0 +1,175 @@
+"""Starts a real vLLM server on the loopback and talks to it: for benchmarks and examples."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvtier.errors import ConfigError, UnsupportedError
+
+START_SECONDS = 600.0
+_STOP_SECONDS = 60.0
+_NAME = "m"
+
+
+class Answer(NamedTuple):
+    """What a prompt brought.
+
+    Attributes:
+        seconds: To the first token.
+        tokens: The answer's token ids.
+        cached_tokens: How many of the prompt's tokens were not computed.
+    """
+
+    seconds: float
+    tokens: list[int]
+    cached_tokens: int
+
+
+class VllmServer:
+    """One server in a process group of its own; a context manager that ends it."""
+
+    def __init__(
+        self, model: str, transfer: Mapping[str, Any], arguments: Sequence[str] = (), **environment: str
+    ) -> None:
+        """Starts it and returns at once.
+
+        Args:
+            model: A folder, or a hub name.
+            transfer: --kv-transfer-config.
+            arguments: More for vLLM.
+            environment: More for its environment.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", _NAME]
+        command += ["--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)]
+        more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"} | environment
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - stop() closes it
+        self._server = subprocess.Popen(  # noqa: S603 - this very Python
+            [*command, *arguments],
+            env=os.environ | more,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> VllmServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_up(self, seconds: float = START_SECONDS) -> None:
+        """Waits until it answers.
+
+        Raises:
+            UnsupportedError: It ended, or did not answer in time; with the end of its log.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            if self._server.poll() is not None or time.monotonic() > end:
+                raise UnsupportedError(f"vLLM's server did not start; the end of its log:\n{self.log()}")
+            with contextlib.suppress(OSError):
+                if self.request("GET", "/health")[0] == http.client.OK:
+                    return
+            time.sleep(0.3)
+
+    def log(self) -> str:
+        """The end of what it wrote."""
+        self._log.seek(0)
+        return self._log.read()[-4000:]
+
+    def kill(self) -> None:
+        """Kill -9 of the server and its engine. Idempotent."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.wait()
+
+    def stop(self) -> None:
+        """Asks it to end, and kills what has not after a minute. Idempotent."""
+        if self._server.poll() is None:
+            self._server.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(_STOP_SECONDS)
+        self.kill()  # the engine's process too, where the server left it behind
+        self._log.close()
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        """One request: status and answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=START_SECONDS)
+        try:
+            sent = None if body is None else json.dumps(body)
+            connection.request(method, path, sent, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def ask(self, prompt: Sequence[int], tokens: int = 4) -> Answer:
+        """Streams a greedy answer to a prompt of token ids.
+
+        Raises:
+            ConfigError: The server refused it, or sent nothing.
+        """
+        body = {
+            "model": _NAME,
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream_options": {"include_usage": True},
+        }
+        sent = json.dumps(body)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=START_SECONDS)
+        try:
+            begin = time.perf_counter()
+            connection.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                raise ConfigError(f"the server refused a prompt of {len(prompt)} tokens: {response.read()!r}")
+            return _read(response, begin)
+        finally:
+            connection.close()
+
+    def forget_device(self) -> None:
+        """Empties vLLM's own prefix cache, not what is below it."""
+        self.request("POST", "/reset_prefix_cache")
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus counter over its labels."""
+        lines = self.request("GET", "/metrics")[1].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def _read(response: http.client.HTTPResponse, begin: float) -> Answer:
+    first: float | None = None
+    ids: list[int] = []
+    cached = 0
+    for line in response:
+        if not line.startswith(b"data: {"):
+            continue
+        chunk = json.loads(line[6:])
+        if chunk["choices"] and first is None:
+            first = time.perf_counter() - begin
+        for choice in chunk["choices"]:
+            ids += choice.get("token_ids") or []
+        details = (chunk.get("usage") or {}).get("prompt_tokens_details") or {}
+        cached = details.get("cached_tokens") or cached
+    if first is None:
+        raise ConfigError("the server sent no token")
+    return Answer(first, ids, cached)
