@@ -22,7 +22,9 @@ _MIN_BLOCK_BYTES = 2 << 20
 _SLOT_OVERHEAD = 1.02  # header, and rounding up
 _DISK_SPARE = 64 << 20
 _TIERS = 4  # device, host, disk, disk after a restart
-_ROUND_SECONDS = 0.15  # to open an engine, poison the pages and the like, for each of them
+_ROUND_SECONDS = 0.15  # to open an engine and the like, for each of them
+_ROUND_RATE = 4e9  # bytes a second to make its host tier and to poison the pages
+_CPU_WEIGHTS_SHARE = 4  # of a CPU's memory the weights take no more than one part in so many
 _RECOMPUTE_SHARE, _REPEAT_SHARE, _TIER_SHARE = 0.35, 0.08, 0.42  # of the time given
 
 
@@ -146,6 +148,8 @@ def _too_much(
     tier = int(kv * _SLOT_OVERHEAD) + _DISK_SPARE
     host = tier + 2 * min(kv, LIMIT_BYTES)
     if room.device is None:
+        if own and weights > room.host // _CPU_WEIGHTS_SHARE:
+            return f"weights of {weights / 1e9:.1f} GB are too many for {room.host / 1e9:.1f} GB of memory"
         host, device = host + device, 0
     for name, needed, there in (
         ("device memory", device, room.device or 0),
@@ -227,7 +231,8 @@ class Schedule:
 
 def run_seconds(model: Fit, tokens: int) -> float:
     """How long a restored run takes, about."""
-    return _ROUND_SECONDS + 1.3 * model.seconds(SUFFIX_TOKENS, tokens)
+    around = _ROUND_SECONDS + tokens * model.shape.kv_bytes_per_token() / _ROUND_RATE
+    return around + 1.3 * model.seconds(SUFFIX_TOKENS, tokens)
 
 
 def schedule(lengths: Sequence[int], model: Fit, rounds: int, minutes: float) -> Schedule:

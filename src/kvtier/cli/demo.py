@@ -18,14 +18,22 @@ import numpy as np
 
 import kvtier
 from kvtier.cli import machine
+from kvtier.cli.bench_lock import alone
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import Report, Result, add_json_argument, measured, table
+from kvtier.cli.results import Report, Result, add_json_argument, measured, out_of, table
 from kvtier.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kvtier.cli.demo_run import Run
 
 _NEEDED = ("torch", "transformers")
+METHOD = {
+    "time": "token ids to next-token logits: keys, lookup, load, model",
+    "warm_up": "one chunk and one suffix",
+    "repetitions": "--runs of the restored, --cold-runs of the cold, in turn; medians with min-max",
+    "lossless": "yes: logits are bit-identical to the cold run's; a control with one damaged block differs",
+    "limit": "cold, for the times; for restore the machine's copy of as many bytes, in the same round",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.size)
     prefix = -(-args.tokens // args.block_tokens) * args.block_tokens
     prompt = make_prompt(model, args.text, prefix + SUFFIX_TOKENS)
-    with Report("demo", args.json) as report:
+    with alone(out_of(args.json)), Report("demo", args.json) as report:
+        report.machine["method"] = METHOD
         print(machine.describe(report.machine), file=report.out)
         print(f"model:  {model.about}\nprompt: {prompt.source}", file=report.out)
         try:

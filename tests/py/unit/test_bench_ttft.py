@@ -57,10 +57,10 @@ def test_8_bits_are_taken_where_only_they_fit_a_gpu() -> None:
 
 def test_what_does_not_fit_is_left_out_with_its_reason() -> None:
     kv_bytes = 8192 * QWEN.kv_bytes_per_token()
-    weights = weight_bytes(QWEN, "bfloat16", own=True)
+    weights = weight_bytes(QWEN, "bfloat16", own=False)
     room = Room(device=None, host=weights + 6 * kv_bytes, disk=1 << 50)
     layer = place(QWEN, [8192, 131072], room, dtype="bfloat16", chunk=512)
-    assert layer.lengths == (8192,)
+    assert (layer.lengths, layer.own_weights) == ((8192,), False)
     assert "GB of host memory" in layer.left_out[131072]
     no_disk = place(QWEN, [8192], Room(None, 1 << 50, 1 << 20), dtype="bfloat16", chunk=512)
     assert no_disk.lengths == ()
@@ -255,16 +255,22 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-mla"])
-def test_a_prefill_in_chunks_is_that_of_the_whole(shape: str) -> None:
+def test_a_prefill_in_chunks_is_that_of_the_whole(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     import numpy as np
+    from torch.nn.attention.bias import causal_lower_right
 
+    from kvtier.cli import bench_ttft_model
     from kvtier.cli.bench_ttft_model import Decoder
 
-    def logits(chunks: list[int], own: bool = True) -> Any:
+    def logits(chunks: list[int], own: bool = True, gpus: bool = False) -> Any:
         model = Decoder(
             SHAPES[shape], 256, device="cpu", dtype="float32", kv_dtype="float32", own_weights=own, seed=3
         )
+        if gpus:  # tokens outermost, and torch's own causal bias: what a GPU gets
+            model.heads_first = False
+            model.buffers = [b if b.dim() == 2 else b.transpose(0, 1).contiguous() for b in model.buffers]
+            monkeypatch.setattr(bench_ttft_model, "_bias", lambda n, end, *_: causal_lower_right(n, end))
         ids = np.random.default_rng(5).integers(0, 256, 200, np.int32)
         at = 0
         for n in chunks:
@@ -277,6 +283,7 @@ def test_a_prefill_in_chunks_is_that_of_the_whole(shape: str) -> None:
     assert torch.allclose(whole, logits([64, 64, 72]), atol=1e-4, rtol=1e-4)
     assert torch.equal(logits([64, 136]), logits([64, 136]))
     assert not torch.allclose(whole, logits([200], own=False), atol=1e-2)
+    assert torch.allclose(whole, logits([64, 136], gpus=True), atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_is_llamas() -> None:
