@@ -27,6 +27,7 @@ import numpy as np
 
 from kvtier.cli.bench_vllm_lookup import measure_lookups
 from kvtier.cli.bench_vllm_model import write_model
+from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.cli.vllm_server import VllmServer
 from kvtier.config import parse_size
@@ -38,7 +39,16 @@ _QUIET_SECONDS = 2.0
 _QUIET_WITHIN_SECONDS = 120.0
 _HITS = "vllm:external_prefix_cache_hits_total"
 
+_START_UNITS = 30.0  # of progress, in seconds or so: what a server takes to start
+
+METHOD = {
+    "warm_up": f"a prompt of {_WARM_UP_TOKENS} tokens for each server, which does not count",
+    "lossless": "the answers' tokens are compared with those of a hit on the device",
+    "limit": "vLLM's own tiering in the same round",
+}
+
 Prompt = list[int]
+Prompts = dict[int, list[Prompt]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,10 +99,12 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             length: [[source.randrange(*_TOKEN_IDS) for _ in range(length)] for _ in range(args.rounds)]
             for length in args.tokens
         }
-        _first_life(contenders, prompts)
-        for each in contenders:
-            each.drop_page_cache()
-        _second_life(contenders, prompts)
+        total = len(contenders) * (args.rounds * sum(map(_units, args.tokens)) + 2 * _START_UNITS)
+        with Progress(report.out, total) as progress:
+            _first_life(contenders, prompts, progress)
+            for each in contenders:
+                each.drop_page_cache()
+            _second_life(contenders, prompts, progress)
         _report(contenders, prompts, report)
     print(results_table(report.results), file=report.out)
 
@@ -185,41 +197,52 @@ class Contender:
 
 
 @contextlib.contextmanager
-def _servers(contenders: list[Contender]) -> Iterator[list[tuple[Contender, VllmServer]]]:
+def _servers(contenders: list[Contender], progress: Progress) -> Iterator[list[tuple[Contender, VllmServer]]]:
     with contextlib.ExitStack() as stack:
         servers = []
         for each in contenders:  # one after the other: two at once are no quicker on few cores
             server = stack.enter_context(each.start())
             server.wait_until_up()
+            progress.step(_START_UNITS)
             servers.append((each, server))
         for _, server in servers:
             server.ask([5 + n % 400 for n in range(_WARM_UP_TOKENS)])
         yield servers
 
 
-def _first_life(contenders: list[Contender], prompts: dict[int, list[Prompt]]) -> None:
-    with _servers(contenders) as servers:
-        for of_length in prompts.values():
+def _units(tokens: int) -> float:
+    """What a cold prompt counts in the progress."""
+    return tokens / 1024 + (tokens / 4096) ** 2
+
+
+def _first_life(contenders: list[Contender], prompts: Prompts, progress: Progress) -> None:
+    progress.phase("servers start")
+    with _servers(contenders, progress) as servers:
+        for length, of_length in prompts.items():
+            progress.phase(f"{length} tokens: cold, device, host")
             for n, prompt in enumerate(of_length):
                 for each, server in servers if n % 2 == 0 else servers[::-1]:
                     each.first(server, prompt)
+                    progress.step(_units(length))
         ours = servers[0]
         loaded = ours[1].metric("vllm:kvtier_load_bytes_total")
         tokens = sum(len(prompt) - 1 for of_length in prompts.values() for prompt in of_length)
         ours[0].bytes_per_token = loaded / tokens
+        progress.phase("until all is on disk")
         for each, _ in servers:
             each.wait_until_quiet()
 
 
-def _second_life(contenders: list[Contender], prompts: dict[int, list[Prompt]]) -> None:
-    with _servers(contenders) as servers:
+def _second_life(contenders: list[Contender], prompts: Prompts, progress: Progress) -> None:
+    progress.phase("servers start again")
+    with _servers(contenders, progress) as servers:
         for of_length in prompts.values():
             for n, prompt in enumerate(of_length):
                 for each, server in servers if n % 2 == 0 else servers[::-1]:
                     each.again(server, prompt)
 
 
-def _report(contenders: list[Contender], prompts: dict[int, list[Prompt]], report: Report) -> None:
+def _report(contenders: list[Contender], prompts: Prompts, report: Report) -> None:
     for each in contenders:
         name = (each.prefix or "kvtier/").rstrip("/")
         report.checks[f"{name}_tokens"] = each.right

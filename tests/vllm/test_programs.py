@@ -1,0 +1,41 @@
+"""The programs that start servers, with sizes so small that they prove that they work and measure nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_restart.py"
+pytestmark = pytest.mark.timeout(900)
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    found = subprocess.run(
+        [sys.executable, *arguments], env=keep, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr[-6000:]
+    return found.stdout
+
+
+def test_the_example_restores_a_prompt_after_a_restart(tmp_path: Path) -> None:
+    said = run([str(EXAMPLE), "--tokens", "1025"], tmp_path)
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    assert " 0 tokens of the prompt not computed" in lines["computed"]
+    assert " 1024 tokens of the prompt not computed" in lines["from disk, after a restart"]
+    assert "the same answer as from the device" in said
+
+
+def test_the_benchmark_measures_all_that_it_names(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    options = ["--rounds", "1", "--tokens", "257", "--host", "256MiB", "--disk", "256MiB"]
+    run(["-m", "kvtier.cli", "bench", "vllm", *options, "--json", str(file)], tmp_path)
+    document = json.loads(file.read_text())
+    assert all(document["checks"].values()), document["checks"]
+    names = {result["name"] for result in document["results"]}
+    rows = {f"ttft_{kind}/257" for kind in ("cold", "device", "host", "disk_restarted")}
+    rows.add("scheduler_lookup_65536")
+    assert rows | {f"vllm_native/{row}" for row in rows} <= names
