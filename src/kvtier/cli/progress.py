@@ -28,6 +28,7 @@ class Progress:
         self._done = 0.0
         self._began_at = time.monotonic()
         self._phase = ""
+        self._over = False
         self._printed_at = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -78,7 +79,8 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            self.phase("done")
+            self._phase, self._over = "done", True
+            self._line()
 
     def _line(self) -> None:
         self._printed_at = time.monotonic()
@@ -87,6 +89,6 @@ class Progress:
 
     def _left(self, share: float) -> str:
         took = time.monotonic() - self._began_at
-        if not _SURE_SHARE <= share < 1 or took < _SURE_SECONDS:
+        if self._over or not _SURE_SHARE <= share < 1 or took < _SURE_SECONDS:
             return ""
         return f" (about {took * (1 / share - 1):.0f} s left)"
