@@ -1,7 +1,7 @@
 """One HTML page out of the result files, with nothing outside of it; and the figures of README and docs.
 
-Of every subject on every machine the newest file counts. Figures are drawn out of the files, by the subject's
-`figures(document)` where it has one.
+Of every subject on every machine the newest file counts. Figures and tables are made out of the files, by the
+subject's `figures(document)` and `tables(document)` where it has them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import html
 import importlib
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -108,33 +109,38 @@ def _section(index: int, name: str, document: dict[str, Any]) -> str:
     verdict = f"{len(document['checks'])} checks passed"
     if failed:
         verdict = f'<span class="failed">FAILED: {_e(", ".join(failed))}</span>'
-    pictures = "".join(f'<p><img alt="{_e(name)}" src="{uri}"></p>' for uri in _pictures(document))
+    own = _module(document)
+    pictures = "".join(f'<p><img alt="{_e(name)}" src="{uri}"></p>' for uri in _pictures(own, document))
+    summary = ""
+    for title, header, rows, legend in own.tables(document) if hasattr(own, "tables") else ():
+        summary += f"<h3>{_e(title)}</h3>{_table(header, rows)}<p><small>{_e(legend)}</small></p>"
     facts = document["machine"]
     method = facts.get("method", {})
     rest = {key: value for key, value in facts.items() if key != "method"}
     return (
         f'<h2 id="{index}">kvtier {_e(document["command"])}</h2>'
-        f"<p>{_e(name)}, commit {_e(document['commit'])}; {verdict}</p>{pictures}"
+        f"<p>{_e(name)}, commit {_e(document['commit'])}; {verdict}</p>{pictures}{summary}"
         f"{_results(document['results'])}"
         f"<details><summary>Method</summary>{_list(method)}</details>"
         f"<details><summary>Machine</summary>{_list(rest)}</details>"
     )
 
 
-def _pictures(document: dict[str, Any]) -> Iterator[str]:
+def _module(document: dict[str, Any]) -> Any:
+    """What measured it; None if this version has no such command."""
+    name = f"kvtier.cli.{document['command'].replace(' ', '_')}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+
+
+def _pictures(own: Any, document: dict[str, Any]) -> Iterator[str]:
     """The subject's own figures; none where it draws none, or nothing can be drawn here."""
-    module = f"kvtier.cli.{document['command'].replace(' ', '_')}"
-    try:
-        drawing = importlib.import_module(module)
-    except ImportError:
-        return
-    if hasattr(drawing, "figures"):
+    if hasattr(own, "figures"):
         try:
             plots.need()
         except UnsupportedError as error:
             print(f"no figures: {error}")
             return
-        yield from (plots.data_uri(drawn) for drawn in drawing.figures(document))
+        yield from (plots.data_uri(drawn) for drawn in own.figures(document))
 
 
 def _results(results: list[dict[str, Any]]) -> str:
@@ -146,10 +152,14 @@ def _results(results: list[dict[str, Any]]) -> str:
         ]
         count = "extrapolated" if r.get("extrapolated") else str(r["n"])
         rows.append((r["name"], numbers[0], r["unit"], *numbers[1:], count))
-    body = "".join("<tr>" + "".join(f"<td>{_e(c)}</td>" for c in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{h}</th>" for h in header)
-    text = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    text = _table(header, rows)
     return text if len(rows) <= 40 else f"<details><summary>{len(rows)} results</summary>{text}</details>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_e(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _list(facts: dict[str, Any]) -> str:

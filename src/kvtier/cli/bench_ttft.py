@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtier.cli import bench_ttft_plot, machine, plots
+from kvtier.cli import bench_ttft_plot, bench_ttft_table, machine, plots
 from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Layer, Room, fit, held_out, place
 from kvtier.cli.lives import live
 from kvtier.cli.progress import Progress
@@ -284,41 +284,17 @@ def _folder(given: str | None) -> Iterator[Path]:
 
 
 def _summarize(report: Report, shape: Shape) -> None:
-    found = {result.name: result for result in report.results}
+    header, rows = bench_ttft_table.cells(report.document(), shape.name)
+    if rows:
+        print(f"\n{shape.about}\n{table(header, rows)}\n{bench_ttft_table.LEGEND}", file=report.out)
 
-    def cell(name: str, form: str, *, limit: bool = False) -> str:
-        result = found.get(name)
-        value = None if result is None else (result.limit if limit else result.value)
-        mark = "~" if result is not None and result.extrapolated else ""
-        return "" if value is None else f"{mark}{value:{form}}"
 
-    tiers = ("device", "host", "disk", "disk_restarted")
-    rows = []
-    lengths = sorted({int(n.split("/")[2]) for n in found if n.startswith(f"kv_bytes/{shape.name}/")})
-    for tokens in lengths:
-        at = f"{shape.name}/{tokens}"
-        row = [plots.tokens_text(tokens), f"{found[f'kv_bytes/{at}'].value / 2**20:.0f}"]
-        row += [cell(f"ttft/{at}/{tier}", ".3g") for tier in ("recompute", *tiers)]
-        row += [cell(f"speedup/{at}/{tier}", ".1f") for tier in ("host", "disk")]
-        for tier in ("host", "disk"):
-            rate, plain = cell(f"restore/{at}/{tier}", ".3g"), cell(f"restore/{at}/{tier}", ".3g", limit=True)
-            row += [f"{rate}/{plain}" if rate else "", cell(f"overhead/{at}/{tier}", ".0f")]
-        row.append(cell(f"break_even/{at}", ".2g"))
-        if any(name.startswith("energy/") for name in found):
-            row += [cell(f"energy/{at}/{tier}", ".3g") for tier in ("recompute", "host")]
-        rows.append(row)
-    if not rows:
-        return
-    header = ["tokens", "KV MiB", "recompute s", "device", "host", "disk", "restarted", "host x", "disk x"]
-    header += ["host GB/s", "over ms", "disk GB/s", "over ms", "even GB/s"]
-    header += ["recompute J", "host J"] if len(rows[0]) > len(header) else []
-    print(f"\n{shape.about}\n{table(header, rows)}", file=report.out)
-    print(
-        f"Seconds to the first token, medians; ~ extrapolated. restarted: from disk in a new process after\n"
-        f"SIGKILL. x: recompute over it. GB/s: restored / plain copy or read in the same round. over: above\n"
-        f"the limit, the suffix's {SUFFIX_TOKENS} tokens included. even: slower than that, recompute wins.",
-        file=report.out,
-    )
+def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """What `kvtier bench report` shows of a document: title, header, rows and legend of each table."""
+    return [
+        (shape, *bench_ttft_table.cells(document, shape), bench_ttft_table.LEGEND)
+        for shape in bench_ttft_plot.shapes_of(document)
+    ]
 
 
 def figures(document: dict[str, Any]) -> list[Any]:

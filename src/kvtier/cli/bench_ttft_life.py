@@ -28,6 +28,7 @@ import kvtier
 from kvtier.cli.bench_ttft_model import Decoder
 from kvtier.cli.bench_ttft_plan import (
     LIMIT_BYTES,
+    RECOMPUTE_AT_MOST,
     SUFFIX_TOKENS,
     Fit,
     Layer,
@@ -206,10 +207,13 @@ def recompute(world: World, plan: Schedule, model: Fit) -> dict[int, Any]:
     samples = {tokens: Samples() for tokens in plan.recomputed}
     expected: dict[int, Any] = {}
     same = True
+    allowed = 60 * world.life.minutes * RECOMPUTE_AT_MOST
     passes = [plan.repeated] * (world.life.rounds - 1) if plan.repeated else []
     for lengths in [*passes, plan.recomputed]:
         took, joules, done = 0.0, 0.0, 0
         for tokens in lengths:
+            if done and took * model.seconds(tokens) / model.seconds(done) > allowed:
+                break  # slower than the calibration said
             world.lines.phase(f"recompute {tokens} tokens")
             before, begin = world.energy.read(), time.perf_counter()
             for at in range(done, tokens, world.layer.chunk):

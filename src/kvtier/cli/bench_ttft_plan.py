@@ -25,6 +25,7 @@ _TIERS = 4  # device, host, disk, disk after a restart
 _ROUND_SECONDS = 0.15  # to open an engine and the like, for each of them
 _ROUND_RATE = 4e9  # bytes a second to make its host tier and to poison the pages
 _CPU_WEIGHTS_SHARE = 4  # of a CPU's memory the weights take no more than one part in so many
+RECOMPUTE_AT_MOST = 0.5  # of the time given; planned are
 _RECOMPUTE_SHARE, _REPEAT_SHARE, _TIER_SHARE = 0.35, 0.08, 0.42  # of the time given
 
 

@@ -1,0 +1,46 @@
+"""The table of `kvtier bench ttft`, for the terminal and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvtier.cli import plots
+from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS
+
+LEGEND = (
+    "Seconds to the first token, medians; ~ extrapolated. restarted: from disk in a new process after\n"
+    "SIGKILL. x: recompute over it. GB/s: restored / plain copy or read in the same round. over: above\n"
+    f"the limit, the suffix's {SUFFIX_TOKENS} tokens included. even: slower than that, recompute wins."
+)
+_TIERS = ("device", "host", "disk", "disk_restarted")
+_HEADER = ["tokens", "KV MiB", "recompute s", "device", "host", "disk", "restarted", "host x", "disk x"]
+_HEADER += ["host GB/s", "over ms", "disk GB/s", "over ms", "even GB/s"]
+
+
+def cells(document: dict[str, Any], shape: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one shape out of a document of `kvtier bench ttft --json`, a row for each length."""
+    found = {result["name"]: result for result in document["results"]}
+    with_energy = any(name.startswith(f"energy/{shape}/") for name in found)
+    prefix = f"kv_bytes/{shape}/"
+    lengths = sorted(int(name[len(prefix) :]) for name in found if name.startswith(prefix))
+    header = _HEADER + (["recompute J", "host J"] if with_energy else [])
+    return header, [_row(found, f"{shape}/{tokens}", tokens, with_energy) for tokens in lengths]
+
+
+def _row(found: dict[str, dict[str, Any]], at: str, tokens: int, with_energy: bool) -> list[str]:
+    def cell(name: str, form: str, key: str = "value") -> str:
+        result = found.get(name)
+        if result is None or result[key] is None:
+            return ""
+        return f"{'~' if result.get('extrapolated') else ''}{result[key]:{form}}"
+
+    row = [plots.tokens_text(tokens), f"{found[f'kv_bytes/{at}']['value'] / 2**20:.0f}"]
+    row += [cell(f"ttft/{at}/{tier}", ".3g") for tier in ("recompute", *_TIERS)]
+    row += [cell(f"speedup/{at}/{tier}", ".1f") for tier in ("host", "disk")]
+    for tier in ("host", "disk"):
+        rate, plain = (cell(f"restore/{at}/{tier}", ".3g", key) for key in ("value", "limit"))
+        row += [f"{rate} / {plain}" if rate else "", cell(f"overhead/{at}/{tier}", ".0f")]
+    row.append(cell(f"break_even/{at}", ".2g"))
+    if with_energy:
+        row += [cell(f"energy/{at}/{tier}", ".3g") for tier in ("recompute", "host")]
+    return row
