@@ -178,18 +178,29 @@ class Server:
     """Answers the requests of `kvtier bench peers`."""
 
     def __init__(self, make) -> None:
+        self.make = make
         self.store = make()
+        self.is_open = False
         self.home = Path()
         self.on_disk = False
         self.stamped = -1
 
     def op_open(self, home, size, blocks, capacity, seed, on_disk, options) -> dict:
+        self._another()
         self.home, self.on_disk = Path(home), on_disk
         self.store.pages = Pages(blocks, size, seed)
         self.store.prepare(self.home, size, blocks, capacity, options)
         begin = time.perf_counter()
         about = self.store.open(self.home, size, blocks, capacity, options)
         return {"seconds": time.perf_counter() - begin, "about": about or {}}
+
+    def _another(self) -> None:
+        """A process serves one store after the other: starting some takes long."""
+        if self.is_open:
+            self.store.close()
+        self.store = self.make()
+        gc.collect()
+        self.stamped, self.is_open = -1, True
 
     def keys(self, number: int) -> list[bytes]:
         if number != self.stamped:
@@ -237,6 +248,7 @@ class Server:
         return {"bytes": usage(self.home)}
 
     def op_steps_open(self, home, count, options) -> dict:
+        self._another()
         self.home = Path(home)
         self.store.home = self.home
         self.store.steps_open(count, options)
@@ -248,6 +260,9 @@ class Server:
 
     def op_close(self) -> dict:
         self.store.close()
+        self.is_open = False
+        self.store = self.make()
+        gc.collect()
         return {}
 
 

@@ -74,6 +74,7 @@ class Lmdb(Store):
         import lmdb
 
         self.present = keys_of(-1, count)
+        self.home.mkdir(exist_ok=True)
         self.env = lmdb.open(str(self.home / "lookup"), map_size=1 << 30, sync=False, lock=False)
         with self.env.begin(write=True) as txn:
             for key in self.present:

@@ -131,8 +131,8 @@ class Kvtier(Store):
             if lease.num_blocks != self.count:
                 raise RuntimeError(f"pinned {lease.num_blocks} of {self.count}")
             lease.release()
-        if "store_evicting" in self.wanted:
-            for name, batch in (("store_evicting", STEP_BATCH), ("store_evicting_at_once", self.count)):
+        if "store_evicting_at_once" in self.wanted:
+            for name, batch in (("store_evicting_16", STEP_BATCH), ("store_evicting_at_once", self.count)):
                 self._evicting(took, name, batch, self._keys(2 * number + (batch == STEP_BATCH)))
         return took
 

@@ -139,13 +139,15 @@ class LMCache(Store):
     def close(self):
         if self.backend is not self.cpu:
             self.backend.close()
+        self.cpu.close()
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def steps_open(self, count, options):
         tokens = 16
         config = LMCacheEngineConfig.from_defaults(chunk_size=tokens, local_cpu=True, max_local_cpu_size=1.0)
         shape = (1, 2, tokens, 1, 16)
         metadata = LMCacheMetadata("bench", 1, 1, 0, 0, torch.bfloat16, shape, chunk_size=tokens)
-        self.cpu = LocalCPUBackend(config, metadata, "cpu")
+        self.backend = self.cpu = LocalCPUBackend(config, metadata, "cpu")
         self.present = [_key(key) for key in keys_of(-1, count)]
         for key in self.present:
             obj = self.cpu.allocate(torch.Size([2, 1, tokens, 16]), torch.bfloat16, MemoryFormat.KV_2LTD)

@@ -27,6 +27,9 @@ class Manager(Store):
             self._store(self._keys(-1 - i), count)
         self.present = self._keys(-passes)
 
+    def close(self):
+        del self.manager, self.present
+
     def _keys(self, number):
         return [make_offload_key(key, 0) for key in keys_of(number, self.count)]
 
@@ -62,7 +65,7 @@ class Manager(Store):
         took["prepare_load"] = time.perf_counter() - begin
         self.manager.complete_load(self.present, context)
         self.manager.on_request_finished(context)
-        for name, batch in (("store_evicting", STEP_BATCH), ("store_evicting_at_once", self.count)):
+        for name, batch in (("store_evicting_16", STEP_BATCH), ("store_evicting_at_once", self.count)):
             keys = self._keys(2 * number + (batch == STEP_BATCH))
             begin = time.perf_counter()
             evicted = self._store(keys, batch)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ METHOD = {
     "limit": "of a kvtier row: the peer's median in the same rounds; of its /ratio: none",
 }
 _KEYS = 65_536
+_EVICTING = ("store_evicting_16", "store_evicting_at_once")
 _BEHAVIOUR_SIZE = "2MiB"
 _SECONDS_BEFORE_KILL = 2.0
 _CAP_ROUNDS = 8
@@ -61,6 +63,7 @@ class Run:
     home: Path
     cache: Path
     pythons: dict[str, str] = field(default_factory=dict)
+    sides: dict[str, Side] = field(default_factory=dict)
     count: int = 0
 
     @contextlib.contextmanager
@@ -74,18 +77,26 @@ class Run:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def side(self, peer: Peer) -> Iterator[Side]:
-        """A running side."""
-        script, *rest = peer.script
-        path = self.root / "benchmarks" / "peers" / script
-        self.count += 1
-        with Side([self.pythons[peer.name], str(path), *rest], self.home / f"{self.count}.log") as side:
-            yield side
+    def side(self, peer: Peer) -> Side:
+        """The peer's process: the one that runs, or a new one. It serves one store after the other."""
+        if peer.name not in self.sides:
+            script, *rest = peer.script
+            path = self.root / "benchmarks" / "peers" / script
+            self.count += 1
+            log = self.home / f"{self.count}.log"
+            self.sides[peer.name] = Side([self.pythons[peer.name], str(path), *rest], log)
+        return self.sides[peer.name]
 
-    def open(self, side: Side, peer: Peer, home: Path, size: int) -> dict[str, Any]:
+    def kill(self, *names: str) -> None:
+        """Kills these peers' processes, with what they started; without names, all."""
+        for name in names or tuple(self.sides):
+            if (side := self.sides.pop(name, None)) is not None:
+                side.close()
+
+    def open(self, peer: Peer, home: Path, size: int) -> tuple[Side, dict[str, Any]]:
         """Opens a store for values of `size` bytes; what is there already is found again."""
-        return side.ask(
+        side = self.side(peer)
+        return side, side.ask(
             "open",
             home=str(home),
             size=size,
@@ -144,7 +155,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     try:
         with Progress(report.out, sum(map(_units, chosen)) + 6) as progress:
             run = Run(args, report, progress, root, home, cache)
-            _everything(run, chosen)
+            try:
+                _everything(run, chosen)
+            finally:
+                run.kill()
     finally:
         shutil.rmtree(home, ignore_errors=True)
         peer_tables.print_tables(report)
@@ -171,10 +185,11 @@ def _everything(run: Run, chosen: list[Peer]) -> None:
             with _part(run, peer, "lookup"):
                 index_work(run, peer)
         behaviour(run, peer)
+        run.kill()
 
 
 def _units(peer: Peer) -> int:
-    return len(SIZES) * 2 * peer.moves + bool(peer.steps) + _behaviours(peer)
+    return len(SIZES) * 2 * bool(peer.moves) + bool(peer.steps) + _behaviours(peer)
 
 
 def _behaviours(peer: Peer) -> int:
@@ -188,6 +203,7 @@ def _part(run: Run, peer: Peer, what: str) -> Iterator[None]:
         yield
     except SideError as error:
         run.skip(f"{peer.name}/{what}", str(error))
+        run.kill()
     run.progress.step(2 if what in SIZES else 1)
 
 
@@ -226,9 +242,9 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
     with contextlib.ExitStack() as stack:
         sides = []
         for each in (ours, peer):
-            side = stack.enter_context(run.side(each))
-            about = run.open(side, each, stack.enter_context(run.folder()), size)["about"]
-            run.report.machine["peers"].setdefault(each.name, {})[f"config {size_name} {each.tier}"] = about
+            side, opened = run.open(each, stack.enter_context(run.folder()), size)
+            configs = run.report.machine["peers"].setdefault(each.name, {})
+            configs[f"{each.tier} {size_name}"] = opened["about"]
             sides.append((each, side))
         for number in range(run.args.rounds + 1):
             turns = sides if number % 2 == 0 else sides[::-1]
@@ -236,12 +252,16 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
                 for each, side in turns:
                     took = _pass(run, each, side, what, number, size)
                     if took is None:
+                        run.kill()
                         return
                     if number > 0:  # the first warms up
                         rates[what][each.name].append(moved / took / 1e9)
             for _, side in turns:
                 side.ask("forget", number=number)
-    for what, of in rates.items():
+        for _, side in sides:
+            side.ask("close")
+    for what in peer.moves:
+        of = rates[what]
         _record(run, f"{what}/{size_name}", peer, of[KVTIER.name], of[peer.name], "GB/s")
 
 
@@ -278,7 +298,7 @@ def index_work(run: Run, peer: Peer) -> None:
     with contextlib.ExitStack() as stack:
         sides = []
         for each in (ours, peer):
-            side = stack.enter_context(run.side(each))
+            side = run.side(each)
             options = {**each.options, "steps": peer.steps, "slots": peer.slots or _KEYS}
             folder = stack.enter_context(run.folder())
             side.ask("steps_open", home=str(folder), count=_KEYS, options=options)
@@ -288,6 +308,14 @@ def index_work(run: Run, peer: Peer) -> None:
                 for step, took in side.ask("steps", number=number)["steps"].items():
                     if number > 0:
                         ms.setdefault(step, {}).setdefault(each.name, []).append(1e3 * took)
+        for _, side in sides:
+            side.ask("close")
+    if _EVICTING[0] in ms:
+        # Each at the batch size that suits it.
+        ms["store_evicting"] = {
+            name: min((ms[step][name] for step in _EVICTING), key=statistics.median)
+            for name in (KVTIER.name, peer.name)
+        }
     for step, of in ms.items():
         if len(of) == 2:
             _record(run, f"{step}/{_KEYS}", peer, of[KVTIER.name], of[peer.name], "ms")
@@ -297,53 +325,54 @@ def index_work(run: Run, peer: Peer) -> None:
 
 
 def behaviour(run: Run, peer: Peer) -> None:
-    """What is left after an end, what becomes of a flipped bit, how far files grow."""
-    if peer.survives:
-        for end in ("killed", "closed"):
-            with _part(run, peer, f"restart/{end}"):
-                _restart(run, peer, end)
+    """What becomes of a flipped bit, how far files grow, what is left after an end."""
     if peer.bounded and peer.tier == "disk":
         with _part(run, peer, "bitflip"):
             _bitflip(run, peer)
         with _part(run, peer, "cap"):
             _cap(run, peer)
+    if peer.survives:
+        for end in ("killed", "closed"):
+            with _part(run, peer, f"restart/{end}"):
+                _restart(run, peer, end)
 
 
 def _restart(run: Run, peer: Peer, end: str) -> None:
     size = SIZES[_BEHAVIOUR_SIZE]
     blocks = run.blocks(size)
     with run.folder() as home:
-        with run.side(peer) as side:
-            run.open(side, peer, home, size)
-            side.ask("put", number=7)
-            if end == "closed":
-                side.ask("close")
-            else:
-                time.sleep(_SECONDS_BEFORE_KILL)
-        with run.side(peer) as side:
-            opened = run.open(side, peer, home, size)["seconds"]
-            found = side.ask("found", number=7)
-            back = side.ask("get", number=7, cold=peer.tier == "disk")
+        side, _ = run.open(peer, home, size)
+        side.ask("put", number=7)
+        if end == "closed":
+            side.ask("close")
+        else:
+            time.sleep(_SECONDS_BEFORE_KILL)
+        run.kill(peer.name)
+        side, opened = run.open(peer, home, size)
+        found = side.ask("found", number=7)
+        back = side.ask("get", number=7, cold=peer.tier == "disk")
+        side.ask("close")
     name = f"{peer.name}/restart/{_BEHAVIOUR_SIZE}"
     if back["wrong"]:
         run.wrong(name, f"{end}: {back['wrong']} of {blocks} values")
         return
     run.report.add(Result(f"{name}/{end}", 100 * back["right"] / blocks, "%", n=blocks))
     if back["right"]:
-        run.report.add(Result(f"{name}/{end}_seconds", opened + found["seconds"], "s"))
+        run.report.add(Result(f"{name}/{end}_seconds", opened["seconds"] + found["seconds"], "s"))
 
 
 def _bitflip(run: Run, peer: Peer) -> None:
     size = SIZES[_BEHAVIOUR_SIZE]
     blocks = run.blocks(size)
     flips = (1, blocks // 2, blocks - 1)
-    with run.folder() as home, run.side(peer) as side:
-        run.open(side, peer, home, size)
+    with run.folder() as home:
+        side, _ = run.open(peer, home, size)
         side.ask("put", number=3)
         for block in flips:
             if not side.ask("flip", number=3, block=block)["flipped"]:
                 raise SideError("its bytes were not found in its files")
         answer = side.ask("get", number=3, cold=True)
+        side.ask("close")
     name = f"{peer.name}/bitflip/{_BEHAVIOUR_SIZE}"
     run.report.add(Result(name, answer["wrong"], "wrong values served", n=len(flips)))
     if peer is KVTIER:
@@ -353,10 +382,9 @@ def _bitflip(run: Run, peer: Peer) -> None:
 
 def _cap(run: Run, peer: Peer) -> None:
     size = SIZES[_BEHAVIOUR_SIZE]
-    blocks = run.blocks(size)
-    most, refused = 0, ""
-    with run.folder() as home, run.side(peer) as side:
-        run.open(side, peer, home, size)
+    most, refused, newest = 0, "", 0
+    with run.folder() as home:
+        side, _ = run.open(peer, home, size)
         for number in range(_CAP_ROUNDS):
             try:
                 side.ask("put", number=number)
@@ -365,8 +393,11 @@ def _cap(run: Run, peer: Peer) -> None:
             most = max(most, side.ask("usage")["bytes"])
             if refused:
                 break
-        newest = 0 if refused else side.ask("get", number=number, cold=True)["right"]
+        if not refused:
+            newest = side.ask("get", number=_CAP_ROUNDS - 1, cold=True)["right"]
+        side.ask("close")
     name = f"{peer.name}/cap/{_BEHAVIOUR_SIZE}"
+    blocks = run.blocks(size)
     run.report.add(Result(name, most / run.capacity(size), "x of the cap"))
     run.report.add(Result(f"{name}/newest", 100 * newest / blocks, "%", n=blocks))
     if refused:

@@ -20,7 +20,7 @@ from kvtier.cli.peer_side import SideError
 
 _INSTALL_SECONDS = 1200.0
 _STEPS = ("lookup",)
-_MANAGER_STEPS = ("lookup", "prepare_load", "store_evicting", "store_evicting_at_once")
+_MANAGER_STEPS = ("lookup", "prepare_load", "store_evicting_16", "store_evicting_at_once")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Peer:
         options: For open() of the script.
         steps: Index work that is timed, with as many small values.
         slots: Of the index that the steps are about; None: as many as keys.
-        moves: Whether values are put and got, too.
+        moves: Which of "put" and "get" is timed; the bytes are always compared.
         survives: Whether it keeps files, which can be looked for after a restart.
         bounded: Whether it takes a capacity on the drive, or promises none; None leaves the cap out.
         program: That has to be installed on the machine.
@@ -50,7 +50,7 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[str, ...] = ()
     slots: int | None = None
-    moves: bool = True
+    moves: tuple[str, ...] = ("put", "get")
     survives: bool = True
     bounded: bool = True
     program: str | None = None
@@ -94,7 +94,7 @@ PEERS = (
             options={"policy": policy},
             steps=_MANAGER_STEPS,
             slots=100_000,
-            moves=False,
+            moves=(),
             survives=False,
             bounded=False,
         )
@@ -132,6 +132,7 @@ PEERS = (
         "kv",
         ("kv_side.py", "redis"),
         options={"append_only": True},
+        moves=("put",),  # it reads from memory: `redis` has that
         bounded=False,
         program="redis-server",
     ),

@@ -55,6 +55,8 @@ class Fake(Store):
     def forget(self, keys):
         for key in keys:
             self._path(key).unlink()
+    def close(self):
+        pass
     def steps_open(self, count, options):
         self.present = dict.fromkeys(keys_of(-1, count))
     def steps(self, number):
