@@ -118,7 +118,7 @@ class Run:
 
     def skip(self, name: str, reason: str) -> None:
         """Notes what was left out and why."""
-        self.report.machine["skipped"][name] = reason.replace(str(self.home), "DIR")[:300]
+        self.report.machine["skipped"][name] = reason.replace(str(self.home), "DIR").replace(str(self.cache), "CACHE")[:300]
         print(f"left out: {name}: {reason[:300]}", file=self.report.out)
 
     def wrong(self, name: str, what: str) -> None:
@@ -127,6 +127,13 @@ class Run:
         print(f"WRONG BYTES: {name}: {what}", file=self.report.out)
         if name.startswith("kvtier/"):
             self.report.checks["kvtier_bytes"] = False
+
+
+def figures(document: dict[str, Any]) -> list[Any]:
+    """What `kvtier bench report` shows of a document: the ratios, if there are any."""
+    results = [Result(**result) for result in document["results"]]
+    report = Report(document["command"], machine=document["machine"], results=results)
+    return [peer_tables.draw(report)] if peer_tables.ratios(report) else []
 
 
 def measure(args: argparse.Namespace, report: Report) -> None:

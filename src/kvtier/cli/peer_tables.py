@@ -101,10 +101,15 @@ def check_plot(path: str) -> None:
 
 def plot(report: Report, path: str) -> None:
     """Writes the ratios as a PNG: a point and its range for each row, 1 is equal."""
-    found = ratios(report)
-    if not found:
+    if ratios(report):
+        plots.save(draw(report), path)
+    else:
         print("no plot: there are no ratios", file=report.out)
-        return
+
+
+def draw(report: Report) -> Any:
+    """The figure of `plot`; there are ratios."""
+    found = ratios(report)
     drawn, axes = plots.figure(
         "kvtier beside other stores (median and min-max of paired rounds)",
         "how many times faster kvtier is (log; right of 1: kvtier is ahead)",
@@ -113,7 +118,7 @@ def plot(report: Report, path: str) -> None:
     axes.set_xscale("log")
     drawn.set_size_inches(7.2, 1.2 + 0.2 * len(found))
     _points(axes, found)
-    plots.save(drawn, path)
+    return drawn
 
 
 def _points(axes: Any, found: list[Result]) -> None:
