@@ -191,7 +191,6 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
     assert not any(same(computed_by_other, computed[:3]))
     of = {llama: computed[:3], other: computed_by_other}
     path = tmp_path / "disk"
-    room = {
         llama: "48MiB",
         other: "96MiB",
     }  # of the whole directory: the second has room beside the first
@@ -203,7 +202,9 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
 
     for life in range(2):
         for model in (llama, other):
-            with serving(model, extra=disk(path, room[model])) as server:
+            # Of the whole directory: the second model has room beside the first.
+            room = "48MiB" if (life, model) == (0, llama) else "96MiB"
+            with serving(model, extra=disk(path, room)) as server:
                 for salt in ("a", "b"):
                     before = server.count("hit_tokens_disk") + server.count("hit_tokens_host")
                     results = salted(server, salt)

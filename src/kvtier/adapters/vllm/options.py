@@ -84,7 +84,7 @@ def parse_options(values: Mapping[str, Any]) -> Options:
         raise ConfigError(f"{SOURCE}: directory is {directory!r}; allowed: a path")
     return Options(
         host=parse_size(values["host"], f"{SOURCE}: host"),
-        disk=_parse_disk(values.get("disk")),
+        disk=parse_disk(values.get("disk")),
         store=store,
         max_wait=float(wait),
         copy_threads=threads,
@@ -92,7 +92,12 @@ def parse_options(values: Mapping[str, Any]) -> Options:
     )
 
 
-def _parse_disk(value: object) -> tuple[DiskOption, ...]:
+def parse_disk(value: object) -> tuple[DiskOption, ...]:
+    """Reads the directories of the disk tier; none for None.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
     if value is None:
         return ()
     entries = [value] if isinstance(value, Mapping) else value
