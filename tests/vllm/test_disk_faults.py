@@ -191,9 +191,6 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
     assert not any(same(computed_by_other, computed[:3]))
     of = {llama: computed[:3], other: computed_by_other}
     path = tmp_path / "disk"
-        llama: "48MiB",
-        other: "96MiB",
-    }  # of the whole directory: the second has room beside the first
 
     def salted(server: Server, salt: str) -> list[Result]:
         asked: list[Any] = [{"prompt_token_ids": p, "cache_salt": salt} for p in DURABLE]
