@@ -118,7 +118,9 @@ class Run:
 
     def skip(self, name: str, reason: str) -> None:
         """Notes what was left out and why."""
-        self.report.machine["skipped"][name] = reason.replace(str(self.home), "DIR").replace(str(self.cache), "CACHE")[:300]
+        for path, word in ((self.home, "DIR"), (self.cache, "CACHE"), (self.root, "CHECKOUT")):
+            reason = reason.replace(str(path), word)
+        self.report.machine["skipped"][name] = reason[:300]
         print(f"left out: {name}: {reason[:300]}", file=self.report.out)
 
     def wrong(self, name: str, what: str) -> None:

@@ -140,7 +140,7 @@ def _points(axes: Any, found: list[Result]) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(found)), [_label(r.name) for r in found], fontsize=7)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} x")
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.4, -0.6)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
