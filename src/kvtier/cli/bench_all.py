@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ from kvtier.gpus import cuda_facts
 
 _VLLM_PYTHON = Path(".venv-vllm") / "bin" / "python"
 _INTERRUPTED = 130
+_OUT_OF_TIME = 124  # as of timeout(1)
+_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -170,17 +173,19 @@ def _all(steps: list[Step], args: argparse.Namespace, target: Callable[[Step], P
             flush=True,
         )
         started = time.monotonic()
-        status = _run(step, args.dir, target(step))
+        status = _run(step, args.dir, target(step), 60 * left)
         if status == _INTERRUPTED:
             left_out[step.name] = "interrupted"
             return True
+        if status == _OUT_OF_TIME:
+            left_out[step.name] = "stopped: the time was over; what was finished is in its file"
         report.checks[step.name] = status == 0
         report.add(Result(f"duration/{step.name}", time.monotonic() - started, "s"))
     return False
 
 
-def _run(step: Step, directory: str, target: Path) -> int:
-    """Runs one; its file, whose commit is ours where it knows none, replaces an older one when it is over."""
+def _run(step: Step, directory: str, target: Path, seconds: float) -> int:
+    """Runs one, for so long; its file, whose commit is ours where it knows none, replaces an older one."""
     part = target.with_suffix(".part")
     words = [word.replace("{dir}", directory) for word in step.command]
     command = [step.python(), "-m", "kvtier.cli", *words, "--json", str(part)]
@@ -188,7 +193,10 @@ def _run(step: Step, directory: str, target: Path) -> int:
         # Ctrl-C reaches the child, too: it writes what was finished and ends.
         child = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})  # noqa: S603
         try:
-            status = child.wait()
+            status = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _stop(child)
+            status = _OUT_OF_TIME
         except KeyboardInterrupt:
             child.wait()
             status = _INTERRUPTED
@@ -200,3 +208,13 @@ def _run(step: Step, directory: str, target: Path) -> int:
         return status
     finally:
         part.unlink(missing_ok=True)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C does; what does not end is killed."""
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

@@ -232,6 +232,21 @@ def test_all_runs_what_it_can_and_says_what_it_left_out(
     assert {p.suffix for p in folder.iterdir()} == {".json", ".html"}
 
 
+def test_what_takes_too_long_is_stopped_and_keeps_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    forever = ("bench", "index", "--blocks", "2000", "--batch", "512", "--rounds", "100000")
+    steps(monkeypatch, Step("index", forever, 0.01))
+    argv = ["bench", "all", "--results", str(tmp_path), "--machine", "box", "--minutes", "0.1"]
+    assert main([*argv, "--json", str(tmp_path / "all.out")]) == 1
+    summary = json.loads((tmp_path / "all.out").read_text())
+    assert summary["checks"]["index"] is False
+    assert "the time was over" in summary["machine"]["left_out"]["index"]
+    (found,) = tmp_path.glob("index-box-*.json")
+    assert json.loads(found.read_text())["checks"]["completed"] is False
+
+
 def test_every_step_is_a_command_that_there_is() -> None:
     for step in bench_all.STEPS:
         if step.name == "peers" and step.missing():
