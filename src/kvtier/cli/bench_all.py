@@ -24,7 +24,7 @@ from typing import Any
 from kvtier.cli import machine
 from kvtier.cli.figures import RESULTS
 from kvtier.cli.results import Report, Result, add_json_argument, write_json
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.gpus import cuda_facts
 
 _VLLM_PYTHON = Path(".venv-vllm") / "bin" / "python"
@@ -67,8 +67,10 @@ def _no_module(*names: str) -> Callable[[], str | None]:
 
 
 def _no_gpu() -> str | None:
-    facts = cuda_facts()
-    return None if facts.gpus else "no GPU that CUDA can use"
+    try:
+        return None if cuda_facts().gpus else "no GPU that CUDA can use"
+    except KVTierError as error:
+        return str(error)
 
 
 def _no_gpu_torch() -> str | None:

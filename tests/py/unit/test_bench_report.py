@@ -247,6 +247,12 @@ def test_what_takes_too_long_is_stopped_and_keeps_what_was_finished(
     assert json.loads(found.read_text())["checks"]["completed"] is False
 
 
+def test_every_step_says_why_it_cannot_run_here() -> None:
+    reasons = [step.missing() for step in bench_all.STEPS]
+    assert None in reasons  # index needs nothing
+    assert all(reason is None or reason for reason in reasons)
+
+
 def test_every_step_is_a_command_that_there_is() -> None:
     for step in bench_all.STEPS:
         if step.name == "peers" and step.missing():
