@@ -127,7 +127,10 @@ def _mount(path: Path) -> tuple[str, str, str, str] | None:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout that runs, with "+" if it has changes; "unknown" outside of one."""
+    """The commit of the checkout that runs, "unknown" outside of one.
+
+    With "+" if it has changes, other than in benchmarks/results: those are what it just measured.
+    """
     root = checkout()
     if root is None:
         return "unknown"
@@ -137,7 +140,11 @@ def commit() -> str:
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10, check=True
         )
         changes = subprocess.run(  # noqa: S603
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+            [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
