@@ -88,6 +88,11 @@ void Index::set_parent(Entry& child, Entry& parent) {
   ++parent.children;
 }
 
+bool Index::forget_erased_parent(Entry& child) {
+  if (child.parent != kEmpty && parent(child) == nullptr) child.parent = kEmpty;
+  return child.parent == kEmpty;
+}
+
 Entry* Index::parent(const Entry& child) {
   if (child.parent == kEmpty) return nullptr;
   Entry& parent = entries_[child.parent];

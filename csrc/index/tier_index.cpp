@@ -6,14 +6,28 @@
 
 namespace kvtier {
 
+namespace {
+
+const EvictionChoice& chosen(std::string_view name) {
+  const EvictionChoice* choice = find_eviction(name);
+  KVTIER_CHECK(choice != nullptr);  // EngineConfig::validate() has seen to it
+  return *choice;
+}
+
+}  // namespace
+
 TierIndex::TierIndex(const Options& options)
     : class_of_group_(options.class_of_group),
       classes_per_volume_(options.slots_per_class.size() / options.num_volumes),
-      leaf_first_(options.leaf_first),
+      leaf_first_(options.leaf_first.value_or(chosen(options.eviction).leaf_first)),
       index_(std::accumulate(options.slots_per_class.begin(), options.slots_per_class.end(), std::size_t{0}),
              options.hash_seed) {
   for (const std::uint32_t slots : options.slots_per_class) {
-    classes_.push_back({SlotPool(slots), std::make_unique<LruPolicy>(index_.capacity())});
+    EvictionOptions policy{.records = index_.capacity(), .blocks = slots, .seed = options.hash_seed};
+    if (!options.block_bytes.empty()) {
+      policy.block_bytes = options.block_bytes[classes_.size() % classes_per_volume_];
+    }
+    classes_.push_back({SlotPool(slots), chosen(options.eviction).make(policy)});
   }
 }
 
@@ -47,6 +61,10 @@ void TierIndex::link_parent(Entry& child, Entry& parent) {
   index_.set_parent(child, parent);
 }
 
+void TierIndex::adopt(Entry& child, Entry& parent) {
+  if (index_.forget_erased_parent(child)) link_parent(child, parent);
+}
+
 Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
                           std::uint32_t volume, SlotId slot) {
   Class& tier_class = classes_[class_of(group, volume)];
@@ -69,7 +87,8 @@ bool TierIndex::evict_one(Class& tier_class) {
   const std::optional<EntryId> victim = tier_class.policy->victim();
   if (!victim) return false;
   KVTIER_CHECK(index_.at(*victim).state == SlotState::ready && index_.at(*victim).pins == 0);
-  drop(index_.at(*victim));
+  orphans_ += index_.at(*victim).children;
+  remove(index_.at(*victim), Departure::evicted);
   ++evictions_;
   return true;
 }
@@ -82,7 +101,12 @@ bool TierIndex::commit(Entry& entry) {
   }
   entry.state = SlotState::ready;
   class_for(entry).slots.step(entry.slot, SlotState::ready);
-  class_for(entry).policy->insert(index_.id(entry));
+  const Entry* parent = index_.parent(entry);
+  class_for(entry).policy->insert(
+      index_.id(entry), {.key = entry.key,
+                         .group = entry.group,
+                         .depth = entry.depth,
+                         .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent))});
   // Children may have been reserved, even committed, before their parent's own copy was over.
   if (!evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
   return true;
@@ -130,10 +154,12 @@ void TierIndex::touch(Entry& entry) {
   class_for(entry).policy->touch(index_.id(entry));
 }
 
-void TierIndex::drop(Entry& entry) {
+void TierIndex::drop(Entry& entry) { remove(entry, Departure::dropped); }
+
+void TierIndex::remove(Entry& entry, Departure why) {
   index_.unlink(entry);
   if (entry.state == SlotState::filling) return;  // commit() or abort() frees the slot
-  class_for(entry).policy->erase(index_.id(entry));
+  class_for(entry).policy->erase(index_.id(entry), why);
   if (entry.pins > 0) {
     entry.state = SlotState::leaving;
     class_for(entry).slots.step(entry.slot, SlotState::leaving);
@@ -151,10 +177,26 @@ void TierIndex::free_slot(Entry& entry) {
   }
 }
 
+void TierIndex::advance(std::int64_t now_us) {
+  for (Class& each : classes_) each.policy->advance(now_us);
+}
+
+void TierIndex::expect(const BlockKey& key, GroupId group) {
+  for (std::size_t c = class_of(group); c < classes_.size(); c += classes_per_volume_) {
+    classes_[c].policy->expect(key, group);
+  }
+}
+
+void TierIndex::expect_no_more(const BlockKey& key, GroupId group) {
+  for (std::size_t c = class_of(group); c < classes_.size(); c += classes_per_volume_) {
+    classes_[c].policy->expect_no_more(key, group);
+  }
+}
+
 double TierIndex::bytes_per_block() const {
-  constexpr double kPerSlot = sizeof(SlotState) + sizeof(SlotId);
-  return index_.bytes_per_entry() + kPerSlot +
-         static_cast<double>(LruPolicy::kBytesPerEntry * classes_.size());
+  double bytes = index_.bytes_per_entry() + sizeof(SlotState) + sizeof(SlotId);
+  for (const Class& each : classes_) bytes += each.policy->bytes_per_record();
+  return bytes;
 }
 
 }  // namespace kvtier

@@ -1,8 +1,6 @@
 // What every EvictionPolicy must do (kvtier/index/eviction.h), written once, whatever its order.
 //
-// An implementation derives a default-constructible harness from EvictionHarness, and its test file says
-//
-//   INSTANTIATE_TYPED_TEST_SUITE_P(Lru, EvictionConformance, ::testing::Types<LruHarness>);
+// Instantiated by name, for all of eviction_choices() in tests/cpp/index/eviction_test.cpp.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -11,161 +9,163 @@
 #include <optional>
 #include <random>
 #include <set>
+#include <string_view>
 #include <vector>
 
-#include "kvtier/index/eviction.h"
+#include "support/eviction_world.h"
 
 namespace kvtier::conformance {
 
-class EvictionHarness {
- public:
-  virtual ~EvictionHarness() = default;
-  static constexpr std::uint32_t kCapacity = 256;  // records that the policy is made for
-  virtual EvictionPolicy& policy() = 0;
-};
-
-template <typename Harness>
-class EvictionConformance : public ::testing::Test {
+class EvictionConformance : public ::testing::TestWithParam<std::string_view> {
  protected:
-  static constexpr std::uint32_t kCapacity = EvictionHarness::kCapacity;
+  static constexpr std::uint32_t kCapacity = 256;  // blocks and records that the policy is made for
 
-  EvictionPolicy& policy() { return harness_.policy(); }
-  void insert(std::uint32_t id) {
-    policy().insert(EntryId{id});
+  void insert(std::uint32_t id) { insert(id, id); }
+  void insert(std::uint32_t id, std::uint64_t key) {
+    policy_.insert(id, key, id % 20);
     evictable_.insert(id);
   }
   void insert_all() {
     for (std::uint32_t id = 0; id < kCapacity; ++id) insert(id);
   }
   void hold(std::uint32_t id) {
-    policy().hold(EntryId{id});
+    policy_.hold(id);
     evictable_.erase(id);
     held_.insert(id);
   }
   void let_go(std::uint32_t id) {
-    policy().let_go(EntryId{id});
+    policy_.let_go(id);
     held_.erase(id);
     evictable_.insert(id);
   }
-  void erase(std::uint32_t id) {
-    policy().erase(EntryId{id});
+  void erase(std::uint32_t id, Departure why = Departure::dropped) {
+    policy_.policy().erase(EntryId{id}, why);
     evictable_.erase(id);
     held_.erase(id);
   }
   std::optional<std::uint32_t> victim() {
-    const std::optional<EntryId> found = policy().victim();
+    const std::optional<std::uint32_t> found = policy_.victim();
     EXPECT_EQ(found.has_value(), !evictable_.empty());
     if (!found) return std::nullopt;
-    EXPECT_FALSE(held_.contains(raw(*found))) << "a held entry was named";
-    EXPECT_TRUE(evictable_.contains(raw(*found))) << "an entry that is not inside was named";
-    return raw(*found);
+    EXPECT_FALSE(held_.contains(*found)) << "a held entry was named";
+    EXPECT_TRUE(evictable_.contains(*found)) << "an entry that is not inside was named";
+    return *found;
   }
   std::vector<std::uint32_t> evict_all() {
     std::vector<std::uint32_t> gone;
     while (const std::optional<std::uint32_t> id = victim()) {
-      erase(*id);
+      erase(*id, Departure::evicted);
       gone.push_back(*id);
     }
     return gone;
   }
 
-  Harness harness_;
+  NumberedPolicy policy_{GetParam(), kCapacity};
   std::set<std::uint32_t> evictable_;
   std::set<std::uint32_t> held_;
 };
 
-TYPED_TEST_SUITE_P(EvictionConformance);
-
-TYPED_TEST_P(EvictionConformance, an_empty_policy_has_no_victim) {
-  EXPECT_EQ(this->victim(), std::nullopt);
-  this->insert(3);
-  this->erase(3);
-  EXPECT_EQ(this->victim(), std::nullopt);
+TEST_P(EvictionConformance, an_empty_policy_has_no_victim) {
+  EXPECT_EQ(victim(), std::nullopt);
+  insert(3);
+  erase(3);
+  EXPECT_EQ(victim(), std::nullopt);
 }
 
-TYPED_TEST_P(EvictionConformance, a_victim_stays_until_it_is_erased) {
-  this->insert(7);
-  EXPECT_EQ(this->victim(), 7U);
-  EXPECT_EQ(this->victim(), 7U);
-  this->erase(7);
-  EXPECT_EQ(this->victim(), std::nullopt);
+TEST_P(EvictionConformance, a_victim_stays_until_it_is_erased) {
+  insert(7);
+  EXPECT_EQ(victim(), 7U);
+  EXPECT_EQ(victim(), 7U);
+  erase(7);
+  EXPECT_EQ(victim(), std::nullopt);
 }
 
-TYPED_TEST_P(EvictionConformance, every_block_goes_once) {
-  this->insert_all();
-  EXPECT_EQ(this->evict_all().size(), this->kCapacity);
+TEST_P(EvictionConformance, every_block_goes_once) {
+  insert_all();
+  EXPECT_EQ(evict_all().size(), kCapacity);
 }
 
-TYPED_TEST_P(EvictionConformance, a_held_block_is_no_victim_until_it_is_let_go_I4) {
-  this->insert_all();
-  for (std::uint32_t id = 0; id < this->kCapacity; ++id) this->hold(id);
-  EXPECT_EQ(this->victim(), std::nullopt);
-  for (std::uint32_t id = 0; id < this->kCapacity; ++id) {
-    this->let_go(id);
-    EXPECT_EQ(this->victim(), id);
-    this->hold(id);
+TEST_P(EvictionConformance, a_held_block_is_no_victim_until_it_is_let_go_I4) {
+  insert_all();
+  for (std::uint32_t id = 0; id < kCapacity; ++id) hold(id);
+  EXPECT_EQ(victim(), std::nullopt);
+  for (std::uint32_t id = 0; id < kCapacity; ++id) {
+    let_go(id);
+    EXPECT_EQ(victim(), id);
+    hold(id);
   }
-  EXPECT_EQ(this->victim(), std::nullopt);
+  EXPECT_EQ(victim(), std::nullopt);
 }
 
-TYPED_TEST_P(EvictionConformance, a_held_block_may_be_touched_and_erased) {
-  this->insert(1);
-  this->insert(2);
-  this->hold(1);
-  this->policy().touch(EntryId{1});
-  this->erase(1);
-  EXPECT_EQ(this->evict_all(), std::vector<std::uint32_t>{2});
+TEST_P(EvictionConformance, a_held_block_may_be_touched_and_erased) {
+  insert(1);
+  insert(2);
+  hold(1);
+  policy_.touch(1);
+  erase(1);
+  EXPECT_EQ(evict_all(), std::vector<std::uint32_t>{2});
 }
 
-TYPED_TEST_P(EvictionConformance, a_record_may_come_back) {
+TEST_P(EvictionConformance, a_record_may_come_back) {
   for (int round = 0; round < 3; ++round) {
-    this->insert(5);
-    this->policy().touch(EntryId{5});
-    if (round == 1) this->hold(5);
-    if (round == 1) this->let_go(5);
-    EXPECT_EQ(this->victim(), 5U);
-    this->erase(5);
+    insert(5);
+    policy_.touch(5);
+    if (round == 1) hold(5);
+    if (round == 1) let_go(5);
+    EXPECT_EQ(victim(), 5U);
+    erase(5);
   }
 }
 
-TYPED_TEST_P(EvictionConformance, whatever_is_done_victims_are_inside_and_not_held) {
+TEST_P(EvictionConformance, whatever_is_done_victims_are_inside_and_not_held) {
   for (unsigned seed = 0; seed < 20; ++seed) {
     std::mt19937 random(seed);
+    std::int64_t now_us = 0;
     for (int step = 0; step < 3000; ++step) {
-      const auto id = static_cast<std::uint32_t>(random() % this->kCapacity);
-      const bool evictable = this->evictable_.contains(id);
-      const bool held = this->held_.contains(id);
-      switch (random() % 6) {
+      const auto id = static_cast<std::uint32_t>(random() % kCapacity);
+      const bool evictable = evictable_.contains(id);
+      const bool held = held_.contains(id);
+      now_us += static_cast<std::int64_t>(random() % 1'000'000);
+      policy_.policy().advance(now_us);
+      switch (random() % 7) {
         case 0:
-          if (!evictable && !held) this->insert(id);
+          if (!evictable && !held) insert(id, random() % (3 * kCapacity));  // some are ghosts
           break;
         case 1:
-          if (evictable || held) this->policy().touch(EntryId{id});
+          if (evictable || held) policy_.touch(id);
           break;
         case 2:
-          if (evictable || held) this->erase(id);
+          if (evictable || held) erase(id);
           break;
         case 3:
         case 4:
-          if (evictable) this->hold(id);
-          if (held) this->let_go(id);
+          if (evictable) hold(id);
+          if (held) let_go(id);
           break;
+        case 5: {
+          const BlockKey key = numbered_key(random() % (3 * kCapacity));
+          random() % 2 == 0 ? policy_.policy().expect(key, GroupId{0})
+                            : policy_.policy().expect_no_more(key, GroupId{0});
+          break;
+        }
         default:
-          if (const std::optional<std::uint32_t> gone = this->victim(); gone && random() % 2 == 0)
-            this->erase(*gone);
+          if (const std::optional<std::uint32_t> gone = victim(); gone && random() % 2 == 0)
+            erase(*gone, Departure::evicted);
       }
       ASSERT_FALSE(::testing::Test::HasFailure());
     }
-    while (!this->held_.empty()) this->let_go(*this->held_.begin());
-    static_cast<void>(this->evict_all());
-    EXPECT_TRUE(this->evictable_.empty());
+    while (!held_.empty()) let_go(*held_.begin());
+    static_cast<void>(evict_all());
+    EXPECT_TRUE(evictable_.empty());
   }
 }
 
-REGISTER_TYPED_TEST_SUITE_P(EvictionConformance, an_empty_policy_has_no_victim,
-                            a_victim_stays_until_it_is_erased, every_block_goes_once,
-                            a_held_block_is_no_victim_until_it_is_let_go_I4,
-                            a_held_block_may_be_touched_and_erased, a_record_may_come_back,
-                            whatever_is_done_victims_are_inside_and_not_held);
+TEST_P(EvictionConformance, a_policy_says_how_much_memory_it_takes) {
+  const double bytes = policy_.policy().bytes_per_record();
+  EXPECT_GE(bytes, 8.0);
+  EXPECT_LE(bytes, 96.0);
+  insert_all();
+  EXPECT_EQ(policy_.policy().bytes_per_record(), bytes) << "allocated at the start";
+}
 
 }  // namespace kvtier::conformance

@@ -1,72 +1,53 @@
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <map>
+#include <random>
+#include <vector>
 
-#include "conformance/eviction_conformance.h"
+#include "support/eviction_world.h"
 
 namespace kvtier {
-
-struct LruPolicyPeer {
-  static std::size_t waiting(const LruPolicy& policy) { return policy.waiting_.size(); }
-};
-
-namespace conformance {
 namespace {
 
-class LruHarness final : public EvictionHarness {
+class Lru : public NumberedPolicy {
  public:
-  EvictionPolicy& policy() override { return policy_; }
-
- private:
-  LruPolicy policy_{kCapacity};
+  explicit Lru(std::size_t blocks) : NumberedPolicy("lru", blocks) {}
 };
-
-INSTANTIATE_TYPED_TEST_SUITE_P(Lru, EvictionConformance, ::testing::Types<LruHarness>);
-
-}  // namespace
-}  // namespace conformance
-
-namespace {
-
-std::optional<std::uint32_t> evict(LruPolicy& policy) {
-  const std::optional<EntryId> victim = policy.victim();
-  if (!victim) return std::nullopt;
-  policy.erase(*victim);
-  return raw(*victim);
-}
 
 TEST(LruPolicy, the_least_recently_used_goes_first) {
-  LruPolicy policy(4);
-  for (std::uint32_t id = 0; id < 4; ++id) policy.insert(EntryId{id});
-  policy.touch(EntryId{0});
-  policy.touch(EntryId{2});
-  policy.touch(EntryId{2});
-  EXPECT_EQ(evict(policy), 1U);
-  EXPECT_EQ(evict(policy), 3U);
-  EXPECT_EQ(evict(policy), 0U);
-  EXPECT_EQ(evict(policy), 2U);
-  EXPECT_EQ(evict(policy), std::nullopt);
+  Lru policy(4);
+  for (std::uint32_t id = 0; id < 4; ++id) policy.insert(id);
+  policy.touch(0);
+  policy.touch(2);
+  policy.touch(2);
+  EXPECT_EQ(policy.evict(), 1U);
+  EXPECT_EQ(policy.evict(), 3U);
+  EXPECT_EQ(policy.evict(), 0U);
+  EXPECT_EQ(policy.evict(), 2U);
+  EXPECT_EQ(policy.evict(), std::nullopt);
 }
 
 TEST(LruPolicy, holding_and_letting_go_is_no_use) {
   std::vector<std::uint32_t> order{0, 1, 2, 3};
   do {
-    LruPolicy policy(6);
-    for (std::uint32_t id = 0; id < 6; ++id) policy.insert(EntryId{id});
-    for (std::uint32_t id = 0; id < 4; ++id) policy.hold(EntryId{id + 1});
-    for (const std::uint32_t id : order) policy.let_go(EntryId{id + 1});
-    for (std::uint32_t id = 0; id < 6; ++id) ASSERT_EQ(evict(policy), id);
+    Lru policy(6);
+    for (std::uint32_t id = 0; id < 6; ++id) policy.insert(id);
+    for (std::uint32_t id = 0; id < 4; ++id) policy.hold(id + 1);
+    for (const std::uint32_t id : order) policy.let_go(id + 1);
+    for (std::uint32_t id = 0; id < 6; ++id) ASSERT_EQ(policy.evict(), id);
   } while (std::next_permutation(order.begin(), order.end()));
 }
 
 TEST(LruPolicy, a_use_while_held_counts) {
-  LruPolicy policy(3);
-  for (std::uint32_t id = 0; id < 3; ++id) policy.insert(EntryId{id});
-  policy.hold(EntryId{0});
-  policy.touch(EntryId{0});
-  policy.let_go(EntryId{0});
-  EXPECT_EQ(evict(policy), 1U);
-  EXPECT_EQ(evict(policy), 2U);
-  EXPECT_EQ(evict(policy), 0U);
+  Lru policy(3);
+  for (std::uint32_t id = 0; id < 3; ++id) policy.insert(id);
+  policy.hold(0);
+  policy.touch(0);
+  policy.let_go(0);
+  EXPECT_EQ(policy.evict(), 1U);
+  EXPECT_EQ(policy.evict(), 2U);
+  EXPECT_EQ(policy.evict(), 0U);
 }
 
 // The definition: among those not held, the one whose last use is longest ago.
@@ -77,7 +58,7 @@ TEST(LruPolicy, agrees_with_its_definition) {
   };
   for (unsigned seed = 0; seed < 100; ++seed) {
     std::mt19937 random(seed);
-    LruPolicy policy(32);
+    Lru policy(32);
     std::map<std::uint32_t, Block> model;
     const unsigned evict_one_in = seed % 2 == 0 ? 5 : 200;
     for (int now = 1; now <= 3000; ++now) {
@@ -88,49 +69,36 @@ TEST(LruPolicy, agrees_with_its_definition) {
         for (const auto& [candidate, block] : model) {
           if (!block.held && (!expected || block.last_use < model[*expected].last_use)) expected = candidate;
         }
-        ASSERT_EQ(evict(policy), expected);
+        ASSERT_EQ(policy.evict(), expected);
         if (expected) model.erase(*expected);
       } else if (it == model.end()) {
-        policy.insert(EntryId{id});
+        policy.insert(id);
         model[id] = {now, false};
       } else if (random() % 3 == 0) {
-        policy.touch(EntryId{id});
+        policy.touch(id);
         it->second.last_use = now;
       } else if (random() % 20 == 0) {
-        policy.erase(EntryId{id});
+        policy.drop(id);
         model.erase(it);
       } else {
-        it->second.held ? policy.let_go(EntryId{id}) : policy.hold(EntryId{id});
+        it->second.held ? policy.let_go(id) : policy.hold(id);
         it->second.held = !it->second.held;
       }
-      ASSERT_LE(LruPolicyPeer::waiting(policy), 2 * 32 + 65U);
     }
   }
 }
 
-TEST(LruPolicy, memory_stays_bounded_where_nothing_is_ever_evicted) {
-  LruPolicy policy(100);
-  for (std::uint32_t id = 0; id < 100; ++id) policy.insert(EntryId{id});
-  for (int round = 0; round < 20000; ++round) {
-    const auto id = static_cast<std::uint32_t>(1 + round % 98);
-    policy.hold(EntryId{id});
-    if (round % 3 == 0) policy.touch(EntryId{id});
-    policy.let_go(EntryId{id});
-  }
-  EXPECT_LE(LruPolicyPeer::waiting(policy), 2 * 100 + 65U);
-}
-
 #ifndef NDEBUG
 TEST(LruPolicyDeathTest, misuse_is_a_bug) {
-  LruPolicy policy(4);
-  policy.insert(EntryId{1});
-  EXPECT_DEATH(policy.insert(EntryId{1}), "broken invariant");
-  EXPECT_DEATH(policy.let_go(EntryId{1}), "broken invariant");
-  EXPECT_DEATH(policy.touch(EntryId{0}), "broken invariant");
-  EXPECT_DEATH(policy.touch(EntryId{3}), "broken invariant");
-  EXPECT_DEATH(policy.erase(EntryId{0}), "broken invariant");
-  policy.hold(EntryId{1});
-  EXPECT_DEATH(policy.hold(EntryId{1}), "broken invariant");
+  Lru policy(4);
+  policy.insert(1);
+  EXPECT_DEATH(policy.insert(1), "broken invariant");
+  EXPECT_DEATH(policy.let_go(1), "broken invariant");
+  EXPECT_DEATH(policy.touch(0), "broken invariant");
+  EXPECT_DEATH(policy.touch(3), "broken invariant");
+  EXPECT_DEATH(policy.drop(0), "broken invariant");
+  policy.hold(1);
+  EXPECT_DEATH(policy.hold(1), "broken invariant");
 }
 #endif
 

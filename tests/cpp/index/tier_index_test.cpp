@@ -354,12 +354,13 @@ TEST(TierIndex, stays_within_its_budget_of_memory) {
 // Everything at random, against a model that keeps a plain list of what it holds.
 class AgainstModel {
  public:
-  AgainstModel(unsigned seed, bool leaf_first)
+  AgainstModel(unsigned seed, std::string_view eviction, bool leaf_first)
       : random_(seed),
         leaf_first_(leaf_first),
         tier_({.slots_per_class = {7, 3},
                .class_of_group = {0, 1, 0},
                .hash_seed = seed,
+               .eviction = eviction,
                .leaf_first = leaf_first}) {}
 
   void run(int steps) {
@@ -563,9 +564,50 @@ class AgainstModel {
 TEST(TierIndex, agrees_with_a_naive_model_I1_I2_I3_I4) {
   for (unsigned seed = 0; seed < 40; ++seed) {
     SCOPED_TRACE(seed);
-    AgainstModel(seed, true).run(1500);
-    AgainstModel(seed, false).run(1500);
+    AgainstModel(seed, kDefaultEviction, true).run(1500);
+    AgainstModel(seed, kDefaultEviction, false).run(1500);
   }
+}
+
+TEST(TierIndex, with_every_policy_agrees_with_a_naive_model_I1_I2_I3_I4) {
+  for (const EvictionChoice& choice : eviction_choices()) {
+    for (unsigned seed = 0; seed < 8; ++seed) {
+      SCOPED_TRACE(std::string(choice.name) + " " + std::to_string(seed));
+      AgainstModel(seed, choice.name, true).run(1000);
+      AgainstModel(seed, choice.name, false).run(1000);
+    }
+  }
+}
+
+TEST(TierIndex, orphans_are_counted_and_adopted_when_their_parent_is_back) {
+  TierIndex tier({.slots_per_class = {3}, .class_of_group = {0}, .eviction = "fifo"});
+  tier.slots(0).grow(3);
+  Entry& parent = store(tier, 0);
+  Entry& child = store(tier, 1, &parent);
+  store(tier, 2, &parent);
+  EXPECT_EQ(tier.orphans(), 0U);
+  Entry& back = store(tier, 3);
+  EXPECT_FALSE(resident(tier, 0));
+  EXPECT_EQ(tier.orphans(), 2U);
+  EXPECT_EQ(tier.index().parent(child), nullptr);
+  tier.adopt(child, back);
+  EXPECT_EQ(tier.index().parent(child), &back);
+  tier.adopt(child, *tier.index().find(key_of(2), kGroup));
+  EXPECT_EQ(tier.index().parent(child), &back) << "it has a parent";
+}
+
+TEST(TierIndex, lru_holds_an_adopted_child_s_parent) {
+  TierIndex tier = tier_of(3);
+  Entry& parent = store(tier, 0);
+  Entry& child = store(tier, 1, &parent);
+  tier.drop(parent);
+  Entry& back = store(tier, 0);
+  tier.adopt(child, back);
+  tier.touch(child);
+  store(tier, 2);
+  store(tier, 3);
+  EXPECT_TRUE(resident(tier, 0)) << "older, but its child is resident";
+  EXPECT_EQ(tier.orphans(), 0U);
 }
 
 #ifndef NDEBUG

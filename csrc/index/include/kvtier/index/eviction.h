@@ -1,12 +1,18 @@
 // EvictionPolicy: decides which block goes when a slot is needed. It decides and never acts.
+//
+// The same policies run in the engine's tiers and in the simulation of csrc/replay; all of them pass the one
+// conformance suite (tests/cpp/conformance/eviction_conformance.h). docs/policies.md compares them.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <memory>
 #include <optional>
-#include <vector>
+#include <span>
+#include <string_view>
 
-#include "kvtier/core/huge_vector.h"
+#include "kvtier/core/types.h"
 
 namespace kvtier {
 
@@ -14,76 +20,83 @@ namespace kvtier {
 enum class EntryId : std::uint32_t {};
 constexpr std::uint32_t raw(EntryId id) { return static_cast<std::uint32_t>(id); }
 
-// Every tracked entry is *evictable* or *held* (pinned, or a younger block hangs on it). Holding and letting
-// go is no use of the entry: its age stays.
+// What a policy is told of a block when it became ready.
+struct BlockFacts {
+  const BlockKey& key;  // valid during the call; keep block_digest() of it
+  GroupId group{0};
+  std::uint32_t depth = 0;                       // blocks before it in its sequence
+  std::optional<EntryId> parent = std::nullopt;  // the resident block that it hangs on
+};
+
+enum class Departure : std::uint8_t {
+  evicted,  // it was the victim(): a policy may remember it
+  dropped,  // by the caller: it is not coming back under this key
+};
+
+// 64 bits that stand for a block that is not resident. `seed` keeps a caller from choosing collisions.
+inline std::uint64_t block_digest(const BlockKey& key, GroupId group, std::uint64_t seed) {
+  std::uint64_t words[4];
+  std::memcpy(words, key.bytes.data(), sizeof words);
+  std::uint64_t digest = seed ^ raw(group);
+  for (const std::uint64_t word : words) {
+    digest = (digest ^ word) * 0x9e3779b97f4a7c15ULL;
+    digest ^= digest >> 32;
+  }
+  return digest;
+}
+
+// Every tracked entry is *evictable* or *held* (pinned, or with leaf-first a younger block hangs on it).
+// Holding and letting go is no use of the entry: its age stays.
 //
-// Threads: none of its own; guarded by its owner. Memory: bounded by the highest EntryId seen.
+// Threads: none of its own; guarded by its owner. Memory: allocated for EvictionOptions at the start, but for
+// the heap of AgeQueues.
 class EvictionPolicy {
  public:
   virtual ~EvictionPolicy() = default;
 
   // A block became ready, just now; evictable.
-  virtual void insert(EntryId id) = 0;
+  virtual void insert(EntryId id, const BlockFacts& block) = 0;
   // It was used.
   virtual void touch(EntryId id) = 0;
   // Requires an entry that is evictable, or held, respectively.
   virtual void hold(EntryId id) = 0;
   virtual void let_go(EntryId id) = 0;
-  // It left, for whatever reason.
-  virtual void erase(EntryId id) = 0;
-  // The block to evict next; it stays until erase(). nullopt when every entry is held.
+  // It left.
+  virtual void erase(EntryId id, Departure why) = 0;
+  // The block to evict next; asked again at once it is the same. nullopt when every entry is held.
   virtual std::optional<EntryId> victim() = 0;
+
+  // The time of what follows, in microseconds since an arbitrary origin; never goes back. The engine says its
+  // Clock's, a simulation its trace's.
+  virtual void advance(std::int64_t /*now_us*/) {}
+  // A request that waits will want this block, resident or not; once per request. A hint.
+  virtual void expect(const BlockKey& /*key*/, GroupId /*group*/) {}
+  // That request waits no more: it runs, or was given up.
+  virtual void expect_no_more(const BlockKey& /*key*/, GroupId /*group*/) {}
+
+  // Bytes of bookkeeping per record, everything allocated at the start counted in.
+  virtual double bytes_per_record() const = 0;
 };
 
-// Least recently used, exactly: the victim is the evictable entry whose last use is longest ago.
-//
-// Evictable entries stand in a list ordered by last use. An entry that is let go may belong anywhere in
-// it: mostly at an end (a parent whose last child went is next in line; a pin was just used), else it waits
-// in a heap beside the list, and the victim is the older of the list's oldest and the heap's. So every
-// operation is O(1) but for entries that were let go out of order, O(log of how many there are).
-class LruPolicy final : public EvictionPolicy {
- public:
-  // Links for `capacity` records are reserved now, so that only let_go() may allocate (the heap).
-  explicit LruPolicy(std::size_t capacity);
-  void insert(EntryId id) override;
-  void touch(EntryId id) override;
-  void hold(EntryId id) override;
-  void let_go(EntryId id) override;
-  void erase(EntryId id) override;
-  std::optional<EntryId> victim() override;
-
- private:
-  enum class Where : std::uint8_t { nowhere, list, heap, held };
-  struct Node {
-    std::uint32_t older = 0;
-    std::uint32_t younger = 0;
-    std::uint64_t last_use : 62 = 0;  // a count of uses, not a time
-    std::uint64_t where : 2 = 0;
-  };
-  struct Waiting {
-    std::uint64_t last_use;
-    EntryId id;
-  };
-
-  Node& node(EntryId id);  // node 0 is the sentinel
-  static Where where(const Node& n) { return static_cast<Where>(n.where); }
-  static void place(Node& n, Where where) { n.where = static_cast<std::uint64_t>(where) & 3U; }
-  void link_behind(std::uint32_t at, std::uint32_t older);
-  void unlink(std::uint32_t at);
-  void leave(EntryId id);
-  bool is_stale(const Waiting& waiting);
-  void compact_waiting();
-  void drop_stale_waiting();
-
-  HugeVector<Node> nodes_;        // sentinel.younger is the oldest, sentinel.older the youngest
-  std::vector<Waiting> waiting_;  // a heap, oldest first; entries that left it meanwhile are skipped
-  std::size_t in_heap_ = 0;       // entries in the heap, without the stale
-  std::uint64_t uses_ = 0;
-
-  friend struct LruPolicyPeer;  // tests: how much memory the heap takes
-
- public:
-  static constexpr std::size_t kBytesPerEntry = sizeof(Node);  // what index_bytes_per_block counts
+struct EvictionOptions {
+  std::size_t records = 0;        // every EntryId is below it
+  std::size_t blocks = 0;         // most that are resident at once: slots of the size class
+  std::uint64_t block_bytes = 0;  // of each of them; 0: not known
+  std::uint64_t seed = 0;         // for block_digest()
 };
+
+struct EvictionChoice {
+  std::string_view name;
+  // Whether the policy is run leaf first: no block is evicted while a block that hangs on it is resident.
+  // The others may leave orphans, which TierIndex counts.
+  bool leaf_first;
+  std::unique_ptr<EvictionPolicy> (*make)(const EvictionOptions& options);
+};
+
+// All there are, the default first.
+std::span<const EvictionChoice> eviction_choices();
+// Null when there is none of this name.
+const EvictionChoice* find_eviction(std::string_view name);
+inline constexpr std::string_view kDefaultEviction = "lru";
 
 }  // namespace kvtier

@@ -63,6 +63,8 @@ class Index {
   // the child -> parent link by id and generation, so that a parent that went first is never mistaken for its
   // record's next user.
   void set_parent(Entry& child, Entry& parent);
+  // Forgets a parent that is erased. Returns whether the child has none now.
+  bool forget_erased_parent(Entry& child);
   // The parent, if it has one that is not erased.
   Entry* parent(const Entry& child);
 

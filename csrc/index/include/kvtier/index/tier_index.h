@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "kvtier/index/index.h"
@@ -41,8 +42,12 @@ class TierIndex {
     std::vector<std::size_t> class_of_group;     // within a volume
     std::uint32_t num_volumes = 1;               // at most kMaxVolumes
     std::uint64_t hash_seed = 0;
-    // LRU never evicts a block while a block that hangs on it is resident.
-    bool leaf_first = true;
+    std::string_view eviction = kDefaultEviction;  // one of eviction_choices()
+    // Whether no block is evicted while a block that hangs on it is resident; nullopt: as the policy wants
+    // it.
+    std::optional<bool> leaf_first = std::nullopt;
+    // Bytes of a slot of each class of a volume, for policies that weigh them; empty: not known.
+    std::vector<std::uint64_t> block_bytes = {};
   };
   explicit TierIndex(const Options& options);
 
@@ -57,7 +62,11 @@ class TierIndex {
   // slot is not free or not usable, or the key is there already. link_parent() may follow, once.
   Entry* restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
                  std::uint32_t volume, SlotId slot);
+  // Requires a child that has no parent yet.
   void link_parent(Entry& child, Entry& parent);
+  // As link_parent(), unless the child has a parent; one that was evicted is none any more. `parent` came
+  // back, and the blocks that hung on it are orphans no longer.
+  void adopt(Entry& child, Entry& parent);
   // The copy has run. Returns false when the block was dropped meanwhile: its slot is free again.
   bool commit(Entry& entry);
   // The copy failed and can touch the slot no more.
@@ -75,6 +84,11 @@ class TierIndex {
   // Unfindable at once. The slot is freed now, or with the last pin, or when its filling ends.
   void drop(Entry& entry);
 
+  // The time of what follows, and what waiting requests want: see EvictionPolicy.
+  void advance(std::int64_t now_us);
+  void expect(const BlockKey& key, GroupId group);
+  void expect_no_more(const BlockKey& key, GroupId group);
+
   // Who would be evicted next to make room in a class; null if nobody may be.
   const Entry* next_victim(std::size_t class_index);
 
@@ -87,7 +101,11 @@ class TierIndex {
   const SlotPool& slots(std::size_t class_index) const { return classes_[class_index].slots; }
   std::size_t num_classes() const { return classes_.size(); }
 
+  bool leaf_first() const { return leaf_first_; }
   std::uint64_t evictions() const { return evictions_; }
+  // Blocks that lost their parent to an eviction while they were resident: no prefix reaches them until it is
+  // back. Never with leaf-first.
+  std::uint64_t orphans() const { return orphans_; }
   std::uint32_t pinned_blocks() const { return pinned_blocks_; }
   std::uint64_t pins() const { return pins_; }
   // Bytes of bookkeeping per slot of capacity: index, slot states and the policy's links.
@@ -99,6 +117,7 @@ class TierIndex {
     std::unique_ptr<EvictionPolicy> policy;
   };
   bool evict_one(Class& tier_class);
+  void remove(Entry& entry, Departure why);
   void free_slot(Entry& entry);
   // Whether the policy knows it, and whether it may name it as a victim (else it is held).
   bool tracked(const Entry& entry) const { return entry.linked && entry.state == SlotState::ready; }
@@ -113,6 +132,7 @@ class TierIndex {
   Index index_;
   std::vector<Class> classes_;
   std::uint64_t evictions_ = 0;
+  std::uint64_t orphans_ = 0;
   std::uint64_t pins_ = 0;
   std::uint32_t pinned_blocks_ = 0;
 };
