@@ -35,13 +35,15 @@ Fingerprint fingerprint_of(const py::bytes& bytes) {
 
 DiskOptions disk_options(const std::vector<std::pair<std::string, std::uint64_t>>& disks,
                          const py::bytes& fingerprint, SecondProcess second_process, Admission admission,
-                         std::optional<std::uint64_t> write_bytes_per_day, const std::vector<py::bytes>& keys,
-                         std::uint32_t queue_depth, double commit_seconds, std::string catalog_helper) {
+                         std::string eviction, std::optional<std::uint64_t> write_bytes_per_day,
+                         const std::vector<py::bytes>& keys, std::uint32_t queue_depth, double commit_seconds,
+                         std::string catalog_helper) {
   DiskOptions options;
   for (const auto& [path, capacity] : disks) options.disks.push_back({path, capacity});
   options.fingerprint = fingerprint_of(fingerprint);
   options.second_process = second_process;
   options.admission = admission;
+  options.eviction = std::move(eviction);
   options.write_bytes_per_day = write_bytes_per_day;
   options.queue_depth = queue_depth;
   options.commit_interval = std::chrono::milliseconds(static_cast<std::int64_t>(commit_seconds * 1e3));
@@ -62,8 +64,9 @@ void bind_disk(py::module_& m) {
       .value("tiny_lfu", Admission::tiny_lfu);
   py::class_<DiskOptions>(m, "DiskOptions")
       .def(py::init(&disk_options), py::kw_only(), py::arg("disks"), py::arg("fingerprint"),
-           py::arg("second_process"), py::arg("admission"), py::arg("write_bytes_per_day"), py::arg("keys"),
-           py::arg("queue_depth"), py::arg("commit_seconds"), py::arg("catalog_helper"));
+           py::arg("second_process"), py::arg("admission"), py::arg("eviction"),
+           py::arg("write_bytes_per_day"), py::arg("keys"), py::arg("queue_depth"), py::arg("commit_seconds"),
+           py::arg("catalog_helper"));
 }
 
 }  // namespace kvtier::bindings

@@ -98,12 +98,14 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(disk_gone);
   KVTIER_FIELD(disk_failed);
   KVTIER_FIELD(disk_evictions);
+  KVTIER_FIELD(disk_orphans);
   KVTIER_FIELD(disk_waiting);
   KVTIER_FIELD(promotions_running);
   KVTIER_FIELD(write_budget_left_bytes);
   KVTIER_FIELD(bytes_stored);
   KVTIER_FIELD(bytes_loaded);
   KVTIER_FIELD(evictions);
+  KVTIER_FIELD(orphans);
   KVTIER_FIELD(drops);
   KVTIER_FIELD(health);
   KVTIER_FIELD(arena_problem);

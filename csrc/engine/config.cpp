@@ -23,6 +23,15 @@ std::uint64_t bytes_of_one_block_each(const std::vector<GroupSpec>& groups) {
   return bytes;
 }
 
+Status check_eviction(const std::string& key, const std::string& name) {
+  if (find_eviction(name) != nullptr) return Status::ok();
+  std::string allowed;
+  for (const EvictionChoice& choice : eviction_choices()) {
+    allowed += (allowed.empty() ? "" : ", ") + std::string(choice.name);
+  }
+  return Status::invalid_argument(key + " is '" + name + "'; allowed: " + allowed);
+}
+
 }  // namespace
 
 Status EngineConfig::validate() const {
@@ -44,7 +53,8 @@ Status EngineConfig::validate() const {
                                     " bytes; allowed: " + std::to_string(least) +
                                     " (one block of every group) to " + std::to_string(kMaxHostBytes));
   }
-  return Status::ok();
+  KVTIER_RETURN_IF_ERROR(check_eviction("eviction", eviction));
+  return check_eviction("disk eviction", disk.eviction);
 }
 
 ArenaGeometry EngineConfig::geometry() const {

@@ -130,6 +130,8 @@ Status EngineImpl::open_disks() {
   options.num_volumes = static_cast<std::uint32_t>(opened.size());
   options.class_of_group = class_of_group_;
   options.hash_seed = hash_seed_;
+  options.eviction = config_.disk.eviction;
+  for (const StoreClass& of : opened.front().classes) options.block_bytes.push_back(of.slot_stride_bytes);
   for (const OpenedDisk& disk : opened) {
     for (const StoreClass& of : disk.classes) options.slots_per_class.push_back(of.num_slots);
   }
@@ -312,6 +314,7 @@ void EngineImpl::add_disk_stats(EngineStats& stats) {
     stats.disks.push_back(std::move(disk));
   }
   stats.disk_evictions = disk_->index.evictions();
+  stats.disk_orphans = disk_->index.orphans();
   stats.disk_waiting = static_cast<std::uint32_t>(disk_->by_host.size() + disk_->undurable.size());
   stats.promotions_running = static_cast<std::uint32_t>(disk_->promotions.size());
   stats.write_budget_left_bytes = disk_->budget.left_bytes();

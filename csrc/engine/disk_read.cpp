@@ -122,6 +122,7 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
   bool wipe = false;
   {
     MutexLock lock(mutex_);
+    tick();
     DiskTier& disk = *disk_;
     Entry& host = tier_.index().at(promotion->host);
     Entry& on_disk = disk.index.index().at(promotion->disk);

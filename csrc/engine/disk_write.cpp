@@ -246,6 +246,7 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
   std::optional<std::uint32_t> wipe_on;
   {
     MutexLock lock(mutex_);
+    tick();
     DiskTier& disk = *disk_;
     Entry& entry = disk.index.index().at(write_back->disk);
     tier_.unpin(tier_.index().at(write_back->host));

@@ -168,6 +168,7 @@ Result<EngineStats> EngineImpl::stats() {
   stats.leases = static_cast<std::uint32_t>(leases_.size());
   stats.transfers_running = running_;
   stats.evictions = tier_.evictions();
+  stats.orphans = tier_.orphans();
   add_disk_stats(stats);
   return stats;
 }
@@ -376,8 +377,12 @@ Result<std::shared_ptr<Engine>> Engine::open(EngineConfig config) {
   const ArenaGeometry geometry = config.geometry();
   KVTIER_RETURN_IF_ERROR(geometry.validate());
   TierIndex::Options options;
-  for (const ArenaClass& size_class : geometry.classes)
+  for (const ArenaClass& size_class : geometry.classes) {
     options.slots_per_class.push_back(size_class.num_slots);
+    options.block_bytes.push_back(size_class.slot_stride_bytes);
+  }
+  const std::string eviction = config.eviction;  // outlives the options
+  options.eviction = eviction;
   options.class_of_group = config.class_of_group();
   try {
     if (config.hash_seed) {

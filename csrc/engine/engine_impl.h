@@ -203,6 +203,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
     return Status::closed("this engine belongs to the parent process; open one of your own after fork()");
   }
   Status check_open() KVTIER_REQUIRES(mutex_);
+  // Tells the eviction policies what time it is.
+  void tick() KVTIER_REQUIRES(mutex_);
   void mark_failed(const std::string& why) KVTIER_EXCLUDES(mutex_);
 
   // Steps 1 and 3 of every operation; see engine.h.

@@ -158,6 +158,7 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
   lease->num_blocks = ready_prefix(states, keys.size());
 
   MutexLock lock(mutex_);
+  tick();
   for (std::size_t g = 0; g < num_groups; ++g) {
     const std::size_t window =
         config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
@@ -208,6 +209,12 @@ bool EngineImpl::lease_active(const LeaseState& lease) {
   return lease.active;
 }
 
+void EngineImpl::tick() {
+  const std::int64_t now_us = clock_->now_us();
+  tier_.advance(now_us);
+  if (disk_) disk_->index.advance(now_us);
+}
+
 void EngineImpl::expire_leases() {
   const std::int64_t now = clock_->now_us();
   for (std::size_t i = leases_.size(); i-- > 0;) {
@@ -229,6 +236,7 @@ Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
   for (std::size_t end = keys.size(); end > 0;) {  // the last part first: tail first over all
     const std::size_t begin = end - std::min(kKeysPerHold, end);
     MutexLock lock(mutex_);
+    tick();
     KVTIER_RETURN_IF_ERROR(check_open());
     for (std::size_t i = end; i-- > begin;) {
       for (std::size_t g = 0; g < config_.groups.size(); ++g) {

@@ -91,6 +91,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
   present.reserve(request.keys.size() + 1);
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
+    tick();
     if (begin == 0) {
       KVTIER_RETURN_IF_ERROR(check_open());
       name_space = intern(request.name_space);
@@ -152,6 +153,7 @@ void EngineImpl::release_present(Operation& operation) {
   std::vector<EntryId>& present = operation.present;
   while (!present.empty()) {  // tail first: the tail becomes the oldest
     MutexLock lock(mutex_);
+    tick();
     for (std::size_t n = 0; n < kBlocksPerHold && !present.empty(); ++n) {
       Entry& entry = tier_.index().at(present.back());
       present.pop_back();
@@ -168,6 +170,7 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
   bool failed = false;
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
+    tick();
     if (begin == 0) {
       KVTIER_RETURN_IF_ERROR(admit(operation));
     }
@@ -247,6 +250,7 @@ void EngineImpl::settle_entries(Operation& operation) {
   for (std::size_t end = operation.entries.size(); end > 0;) {  // tail first, so that the tail is the oldest
     const std::size_t begin = end - std::min(kBlocksPerHold, end);
     MutexLock lock(mutex_);
+    tick();
     for (std::size_t i = end; i-- > begin;) {
       Entry& entry = tier_.index().at(operation.entries[i]);
       BlockOutcome& outcome = operation.outcomes[operation.blocks[i]];

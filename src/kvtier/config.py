@@ -19,6 +19,7 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
+EVICTIONS = ("lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc")  # the core's, the default first
 COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
 
@@ -100,11 +101,14 @@ class Config:
         block_tokens: Tokens of a block, the unit of lookup and eviction. For each group, one of block_tokens
             and page_tokens divides the other.
         world_size: Ranks on this host that share one cache, each with its part of every block.
+        eviction: Which block of the host tier goes when room is needed: one of EVICTIONS, "lru" unless
+            docs/policies.md says better for your traffic.
         copy_threads: Threads of the CPU device, None for the default.
         chunk: The arena is prefaulted and registered in chunks of this size.
         disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
         disk_admission: Which blocks are written once the drives were full: "all", "second-use" (offered
             before), or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
+        disk_eviction: As `eviction`, for the drives.
         disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one
             capacity a day, "unlimited" for no limit.
         disk_second_process: What a second process with the same model and layout gets: "next", a store of
@@ -124,10 +128,12 @@ class Config:
     model: str
     block_tokens: int = 16
     world_size: int = 1
+    eviction: str = EVICTIONS[0]
     copy_threads: int | None = None
     chunk: int | str = "128MiB"
     disk: Disk | Sequence[Disk] = ()
     disk_admission: str = "second-use"
+    disk_eviction: str = EVICTIONS[0]
     disk_write_budget: int | str | None = None
     disk_second_process: str = "next"
     disk_key: str | None = None
@@ -175,7 +181,12 @@ class Config:
                 f"disk has {len(disks)} entries; allowed: at most {_MAX_DISKS}, each another path"
             )
         object.__setattr__(self, "disk", tuple(disks))
-        for key, allowed in (("disk_admission", _ADMISSIONS), ("disk_second_process", _SECOND_PROCESS)):
+        for key, allowed in (
+            ("eviction", EVICTIONS),
+            ("disk_admission", _ADMISSIONS),
+            ("disk_eviction", EVICTIONS),
+            ("disk_second_process", _SECOND_PROCESS),
+        ):
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {', '.join(allowed)}")
         if self.disk_write_budget not in (None, "unlimited"):

@@ -112,6 +112,7 @@ def disk_options(config: Config) -> _core.DiskOptions | None:
             _core.SecondProcess, {"next": "next_store", "refuse": "refuse"}[config.disk_second_process]
         ),
         admission=getattr(_core.Admission, config.disk_admission.replace("-", "_")),
+        eviction=config.disk_eviction,
         write_bytes_per_day=config.disk_write_bytes_per_day,
         keys=read_keys(config.disk_key),
         queue_depth=config.disk_queue_depth,
@@ -163,6 +164,7 @@ class Engine:
             memory=getattr(memory, "native", memory),
             clock=clock,
             hash_seed=hash_seed,
+            eviction=config.eviction,
             disk=disk,
         )
         self._control: ControlServer | None = None

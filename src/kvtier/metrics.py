@@ -129,6 +129,7 @@ class Stats:
     disk_gone: int
     disk_failed: int
     disk_evictions: int
+    disk_orphans: int
     disk_waiting: int
     promotions_running: int
     write_budget_left_bytes: int
@@ -136,6 +137,7 @@ class Stats:
     bytes_stored: int
     bytes_loaded: int
     evictions: int
+    orphans: int
     drops: int
 
     health: str

@@ -32,6 +32,7 @@
 #include "kvtier/engine/stats.h"
 #include "kvtier/engine/ticket.h"
 #include "kvtier/index/admission.h"
+#include "kvtier/index/eviction.h"
 #include "kvtier/memory/arena.h"
 #include "kvtier/platform/device.h"
 #include "kvtier/storage/slot_store.h"
@@ -50,6 +51,7 @@ struct DiskOptions {
   std::vector<DiskConfig> disks;  // empty: no disk tier
   Fingerprint fingerprint{};      // of all that makes two engines' blocks incompatible
   SecondProcess second_process = SecondProcess::next_store;
+  std::string eviction{kDefaultEviction};       // one of eviction_choices()
   Admission admission = Admission::second_use;  // once the tier was full; before that, all
   // Bytes written a day over all drives; nullopt: one capacity. 0: no limit.
   std::optional<std::uint64_t> write_bytes_per_day;
@@ -68,6 +70,7 @@ struct EngineConfig {
   std::shared_ptr<const Clock> clock;      // null: the steady clock
   HostMemory* memory = nullptr;            // null: the real one; must outlive the engine
   std::optional<std::uint64_t> hash_seed;  // nullopt: random
+  std::string eviction{kDefaultEviction};  // of the host tier: one of eviction_choices()
   DiskOptions disk;
 
   Status validate() const;

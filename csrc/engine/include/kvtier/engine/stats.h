@@ -108,6 +108,7 @@ struct EngineStats {
   std::uint64_t disk_gone = 0;             // evicted or dropped before it was written
   std::uint64_t disk_failed = 0;           // the drive said no
   std::uint64_t disk_evictions = 0;
+  std::uint64_t disk_orphans = 0;
   std::uint32_t disk_waiting = 0;  // blocks that wait for their write, or for its sync
   std::uint32_t promotions_running = 0;
   std::uint64_t write_budget_left_bytes = 0;
@@ -115,6 +116,7 @@ struct EngineStats {
   std::uint64_t bytes_stored = 0;
   std::uint64_t bytes_loaded = 0;
   std::uint64_t evictions = 0;
+  std::uint64_t orphans = 0;  // blocks that lost their parent to an eviction; never with leaf-first policies
   std::uint64_t drops = 0;
 
   std::string arena_problem;  // why the host tier is smaller than configured; empty if it is not
