@@ -1,4 +1,4 @@
-# The Python module kvtier._core, from csrc/bindings. It sees the engine and, through it, what lies below.
+# The Python module kvtier._core, from csrc/bindings. It sees the engine and, through it, what lies below, and the replay.
 file(GLOB kvtier_binding_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/bindings/*.cpp")
 if(NOT kvtier_binding_sources)
   return()
@@ -15,7 +15,7 @@ find_package(pybind11 CONFIG REQUIRED)
 
 # NO_EXTRAS: its link-time optimisation would cover the bindings only, and gcc warns there about its own code.
 pybind11_add_module(_core MODULE NO_EXTRAS ${kvtier_binding_sources})
-target_link_libraries(_core PRIVATE kvtier_flags kvtier::engine)
+target_link_libraries(_core PRIVATE kvtier_flags kvtier::engine kvtier::replay)
 install(TARGETS _core LIBRARY DESTINATION kvtier)
 if(NOT SKBUILD)
   # In a C++ developer's tree the module stands in compile_commands.json (clang-tidy reads it); pip builds it.

@@ -23,6 +23,7 @@
 #include "kvtier/engine/ticket.h"
 #include "kvtier/index/admission.h"
 #include "kvtier/index/tier_index.h"
+#include "kvtier/index/write_budget.h"
 #include "kvtier/storage/slot_store.h"
 
 namespace kvtier {
@@ -60,21 +61,6 @@ struct Promotion {
   bool cancelled = false;
   // Who waits for it, and as which of its blocks.
   std::vector<std::pair<std::shared_ptr<Operation>, std::uint32_t>> waiting;
-};
-
-// Bytes that may be written to the drives: a bucket that holds a day's worth and fills at that rate.
-class WriteBudget {
- public:
-  WriteBudget(std::optional<std::uint64_t> bytes_per_day, std::int64_t now_us);
-  // Takes `bytes` if there are as many; without a limit, always.
-  bool take(std::uint64_t bytes, std::int64_t now_us);
-  std::uint64_t left_bytes() const { return static_cast<std::uint64_t>(left_); }
-
- private:
-  std::optional<std::uint64_t> bytes_per_day_;
-  double left_ = 0;
-  double most_ = 0;
-  std::int64_t at_us_;
 };
 
 // Guarded by the engine's mutex, but `volumes` and `classes`, which do not change between start() and

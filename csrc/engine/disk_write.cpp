@@ -13,24 +13,8 @@ namespace {
 
 constexpr std::size_t kBlocksPerHold = 1024;
 constexpr std::size_t kWritesPerHold = 64;
-constexpr double kSecondsPerDay = 86400;
 
 }  // namespace
-
-WriteBudget::WriteBudget(std::optional<std::uint64_t> bytes_per_day, std::int64_t now_us)
-    : bytes_per_day_(bytes_per_day), at_us_(now_us) {
-  left_ = most_ = static_cast<double>(bytes_per_day.value_or(0));
-}
-
-bool WriteBudget::take(std::uint64_t bytes, std::int64_t now_us) {
-  if (!bytes_per_day_) return true;
-  const double rate_per_us = static_cast<double>(*bytes_per_day_) / (kSecondsPerDay * 1e6);
-  left_ = std::min(most_, left_ + rate_per_us * static_cast<double>(now_us - at_us_));
-  at_us_ = now_us;
-  if (left_ < static_cast<double>(bytes)) return false;
-  left_ -= static_cast<double>(bytes);
-  return true;
-}
 
 // After a store's blocks were committed: each becomes a candidate, and the ticket's durable moment waits for
 // all.
@@ -192,7 +176,11 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
 
   const Entry* above = tier_.index().parent(host);
   Entry* parent = above == nullptr ? nullptr : disk.index.index().find(above->key, above->group);
-  if (above != nullptr && parent == nullptr) return decline(&EngineStats::disk_declined_parent);
+  if (above != nullptr && parent == nullptr) {
+    // Else a prompt that comes again would get one block further on each time.
+    disk.admission_policy.note(host.key);
+    return decline(&EngineStats::disk_declined_parent);
+  }
   const std::size_t class_index = class_of_group_[raw(host.group)];
   const std::optional<std::uint32_t> volume = choose_volume(class_index);
   if (!volume) return decline(&EngineStats::disk_declined_busy);

@@ -45,6 +45,10 @@ std::uint32_t FrequencySketch::estimate(const BlockKey& key) const {
 AdmissionPolicy::AdmissionPolicy(Admission kind, std::size_t capacity, std::uint64_t seed)
     : kind_(kind), seen_(kind == Admission::all ? 1 : capacity, seed) {}
 
+void AdmissionPolicy::note(const BlockKey& key) {
+  if (kind_ != Admission::all) seen_.add(key);
+}
+
 bool AdmissionPolicy::admit(const BlockKey& key, const BlockKey* victim) {
   if (kind_ == Admission::all) return true;
   const std::uint32_t before = seen_.estimate(key);

@@ -47,6 +47,8 @@ class AdmissionPolicy {
 
   // Notes that the block was offered, and says whether it should replace `victim` (null: there is room).
   bool admit(const BlockKey& key, const BlockKey* victim);
+  // Notes that the block was offered, though something else has refused it: it counts as a first use.
+  void note(const BlockKey& key);
 
  private:
   Admission kind_;

@@ -1,0 +1,106 @@
+#include "kvtier/replay/simulation.h"
+
+#include "tiers.h"
+
+#include "kvtier/core/status.h"
+
+namespace kvtier::replay {
+namespace {
+
+constexpr std::size_t kRequestsPerCall = 1024;  // of progress
+
+TierIndex::Options tier_options(const SimulationOptions& options, std::uint32_t blocks,
+                                std::string_view eviction) {
+  TierIndex::Options tier;
+  tier.slots_per_class = {blocks};
+  tier.class_of_group = {0};
+  tier.hash_seed = options.seed;
+  tier.eviction = eviction;
+  if (options.form == Form::plain) tier.leaf_first = false;
+  tier.block_bytes = {options.block_bytes};
+  return tier;
+}
+
+}  // namespace
+
+Tiers::Tiers(const SimulationOptions& options)
+    : host_(tier_options(options, options.host_blocks, options.host_eviction)),
+      block_bytes_(options.block_bytes),
+      admission_(options.admission, options.disk_blocks, options.seed),
+      bytes_per_day_(options.write_bytes_per_day) {
+  KVTIER_CHECK(options.host_blocks > 0);
+  host_.slots(0).grow(options.host_blocks);
+  if (options.disk_blocks == 0) return;
+  disk_ = std::make_unique<TierIndex>(tier_options(options, options.disk_blocks, options.disk_eviction));
+  disk_->slots(0).grow(options.disk_blocks);
+}
+
+Tiers::Prefix Tiers::look_up() {
+  in_host_.resize(keys_.size());
+  host_.index().find_each(keys_, kGroup, [this](std::size_t i, Entry* entry) {
+    in_host_[i] = entry != nullptr && entry->state == SlotState::ready ? entry : nullptr;
+  });
+  Prefix found;
+  for (std::size_t i = 0; i < keys_.size(); ++i) {
+    if (in_host_[i] != nullptr) {
+      ++found.host;
+    } else if (disk_ && ready(*disk_, keys_[i]) != nullptr) {
+      ++found.disk;
+    } else {
+      break;
+    }
+  }
+  return found;
+}
+
+bool Tiers::admitted(const BlockKey& key, SimulationResult& result) {
+  const Entry* victim = disk_->slots(0).has_free() ? nullptr : disk_->next_victim(0);
+  if (!admission_.admit(key, victim == nullptr ? nullptr : &victim->key)) {
+    ++result.declined_admission;
+    return false;
+  }
+  if (!budget_->take(block_bytes_, now_us_)) {
+    ++result.declined_budget;
+    return false;
+  }
+  return true;
+}
+
+void Tiers::request(std::span<const std::uint32_t> blocks, std::int64_t at_us, SimulationResult& result) {
+  now_us_ = at_us;
+  if (disk_ && !budget_) budget_.emplace(bytes_per_day_, at_us);
+  host_.advance(at_us);
+  if (disk_) disk_->advance(at_us);
+  keys_.clear();
+  for (const std::uint32_t block : blocks) keys_.push_back(key_of(block));
+  const Prefix hit = run(result);
+  result.references += blocks.size();
+  result.hits_host += hit.host;
+  result.hits_disk += hit.disk;
+  result.host_of_request.push_back(hit.host);
+  result.disk_of_request.push_back(hit.disk);
+}
+
+void Tiers::finish(SimulationResult& result) const {
+  result.evictions_host = host_.evictions();
+  result.orphans_host = host_.orphans();
+  if (!disk_) return;
+  result.evictions_disk = disk_->evictions();
+  result.orphans_disk = disk_->orphans();
+}
+
+SimulationResult simulate(const TraceView& trace, const SimulationOptions& options) {
+  const std::unique_ptr<Tiers> tiers =
+      options.form == Form::engine ? make_engine_form(options) : make_plain_form(options);
+  SimulationResult result;
+  result.host_of_request.reserve(trace.num_requests());
+  result.disk_of_request.reserve(trace.num_requests());
+  for (std::size_t r = 0; r < trace.num_requests(); ++r) {
+    if (options.progress && r % kRequestsPerCall == 0 && !options.progress(r)) break;
+    tiers->request(trace.request(r), trace.at_us[r], result);
+  }
+  tiers->finish(result);
+  return result;
+}
+
+}  // namespace kvtier::replay
