@@ -98,6 +98,7 @@ void bind_devices(py::module_& m);
 void bind_simulated(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_ranks(py::module_& m);
+void bind_replay(py::module_& m);
 void bind_simulated_drive(py::module_& m);
 void bind_bench(py::module_& m);
 void bind_bench_disk(py::module_& m);

@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, m) {
   bind_storage(m);
   bind_engine(m);
   bind_ranks(m);
+  bind_replay(m);
   bind_simulated_drive(m);
   bind_bench(m);
   bind_bench_disk(m);

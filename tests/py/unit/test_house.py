@@ -27,9 +27,10 @@ BELOW = {
     "memory": {"core", "platform"},
     "storage": {"core", "platform"},
     "transfer": {"core", "platform", "memory", "storage"},
+    "replay": {"core", "index"},
     "engine": {"core", "index", "platform", "memory", "storage", "transfer"},
 }
-BELOW["bindings"] = {"engine"} | BELOW["engine"]
+BELOW["bindings"] = {"engine", "replay"} | BELOW["engine"]
 
 # Headers from outside that only one place may include: a pattern for the header, one for the file.
 RESERVED = [
@@ -43,7 +44,7 @@ RESERVED = [
 # Modules that only some files of the package may import.
 IMPORTERS = {
     "torch": r"paged\.py|adapters/.*|cli/(demo|bench_ttft).*",
-    "kvtier._core": r"engine\.py|gpus\.py|keys\.py|stores\.py|testing\.py",
+    "kvtier._core": r"engine\.py|gpus\.py|keys\.py|replay\.py|stores\.py|testing\.py",
 }
 
 
