@@ -242,6 +242,16 @@ void bind_engine(py::module_& m) {
         without_gil([&] { native.release(); });
       });
 
+  m.def(
+      "bytes_for_blocks",
+      [](std::vector<GroupSpec> groups, std::uint64_t blocks) {
+        EngineConfig config;
+        config.groups = std::move(groups);
+        return std::pair(config.host_bytes_for(blocks), config.disk_bytes_for(blocks));
+      },
+      py::arg("groups"), py::arg("blocks"),
+      "Bytes that the host tier and a disk need for so many blocks of every group.");
+
   py::class_<EngineBox, Box>(m, "Engine")
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),

@@ -57,6 +57,10 @@ Status EngineConfig::validate() const {
   return check_eviction("disk eviction", disk.eviction);
 }
 
+std::uint64_t EngineConfig::host_bytes_for(std::uint64_t blocks) const {
+  return blocks * bytes_of_one_block_each(groups);
+}
+
 ArenaGeometry EngineConfig::geometry() const {
   const std::uint64_t blocks = host_bytes / std::max<std::uint64_t>(1, bytes_of_one_block_each(groups));
   ArenaGeometry geometry;

@@ -46,6 +46,10 @@ const char* to_string(OpenReport::Source source) {
 
 }  // namespace
 
+std::uint64_t EngineConfig::disk_bytes_for(std::uint64_t blocks) const {
+  return kFixedBytes + blocks * (host_bytes_for(1) + groups.size() * kCatalogBytesPerSlot);
+}
+
 SlotStoreOptions EngineImpl::store_options(std::size_t disk) {
   SlotStoreOptions options;
   options.classes = disk_classes(config_, config_.disk.disks[disk].capacity_bytes);

@@ -77,6 +77,9 @@ struct EngineConfig {
   // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
   ArenaGeometry geometry() const;
   std::vector<std::size_t> class_of_group() const;
+  // What host_bytes and a disk's capacity must be for so many blocks of every group.
+  std::uint64_t host_bytes_for(std::uint64_t blocks) const;
+  std::uint64_t disk_bytes_for(std::uint64_t blocks) const;
 };
 
 // State of one key in one group. The numbers are part of the Python API.

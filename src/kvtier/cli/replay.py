@@ -1,0 +1,302 @@
+"""`kvtier replay TRACE`: what a request trace would hit with given tiers and policies.
+
+A simulation by default; with --real the same requests go through an engine on the CPU. docs/policies.md says
+how the figures are to be read, and holds those of the public conversation trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvtier import replay
+from kvtier.cli.progress import Progress
+from kvtier.cli.replay_plot import plot
+from kvtier.cli.results import Report, Result, add_json_argument, table
+from kvtier.config import parse_size
+from kvtier.errors import ConfigError
+from kvtier.traces import Trace, load_trace
+
+_DEFAULT_HOST = "10000blocks"
+_LOADING = 0.1  # of the work, for the progress bar
+_PERCENTILES = (50, 90, 99)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `kvtier replay`."""
+    size = 'bytes ("64GiB") or blocks ("10000blocks")'
+    parser.add_argument(
+        "trace", metavar="TRACE", nargs="?", help="Mooncake, Qwen-Bailian or kvtier's own format"
+    )
+    parser.add_argument(
+        "--list-policies", action="store_true", help="print the eviction policies, the default first, and end"
+    )
+    parser.add_argument(
+        "--policy", metavar="NAMES", default=None, help='comma-separated, or "all"; the default is lru'
+    )
+    parser.add_argument(
+        "--disk-policy", metavar="NAME", help="of the disk tier; the same as --policy if not given"
+    )
+    parser.add_argument(
+        "--host",
+        metavar="SIZES",
+        default=_DEFAULT_HOST,
+        help=f"comma-separated: {size}; default {_DEFAULT_HOST}",
+    )
+    parser.add_argument("--disk", metavar="SIZE", help=f"none if not given; {size}")
+    parser.add_argument(
+        "--block-tokens", metavar="N", type=int, help="tokens of each id; default: the format's"
+    )
+    parser.add_argument("--bytes-per-block", metavar="SIZE", help="of the KV of a block; for sizes in bytes")
+    parser.add_argument("--plain", action="store_true", help="as in the literature: no leaf-first rule")
+    parser.add_argument(
+        "--admission",
+        choices=replay.ADMISSIONS,
+        default="second-use",
+        help="to a full disk; default second-use",
+    )
+    parser.add_argument(
+        "--write-budget", metavar="SIZE", help="bytes a day that may be written to disk; default: any"
+    )
+    parser.add_argument("--requests", metavar="N", type=int, help="only the first N requests")
+    parser.add_argument("--no-belady", action="store_true", help="leave the ceiling out")
+    parser.add_argument(
+        "--real", action="store_true", help="through an engine, with --bytes-per-block as its blocks"
+    )
+    parser.add_argument(
+        "--dir", metavar="DIR", help="with --real and --disk: where; default a temporary folder"
+    )
+    speeds = parser.add_argument_group("time to first token and GPU seconds, from rates measured elsewhere")
+    speeds.add_argument(
+        "--prefill-rate", metavar="N", type=float, help="tokens per second that the server prefills"
+    )
+    speeds.add_argument(
+        "--host-bandwidth", metavar="SIZE", default="50GB", help="host to GPU, a second; default 50GB"
+    )
+    speeds.add_argument(
+        "--disk-bandwidth", metavar="SIZE", default="10GB", help="disk to GPU, a second; default 10GB"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="hit rate against host capacity (needs matplotlib)"
+    )
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it; the exit status is 1 when a real replay met wrong bytes."""
+    if args.list_policies:
+        print("\n".join(replay.policies()))
+        return 0
+    if args.trace is None:
+        raise ConfigError("TRACE is missing; allowed: the path of a trace, or --list-policies alone")
+    with Report("replay", args.json) as report:
+        _check_plot(args.plot)
+        setups = _setups(args)
+        with Progress(sys.stderr, total=1000 * (len(setups) + 1)) as progress:
+            trace = _load(args, progress)
+            rows = [_replay(args, trace, tiers, progress) for tiers in setups]
+        for number, row in enumerate(rows):
+            report.add(*_results(row, "" if number == 0 else f"{row.replay.tiers.policy}.{row.name}."))
+        report.checks["no_wrong_bytes"] = not any(row.replay.wrong_blocks for row in rows)
+        print(_summary(trace), file=report.out)
+        print(_table(rows), file=report.out)
+        if args.plot:
+            plot(args.plot, trace.name, [(row.replay, row.belady) for row in rows])
+    return report.status
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One replay and what was made of it."""
+
+    replay: replay.Replay
+    belady: float | None
+    bytes_per_day: float
+    drive_writes_per_day: float | None
+    ttft: Sequence[float] | None  # _PERCENTILES
+    ttft_cold: Sequence[float] | None
+    gpu_seconds_saved: float | None
+
+    @property
+    def name(self) -> str:
+        return str(self.replay.tiers.host_blocks)
+
+
+def _check_plot(path: str | None) -> None:
+    if path is None:
+        return
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot is {path!r}; allowed: a file ending in .png, .svg or .pdf")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--plot is {path!r}; there is no such folder")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install kvtier[plots]") from None
+
+
+def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
+    each = None if args.bytes_per_block is None else parse_size(args.bytes_per_block, "--bytes-per-block")
+    names = args.policy or replay.policies()[0]
+    policies = replay.policies() if names == "all" else [name.strip() for name in names.split(",")]
+    budget = None if args.write_budget is None else parse_size(args.write_budget, "--write-budget")
+    disk = 0 if args.disk is None else replay.capacity_blocks(args.disk, each, "--disk")
+    return [
+        replay.Tiers(
+            host_blocks=replay.capacity_blocks(host.strip(), each, "--host"),
+            disk_blocks=disk,
+            policy=replay.check_policy(policy, "--policy"),
+            disk_policy=args.disk_policy,
+            admission=args.admission,
+            write_bytes_per_day=budget,
+            bytes_per_block=each,
+            plain=args.plain,
+        )
+        for host in args.host.split(",")
+        for policy in policies
+    ]
+
+
+def _load(args: argparse.Namespace, progress: Progress) -> Trace:
+    progress.phase(f"reading {args.trace}")
+    trace = load_trace(args.trace, block_tokens=args.block_tokens, progress=_share(progress))
+    if args.requests is None:
+        return trace
+    if args.requests < 1:
+        raise ConfigError(f"--requests is {args.requests}; allowed: at least 1")
+    return trace.first(args.requests)
+
+
+def _share(progress: Progress) -> Callable[[int, int], None]:
+    """Turns (done, in all) into steps of a thousand."""
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        units = 1000 * done // max(total, 1)
+        if units > told:
+            progress.step(units - told)
+            told = units
+
+    return tell
+
+
+def _replay(args: argparse.Namespace, trace: Trace, tiers: replay.Tiers, progress: Progress) -> _Row:
+    progress.phase(f"{tiers.policy}, {tiers.host_blocks} blocks")
+    share = _share(progress)
+
+    def tell(done: int) -> None:
+        share(done, trace.num_requests)
+
+    if not args.real:
+        done = replay.simulate(trace, tiers, progress=tell)
+    elif tiers.disk_blocks:
+        with tempfile.TemporaryDirectory(prefix="kvtier-replay-", dir=args.dir) as folder:
+            done = replay.replay_real(trace, tiers, folder, progress=tell)
+    else:
+        done = replay.replay_real(trace, tiers, progress=tell)
+    belady = None if args.no_belady else replay.belady_hit_rate(trace, tiers.host_blocks + tiers.disk_blocks)
+    per_day = replay.written_per_day(trace, done)
+    capacity = tiers.disk_blocks * (tiers.bytes_per_block or 0)
+    ttft = cold = saved = None
+    if args.prefill_rate is not None:
+        ttft, cold, saved = _times(args, trace, done)
+    return _Row(done, belady, per_day, per_day / capacity if capacity else None, ttft, cold, saved)
+
+
+def _times(
+    args: argparse.Namespace, trace: Trace, done: replay.Replay
+) -> tuple[list[float], list[float], float]:
+    if not args.prefill_rate > 0:
+        raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: more than 0")
+    speeds = replay.Speeds(
+        args.prefill_rate,
+        parse_size(args.host_bandwidth, "--host-bandwidth"),
+        parse_size(args.disk_bandwidth, "--disk-bandwidth"),
+    )
+    warm = replay.times_to_first_token(trace, done, speeds)
+    cold = replay.times_to_first_token(trace, None, speeds)
+    hits = (done.host_of_request.astype(np.int64) + done.disk_of_request) * trace.block_tokens
+    saved = float(np.minimum(hits, trace.input_tokens).sum()) / args.prefill_rate
+    return (
+        [float(np.percentile(warm, p)) for p in _PERCENTILES],
+        [float(np.percentile(cold, p)) for p in _PERCENTILES],
+        saved,
+    )
+
+
+def _results(row: _Row, prefix: str) -> list[Result]:
+    done = row.replay
+    values: list[tuple[str, float | None, str]] = [
+        ("hit_rate", done.hit_rate, ""),
+        ("hit_rate_host", done.hit_rate_host, ""),
+        ("hit_rate_disk", done.hit_rate_disk, ""),
+        ("belady_hit_rate", row.belady, ""),
+        ("references_per_s", done.references_per_s, "1/s"),
+        ("disk_bytes_written", done.disk_bytes_written, "B"),
+        ("orphans", done.orphans, ""),
+        ("references", done.references, ""),
+        ("host_blocks", done.tiers.host_blocks, ""),
+        ("disk_blocks", done.tiers.disk_blocks, ""),
+        ("evictions", done.evictions, ""),
+        ("promotions", done.promotions, ""),
+        ("disk_blocks_written", done.disk_blocks_written, ""),
+        ("disk_bytes_written_per_day", row.bytes_per_day, "B"),
+        ("drive_writes_per_day", row.drive_writes_per_day, ""),
+        ("gpu_seconds_saved", row.gpu_seconds_saved, "gpu s"),
+    ]
+    for name, times in (("ttft", row.ttft), ("ttft_uncached", row.ttft_cold)):
+        values += [(f"{name}_p{p}", t, "s") for p, t in zip(_PERCENTILES, times or (), strict=False)]
+    return [Result(prefix + name, value, unit) for name, value, unit in values if value is not None]
+
+
+def _summary(trace: Trace) -> str:
+    return (
+        f"{trace.name}: {trace.num_requests} requests in {trace.seconds:.0f} s, {len(trace.blocks)} references "
+        f"to {trace.num_blocks} blocks of {trace.block_tokens} tokens ({trace.format})"
+    )
+
+
+def _table(rows: Sequence[_Row]) -> str:
+    header = [
+        "policy",
+        "host",
+        "disk",
+        "hit %",
+        "host %",
+        "disk %",
+        "Belady %",
+        "orphans",
+        "written",
+        "DWPD",
+        "Mref/s",
+    ]
+    timed = any(row.ttft is not None for row in rows)
+    if timed:
+        header += [f"TTFT p{p} s" for p in _PERCENTILES] + ["GPU s saved"]
+    lines = []
+    for row in rows:
+        done = row.replay
+        line = [
+            done.tiers.policy,
+            str(done.tiers.host_blocks),
+            str(done.tiers.disk_blocks or "-"),
+            f"{100 * done.hit_rate:.2f}",
+            f"{100 * done.hit_rate_host:.2f}",
+            f"{100 * done.hit_rate_disk:.2f}",
+            "-" if row.belady is None else f"{100 * row.belady:.2f}",
+            str(done.orphans),
+            str(done.disk_blocks_written),
+            "-" if row.drive_writes_per_day is None else f"{row.drive_writes_per_day:.2f}",
+            f"{done.references_per_s / 1e6:.2f}",
+        ]
+        if timed:
+            line += [f"{t:.3f}" for t in row.ttft or ()] + [f"{row.gpu_seconds_saved or 0:.0f}"]
+        lines.append(line)
+    return table(header, lines)

@@ -1,0 +1,382 @@
+"""Request traces through kvtier's tiers: as a simulation, which is fast, and for real through an engine.
+
+The simulation runs the index, the eviction and admission policies and the write budget of the core itself,
+without bytes and drives (csrc/replay). A real replay does what a server does: for each request it looks up the
+prompt, loads the prefix that is there, checks its bytes, and stores the rest. Both count the same hits, block for
+block.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier import _core
+from kvtier.config import EVICTIONS, Config, Disk, parse_size
+from kvtier.engine import Engine, Tier, group_spec
+from kvtier.errors import ConfigError
+from kvtier.layout import KVLayout
+from kvtier.traces import Trace
+
+Progress = Callable[[int], None]  # requests done
+ADMISSIONS = ("all", "second-use", "tiny-lfu")
+_BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
+_SECONDS_PER_DAY = 86400.0
+_WORD = 8  # bytes that a real replay proves of each block, and a multiple of every block
+_SEED = 7
+_LONGEST_WAIT = 120.0
+
+
+def policies() -> list[str]:
+    """Names of the eviction policies, the default first."""
+    return [name for name, _ in _core.eviction_policies()]
+
+
+def check_policy(name: str, key: str = "policy") -> str:
+    """Returns the name of an eviction policy.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    if name not in policies():
+        raise ConfigError(f"{key} is {name!r}; allowed: {', '.join(policies())}")
+    return name
+
+
+def capacity_blocks(size: int | str, bytes_per_block: int | None, key: str) -> int:
+    """Reads the capacity of a tier.
+
+    Args:
+        size: "10000blocks", or bytes, as a number or as in "64GiB".
+        bytes_per_block: Bytes of a block; needed where the size is in bytes.
+        key: What the size is called in messages.
+
+    Returns:
+        Whole blocks.
+
+    Raises:
+        ConfigError: Not a capacity, or less than one block.
+    """
+    if isinstance(size, str) and (match := _BLOCKS.fullmatch(size)):
+        blocks = int(match[1].replace("_", ""))
+    else:
+        size_bytes = parse_size(size, key)
+        if bytes_per_block is None:
+            raise ConfigError(
+                f'{key} is {size!r}, in bytes; allowed with bytes_per_block, or as in "10000blocks"'
+            )
+        blocks = size_bytes // bytes_per_block
+    if not 1 <= blocks < 2**31:
+        raise ConfigError(f"{key} is {size!r}, {blocks} blocks; allowed: 1 to 2147483647 blocks")
+    return blocks
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """What a trace is replayed through.
+
+    Attributes:
+        host_blocks: Blocks that the host tier holds.
+        disk_blocks: Blocks that the disk tier holds; 0 for none.
+        policy: Eviction policy of the host tier.
+        disk_policy: Of the disk tier; None for the same.
+        admission: Which blocks are written once the drive was full: as Config.disk_admission.
+        write_bytes_per_day: Write budget of the drive; None for no limit. Needs bytes_per_block.
+        bytes_per_block: Bytes of a block; None where nothing is counted in bytes.
+        plain: As in the literature: blocks are touched or inserted one by one, tail first, and no policy runs
+            leaf first. Otherwise as in the engine.
+    """
+
+    host_blocks: int
+    disk_blocks: int = 0
+    policy: str = EVICTIONS[0]
+    disk_policy: str | None = None
+    admission: str = "second-use"
+    write_bytes_per_day: int | None = None
+    bytes_per_block: int | None = None
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        for key, low in (("host_blocks", 1), ("disk_blocks", 0)):
+            if not low <= getattr(self, key) < 2**31:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {low} to 2147483647")
+        check_policy(self.policy)
+        check_policy(self.eviction_on_disk, "disk_policy")
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(f"admission is {self.admission!r}; allowed: {', '.join(ADMISSIONS)}")
+        if self.write_bytes_per_day is not None and self.bytes_per_block is None:
+            raise ConfigError("a write budget needs bytes_per_block")
+
+    @property
+    def eviction_on_disk(self) -> str:
+        """The disk tier's policy."""
+        return self.policy if self.disk_policy is None else self.disk_policy
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of a replay. Hits are blocks of the longest prefix that was there.
+
+    Attributes:
+        tiers: What was replayed through.
+        references: Blocks asked for.
+        hits_host: Of them found in the host tier.
+        hits_disk: Found on disk alone.
+        host_of_request: uint32 [requests]: hits in the host tier of each request.
+        disk_of_request: uint32 [requests]: hits on disk.
+        evictions: Blocks evicted, of both tiers.
+        orphans: Blocks that lost their parent to an eviction while they were resident, of both tiers.
+        promotions: Blocks brought from disk to the host tier.
+        disk_blocks_written: Blocks written to disk.
+        seconds: What the replay took.
+        wrong_blocks: Of a real replay: loaded blocks whose bytes were not what was stored. Must be 0.
+    """
+
+    tiers: Tiers
+    references: int
+    hits_host: int
+    hits_disk: int
+    host_of_request: npt.NDArray[np.uint32]
+    disk_of_request: npt.NDArray[np.uint32]
+    evictions: int
+    orphans: int
+    promotions: int
+    disk_blocks_written: int
+    seconds: float
+    wrong_blocks: int = 0
+
+    @property
+    def hit_rate_host(self) -> float:
+        """0 to 1."""
+        return self.hits_host / max(1, self.references)
+
+    @property
+    def hit_rate_disk(self) -> float:
+        """0 to 1."""
+        return self.hits_disk / max(1, self.references)
+
+    @property
+    def hit_rate(self) -> float:
+        """0 to 1: of both tiers."""
+        return (self.hits_host + self.hits_disk) / max(1, self.references)
+
+    @property
+    def references_per_s(self) -> float:
+        """Blocks asked for in a second of the replay's own time."""
+        return self.references / max(self.seconds, 1e-9)
+
+    @property
+    def disk_bytes_written(self) -> int:
+        """Bytes written to disk; 0 where bytes_per_block is not known."""
+        return self.disk_blocks_written * (self.tiers.bytes_per_block or 0)
+
+
+def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progress | None = None) -> Replay:
+    """Runs a trace through tiers that are empty at first. Does not hold the GIL.
+
+    Args:
+        trace: From load_trace().
+        tiers: What it runs through.
+        seed: Of the index and the admission's sketch.
+        progress: Told from time to time; what it raises ends the simulation.
+    """
+    begun = time.perf_counter()
+    result = _core.simulate(
+        trace.blocks,
+        trace.begins,
+        trace.at_us,
+        host_blocks=tiers.host_blocks,
+        disk_blocks=tiers.disk_blocks,
+        host_eviction=tiers.policy,
+        disk_eviction=tiers.eviction_on_disk,
+        plain=tiers.plain,
+        admission=getattr(_core.Admission, tiers.admission.replace("-", "_")),
+        write_bytes_per_day=tiers.write_bytes_per_day,
+        block_bytes=tiers.bytes_per_block or 0,
+        seed=seed,
+        writes_at_once=0,
+        progress=progress,
+    )
+    return Replay(
+        tiers=tiers,
+        references=result["references"],
+        hits_host=result["hits_host"],
+        hits_disk=result["hits_disk"],
+        host_of_request=result["host_of_request"],
+        disk_of_request=result["disk_of_request"],
+        evictions=result["evictions_host"] + result["evictions_disk"],
+        orphans=result["orphans_host"] + result["orphans_disk"],
+        promotions=result["promotions"],
+        disk_blocks_written=result["disk_blocks_written"],
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def belady_hit_rate(trace: Trace, blocks: int) -> float:
+    """The hit rate, 0 to 1, that no policy exceeds with so many blocks in all tiers together.
+
+    Belady's MIN with bypass (IBM Systems Journal 5(2), 1966), each request's blocks used head first.
+    """
+    hits = _core.belady_hits(trace.blocks, trace.begins, trace.at_us, capacity=blocks)
+    return hits / max(1, len(trace.blocks))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a server does in a second, to turn hits into time.
+
+    Attributes:
+        prefill_tokens_per_s: Tokens that it prefills.
+        host_bytes_per_s: From the host tier into the GPU.
+        disk_bytes_per_s: From disk into the GPU, by way of the host tier.
+    """
+
+    prefill_tokens_per_s: float
+    host_bytes_per_s: float
+    disk_bytes_per_s: float
+
+
+def times_to_first_token(trace: Trace, hits: Replay | None, speeds: Speeds) -> npt.NDArray[np.float64]:
+    """Seconds from the start of each request to its first token [requests].
+
+    A model without a queue: what hits is loaded at the tier's bandwidth, one tier after the other, then the
+    rest is prefilled. Without `hits` nothing is cached.
+    """
+    tokens = trace.input_tokens.astype(np.float64)
+    if hits is None:
+        return tokens / speeds.prefill_tokens_per_s
+    each = hits.tiers.bytes_per_block
+    if each is None:
+        raise ConfigError("times to first token need bytes_per_block")
+    host = hits.host_of_request.astype(np.float64)
+    disk = hits.disk_of_request.astype(np.float64)
+    left = np.maximum(tokens - (host + disk) * trace.block_tokens, 0)
+    load = host * each / speeds.host_bytes_per_s + disk * each / speeds.disk_bytes_per_s
+    return load + left / speeds.prefill_tokens_per_s
+
+
+def written_per_day(trace: Trace, replay: Replay) -> float:
+    """Bytes written to disk in a day of such traffic."""
+    return replay.disk_bytes_written * _SECONDS_PER_DAY / max(trace.seconds, 1.0)
+
+
+def replay_real(
+    trace: Trace,
+    tiers: Tiers,
+    directory: str | None = None,
+    *,
+    seed: int = _SEED,
+    progress: Progress | None = None,
+) -> Replay:
+    """Replays a trace through an engine of its own on the CPU device, one request after the other.
+
+    Each request waits until its blocks are where they belong, on disk too, so that the outcome is that of the
+    simulation. Every loaded block's bytes are checked. The engine's clock says the times of the trace.
+
+    Args:
+        trace: From load_trace().
+        tiers: `bytes_per_block` is needed, a multiple of 8; `plain` is not for engines.
+        directory: An absolute directory, empty or not there yet, for the disk tier's blocks.
+        seed: Of the index and the admission's sketch.
+        progress: Told after each request; what it raises ends the replay.
+
+    Raises:
+        ConfigError: `tiers` are not for a real replay.
+        KVTierError: What the engine raises.
+    """
+    config = _real_config(tiers, directory)
+    clock = _core.ManualClock()
+    longest = int(np.diff(trace.begins).max(initial=1))
+    pages = np.zeros((max(longest, 1), config.groups[0].page_bytes() // _WORD), np.uint64)
+    begun = time.perf_counter()
+    with Engine(config, clock=clock, hash_seed=seed) as engine:
+        engine.wait_until_whole()
+        run = _RealRun(engine, trace, pages)
+        for number in range(trace.num_requests):
+            clock.advance_us(int(trace.at_us[number] - (trace.at_us[number - 1] if number else 0)))
+            run.request(number)
+            if progress is not None:
+                progress(number + 1)
+        stats = engine.stats()
+    return Replay(
+        tiers=tiers,
+        references=len(trace.blocks),
+        hits_host=int(run.host.sum()),
+        hits_disk=int(run.disk.sum()),
+        host_of_request=run.host,
+        disk_of_request=run.disk,
+        evictions=stats.evictions + stats.disk_evictions,
+        orphans=stats.orphans + stats.disk_orphans,
+        promotions=stats.promote_good,
+        disk_blocks_written=stats.disk_durable,
+        seconds=time.perf_counter() - begun,
+        wrong_blocks=run.wrong,
+    )
+
+
+class _RealRun:
+    """The requests of one real replay."""
+
+    def __init__(self, engine: Engine, trace: Trace, memory: npt.NDArray[np.uint64]) -> None:
+        self._engine = engine
+        self._trace = trace
+        self._memory = memory
+        self._pages = engine.attach([memory.view(np.uint8)[:, None, :]])
+        self.host = np.zeros(trace.num_requests, np.uint32)
+        self.disk = np.zeros(trace.num_requests, np.uint32)
+        self.wrong = 0
+
+    def request(self, number: int) -> None:
+        blocks = self._trace.request(number)
+        keys = _core.replay_keys(blocks)
+        ids = np.arange(len(blocks), dtype=np.uint32)
+        match = self._engine.lookup(keys)
+        found = match.ready_blocks
+        loaded = 0
+        if found:
+            self._memory[:found] = ~np.uint64(0)
+            ticket = self._engine.load(keys[:found], self._pages, ids[:found])
+            loaded = ticket.result().valid_blocks
+            stands = self._memory[:loaded] == blocks[:loaded, None]
+            self.wrong += loaded - int(stands.all(axis=1).sum())
+        on_disk = match.tiers()[:loaded] == Tier.DISK
+        self.disk[number] = int(on_disk.sum())
+        self.host[number] = loaded - int(on_disk.sum())
+        self._memory[: len(blocks)] = blocks[:, None]
+        self._engine.store(keys, self._pages, ids).result()
+        self._engine.flush(_LONGEST_WAIT)
+
+
+def _real_config(tiers: Tiers, directory: str | None) -> Config:
+    each = tiers.bytes_per_block
+    if each is None or each % _WORD:
+        raise ConfigError(f"bytes_per_block is {each!r}; allowed in a real replay: multiples of {_WORD}")
+    if tiers.plain:
+        raise ConfigError("plain is for simulations; an engine runs in its own form")
+    if tiers.disk_blocks and directory is None:
+        raise ConfigError("a real replay with a disk tier needs a directory for it")
+    layout = KVLayout.mla(num_layers=1, latent_dim=each, dtype="uint8", page_tokens=1)
+    probe = Config(groups=[layout], host=2**40, model="replay", block_tokens=1)
+    spec = group_spec(layout, probe)
+    host_bytes, _ = _core.bytes_for_blocks([spec], tiers.host_blocks)
+    disk: tuple[Disk, ...] = ()
+    if tiers.disk_blocks and directory is not None:
+        disk = (Disk(directory, _core.bytes_for_blocks([spec], tiers.disk_blocks)[1]),)
+    budget: int | str = "unlimited"
+    if tiers.write_bytes_per_day is not None:  # the engine counts slots, which have a header
+        budget = max(1, tiers.write_bytes_per_day * _core.bytes_for_blocks([spec], 1)[0] // each)
+    return Config(
+        groups=[layout],
+        host=host_bytes,
+        model="replay",
+        block_tokens=1,
+        eviction=tiers.policy,
+        disk=disk,
+        disk_eviction=tiers.eviction_on_disk,
+        disk_admission=tiers.admission,
+        disk_write_budget=budget,
+        disk_queue_depth=1,  # so that writes and reads end in the order in which they began
+    )

@@ -1,0 +1,265 @@
+"""The simulation against known figures, and against a real engine; `kvtier replay`."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import replay
+from kvtier.cli import main
+from kvtier.cli.results import problems
+from kvtier.config import EVICTIONS
+from kvtier.errors import ConfigError
+from kvtier.replay import Speeds, Tiers, belady_hit_rate, replay_real, simulate, times_to_first_token
+from kvtier.traces import Trace, load_trace, make_trace
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = ROOT / "tests" / "golden" / "traces" / "small_mooncake.jsonl"
+CONVERSATION = "mooncake_conversation.jsonl"
+
+# Hit rates in % of the conversation trace in the plain form, by capacity in blocks: from a script that shares
+# no code with ours. S3-FIFO has a small queue of 10 %, SLRU a protected half.
+REFERENCE = {
+    1_000: {"fifo": 4.5, "lru": 4.5, "lfu": 4.8, "slru": 4.8, "sieve": 4.8, "s3-fifo": 5.6, "arc": 5.3},
+    3_000: {"fifo": 6.4, "lru": 6.5, "lfu": 7.5, "slru": 7.6, "sieve": 7.5, "s3-fifo": 8.8, "arc": 8.7},
+    10_000: {
+        "fifo": 18.2,
+        "lru": 21.2,
+        "lfu": 13.2,
+        "slru": 19.8,
+        "sieve": 13.2,
+        "s3-fifo": 19.9,
+        "arc": 22.5,
+    },
+    30_000: {
+        "fifo": 29.5,
+        "lru": 32.6,
+        "lfu": 27.6,
+        "slru": 31.3,
+        "sieve": 27.6,
+        "s3-fifo": 28.6,
+        "arc": 31.1,
+    },
+    100_000: {"lru": 36.4, "lfu": 36.3},
+}
+REFERENCE_BELADY = {1_000: 19.1, 3_000: 29.5, 10_000: 36.6, 30_000: 36.6, 100_000: 36.6}
+TOLERANCE = 0.3
+
+
+@pytest.fixture(scope="module")
+def conversation() -> Trace:
+    folder = Path(os.environ.get("KVTIER_TRACES", ROOT.parent / "shared" / "traces"))
+    path = folder / CONVERSATION
+    if not path.is_file():
+        pytest.skip(
+            f"THE REFERENCE TABLE WAS NOT CHECKED: {path} is not there; set KVTIER_TRACES to the folder with "
+            f"{CONVERSATION} (Mooncake, FAST'25 release)"
+        )
+    return load_trace(path)
+
+
+def test_the_simulation_agrees_with_the_reference_table(conversation: Trace) -> None:
+    assert (len(conversation.blocks), conversation.num_blocks) == (288_500, 182_790)
+    wrong = []
+    for blocks, row in REFERENCE.items():
+        rates = {
+            name: simulate(conversation, Tiers(blocks, policy=name, plain=True)).hit_rate for name in row
+        }
+        rates["belady"] = belady_hit_rate(conversation, blocks)
+        for name, expected in {**row, "belady": REFERENCE_BELADY[blocks]}.items():
+            if abs(100 * rates[name] - expected) > TOLERANCE:
+                wrong.append(
+                    f"{name} with {blocks} blocks: {100 * rates[name]:.2f} %, reference {expected} %"
+                )
+    assert not wrong
+
+
+def test_the_names_are_the_core_s() -> None:
+    assert tuple(replay.policies()) == EVICTIONS
+
+
+# By hand. Requests: abc, abde, fg, abc, fg; 14 references.
+# 4 blocks, LRU, tail first: c b a | e d b a (hits ab) | b a g f | hits ab, c: g f... see each line.
+@pytest.mark.parametrize("plain", [True, False])
+def test_lru_by_hand(plain: bool) -> None:
+    trace = load_trace(SMALL)
+    # Oldest first. 1: c b a. 2: hits a b; e, d come, c goes: e d b a. 3: g, f come, e and d go: b a g f.
+    # 4: hits a b; c comes, b or a was just used, g is the oldest: f c b a. 5: nothing of f: the prefix of fg
+    # is f, which is there; g comes.
+    result = simulate(trace, Tiers(4, plain=plain))
+    assert result.host_of_request.tolist() == [0, 2, 0, 2, 1]
+    assert (result.references, result.hits_host, result.hits_disk) == (14, 5, 0)
+    assert result.orphans == 0
+    # All is kept: 2 + 3 + 2 of 14 come again.
+    assert simulate(trace, Tiers(100, plain=plain)).hits_host == 7
+    assert belady_hit_rate(trace, 100) == 7 / 14
+    # 3 blocks, knowing the future: a and b stay all the time (4 hits), f stays from request 3 on (1).
+    assert belady_hit_rate(trace, 3) == 5 / 14
+
+
+def conversations(seed: int, num_requests: int, num_talks: int = 8) -> Trace:
+    """Talks that grow from a shared head and come back at random."""
+    rng = random.Random(seed)
+    talks: list[list[int]] = []
+    fresh = 10
+    requests = []
+    for number in range(num_requests):
+        if len(talks) < num_talks or rng.random() < 0.2:
+            talks.append([0, 1, 2])
+        talk = rng.choice(talks[-num_talks:])
+        grown = rng.randint(1, 4)
+        talk.extend(range(fresh, fresh + grown))
+        fresh += grown
+        requests.append((number * 0.5, list(talk)))
+    return make_trace(requests)
+
+
+def same(real: replay.Replay, simulated: replay.Replay) -> None:
+    assert real.wrong_blocks == 0
+    np.testing.assert_array_equal(real.host_of_request, simulated.host_of_request)
+    np.testing.assert_array_equal(real.disk_of_request, simulated.disk_of_request)
+    for name in ("references", "evictions", "orphans", "promotions", "disk_blocks_written"):
+        assert getattr(real, name) == getattr(simulated, name), name
+
+
+@pytest.mark.parametrize("policy", EVICTIONS)
+def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -> None:
+    trace = conversations(3, 250)
+    for blocks in (24, 90):
+        tiers = Tiers(blocks, policy=policy, bytes_per_block=64)
+        real = replay_real(trace, tiers)
+        same(real, simulate(trace, tiers))
+        assert real.hits_host > 0
+        assert real.evictions > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "admission"), [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu")]
+)
+def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
+    trace = conversations(5, 120)
+    tiers = Tiers(32, 70, policy=policy, admission=admission, bytes_per_block=64)
+    real = replay_real(trace, tiers, str(tmp_path))
+    same(real, simulate(trace, tiers))
+    assert real.hits_disk > 0
+    assert real.disk_blocks_written > 0
+
+
+def test_what_is_not_allowed_is_said() -> None:
+    trace = make_trace([(0, [1])])
+    for tiers, message in [
+        (lambda: Tiers(0), "host_blocks is 0; allowed: 1"),
+        (lambda: Tiers(1, policy="mru"), "policy is 'mru'; allowed: lru, fifo"),
+        (lambda: Tiers(1, disk_policy="mru"), "disk_policy is 'mru'"),
+        (lambda: Tiers(1, admission="none"), "admission is 'none'; allowed: all, second-use, tiny-lfu"),
+        (lambda: Tiers(1, write_bytes_per_day=5), "a write budget needs bytes_per_block"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            tiers()
+    with pytest.raises(ConfigError, match="bytes_per_block is 12; allowed in a real replay: multiples of 8"):
+        replay_real(trace, Tiers(1, bytes_per_block=12))
+    with pytest.raises(ConfigError, match="plain is for simulations"):
+        replay_real(trace, Tiers(1, bytes_per_block=8, plain=True))
+    with pytest.raises(ConfigError, match="needs a directory"):
+        replay_real(trace, Tiers(1, 10, bytes_per_block=8))
+
+
+def test_progress_is_told_and_may_end_it() -> None:
+    trace = make_trace([(n, [n]) for n in range(3000)])
+    told: list[int] = []
+    simulate(trace, Tiers(5), progress=told.append)
+    assert told == [0, 1024, 2048]
+
+    def stop(done: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        simulate(trace, Tiers(5), progress=stop)
+
+
+def test_times_to_first_token_by_hand() -> None:
+    trace = make_trace([(0, [1, 2]), (1, [1, 2, 3])], block_tokens=100)
+    done = simulate(trace, Tiers(10, bytes_per_block=1000))
+    assert done.host_of_request.tolist() == [0, 2]
+    speeds = Speeds(prefill_tokens_per_s=1000, host_bytes_per_s=10_000, disk_bytes_per_s=1)
+    assert times_to_first_token(trace, None, speeds).tolist() == pytest.approx([0.2, 0.3])
+    assert times_to_first_token(trace, done, speeds).tolist() == pytest.approx([0.2, 0.2 + 0.1])
+
+
+def results_of(argv: list[str], path: Path) -> dict[str, Any]:
+    assert main([*argv, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert problems(document) == []
+    return {result["name"]: result["value"] for result in document["results"]}
+
+
+def test_the_command_reports_the_names_that_scripts_look_for(tmp_path: Path) -> None:
+    argv = ["replay", str(SMALL), "--host", "4blocks", "--disk", "1MB", "--bytes-per-block", "1000"]
+    values = results_of([*argv, "--prefill-rate", "1000"], tmp_path / "out.json")
+    assert values["hit_rate"] == pytest.approx(7 / 14)
+    assert values["hit_rate_host"] + values["hit_rate_disk"] == pytest.approx(values["hit_rate"])
+    assert values["belady_hit_rate"] == pytest.approx(7 / 14)
+    assert values["disk_bytes_written"] == 7000
+    assert values["disk_blocks"] == 1000
+    assert values["orphans"] == 0
+    assert values["references_per_s"] > 0
+    assert values["gpu_seconds_saved"] == pytest.approx(7 * 0.512 - 0.124 * 2 - 0.036, abs=0.2)
+    assert values["ttft_p99"] <= values["ttft_uncached_p99"]
+
+
+def test_several_policies_and_capacities_make_a_table_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "rates.png"
+    argv = [
+        "replay",
+        str(SMALL),
+        "--policy",
+        "all",
+        "--host",
+        "3blocks,4blocks",
+        "--plain",
+        "--plot",
+        str(picture),
+    ]
+    values = results_of(argv, tmp_path / "out.json")
+    assert values["arc.4.hit_rate"] <= values["belady_hit_rate"] + 1
+    assert len([name for name in values if name.endswith("hit_rate")]) == 2 * len(EVICTIONS) * 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in EVICTIONS)
+
+
+def test_the_command_replays_for_real(tmp_path: Path) -> None:
+    argv = ["replay", str(SMALL), "--host", "4blocks", "--bytes-per-block", "64", "--real"]
+    assert results_of(argv, tmp_path / "out.json")["hit_rate_host"] == pytest.approx(5 / 14)
+
+
+def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--list-policies"]) == 0
+    assert capsys.readouterr().out.split() == list(EVICTIONS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "TRACE is missing"),
+        (["nowhere.jsonl"], "nowhere.jsonl"),
+        ([str(SMALL), "--policy", "mru"], "--policy is 'mru'; allowed: lru"),
+        ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
+        ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
+        ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),
+        ([str(SMALL), "--plot", "rates.txt"], "--plot is 'rates.txt'; allowed: a file ending in .png"),
+        ([str(SMALL), "--block-tokens", "0"], "block_tokens is 0; allowed: at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", *argv]) == 1
+    assert message in capsys.readouterr().err
