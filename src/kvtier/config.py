@@ -117,6 +117,8 @@ class Config:
             Several, separated by commas: the first encrypts, the others only decrypt (for rotation).
         disk_queue_depth: Requests in flight on each drive.
         disk_commit_seconds: At most so long after a block was written it is durable.
+        trace: A file to which every lookup is written as a request, for `kvtier replay`; no tokens and no
+            contents (docs/formats/trace.md). It is replaced at open.
         gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
         gpu_copy_sms: Multiprocessors that a copy kernel may use.
         gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
@@ -139,6 +141,7 @@ class Config:
     disk_key: str | None = None
     disk_queue_depth: int = 32
     disk_commit_seconds: float = 0.5
+    trace: str | None = None
     gpu_copy_path: str = "auto"
     gpu_copy_sms: int = 8
     gpu_store_rate: int | str | None = None
@@ -167,6 +170,10 @@ class Config:
             )
         parse_size(self.chunk, "chunk")
         self._check_disk()
+        trace: object = os.fspath(self.trace) if isinstance(self.trace, os.PathLike) else self.trace
+        if trace is not None and (not isinstance(trace, str) or not trace):
+            raise ConfigError(f"trace is {self.trace!r}; allowed: the path of a file")
+        object.__setattr__(self, "trace", trace)
         if self.gpu_copy_path not in COPY_PATHS:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
         check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)

@@ -43,6 +43,7 @@ from kvtier.tickets import (
     Ticket,
     checked_timeout,
 )
+from kvtier.traces import TraceRecorder
 
 __all__ = [
     "BlockOutcome",
@@ -152,6 +153,10 @@ class Engine:
         if not isinstance(config, Config):
             raise ConfigError(f"config is {config!r}; allowed: a kvtier.Config")
         self.config = config
+        self._recorder: TraceRecorder | None = None
+        if config.trace is not None:
+            self._recorder = TraceRecorder(config.trace, config.block_tokens)
+            weakref.finalize(self, self._recorder.close)
         self._gpus = OpenGpus(config)
         disk = disk_options(config)
         if drive is not None and disk is not None:
@@ -214,6 +219,8 @@ class Engine:
             ClosedError: The engine is closed.
         """
         array = key_array(keys)
+        if self._recorder is not None:
+            self._recorder.lookup(array)
         return Match(self._native, self.config, array, self._native.lookup(array))
 
     def _transfer_arguments(
@@ -404,6 +411,8 @@ class Engine:
         if self._control is not None:
             self._control.close(seconds)
         self._native.close(seconds)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -1,9 +1,9 @@
 """Request traces through kvtier's tiers: as a simulation, which is fast, and for real through an engine.
 
 The simulation runs the index, the eviction and admission policies and the write budget of the core itself,
-without bytes and drives (csrc/replay). A real replay does what a server does: for each request it looks up the
-prompt, loads the prefix that is there, checks its bytes, and stores the rest. Both count the same hits, block for
-block.
+without bytes and drives (csrc/replay). A real replay does what a server does: for each request it looks up
+the prompt, loads the prefix that is there, checks its bytes, and stores the prompt. Both count the same hits,
+block for block.
 """
 
 import re

@@ -13,6 +13,8 @@ import gzip
 import io
 import json
 import os
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -273,6 +275,54 @@ def _told_apart(ids: list[int]) -> list[Any]:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+class TraceRecorder:
+    """Writes down what an engine is asked for: a request for each lookup(), without tokens or contents.
+
+    Keys become small numbers in the order in which they are first seen; nothing leads back to them, and no
+    namespace is written. A lookup that repeats the one before it (a server asks again while a request waits)
+    is the same request. It remembers 32 bytes and a number for each key seen.
+
+    Threads: any.
+
+    Args:
+        path: Where to write; a file that is there is replaced.
+        block_tokens: Tokens of a block.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], block_tokens: int) -> None:
+        self._lock = threading.Lock()
+        self._numbers: dict[bytes, int] = {}
+        self._last = b""
+        self._begun = time.monotonic_ns()
+        try:
+            self._out = Path(path).open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(f"trace is {os.fspath(path)!r}: cannot be written: {error}") from error
+        self._writer = TraceWriter(self._out, block_tokens)
+
+    def lookup(self, keys: npt.NDArray[np.uint8]) -> None:
+        """Adds a request for keys [n, 32]."""
+        data = keys.tobytes()
+        if not data:
+            return
+        with self._lock:
+            if data == self._last or self._out.closed:
+                return
+            self._last = data
+            numbers = self._numbers
+            each = keys.shape[1]
+            ids = [numbers.setdefault(data[i : i + each], len(numbers)) for i in range(0, len(data), each)]
+            self._writer.request((time.monotonic_ns() - self._begun) // 1000, ids)
+
+    def close(self) -> None:
+        """Ends the file; what is looked up later is not written."""
+        with self._lock:
+            self._out.close()
 
 
 class TraceWriter:

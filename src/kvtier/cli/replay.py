@@ -258,8 +258,8 @@ def _results(row: _Row, prefix: str) -> list[Result]:
 
 def _summary(trace: Trace) -> str:
     return (
-        f"{trace.name}: {trace.num_requests} requests in {trace.seconds:.0f} s, {len(trace.blocks)} references "
-        f"to {trace.num_blocks} blocks of {trace.block_tokens} tokens ({trace.format})"
+        f"{trace.name}: {trace.num_requests} requests in {trace.seconds:.0f} s, {len(trace.blocks)} "
+        f"references to {trace.num_blocks} blocks of {trace.block_tokens} tokens ({trace.format})"
     )
 
 

@@ -1,10 +1,13 @@
 """Trace files: three formats, and one clear error for what is none of them."""
 
+import dataclasses
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import kvtier
 from kvtier.errors import ConfigError
 from kvtier.traces import TraceWriter, load_trace, make_trace
 
@@ -106,3 +109,24 @@ def test_bytes_that_are_no_text_are_an_error_with_the_line(tmp_path: Path) -> No
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe\n")
     with pytest.raises(ConfigError, match=r"bad.jsonl:\d+: cannot be decoded"):
         load_trace(path)
+
+
+def test_an_engine_records_what_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "recorded.jsonl"
+    layout = kvtier.KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="uint8", page_tokens=16)
+    config = kvtier.Config(groups=[layout], host="1MiB", model="m@1", block_tokens=16, trace=str(path))
+    one = kvtier.block_keys(np.arange(48), config, namespace="tenant-a")
+    two = kvtier.block_keys(np.r_[np.arange(32), np.zeros(16, int)], config, namespace="tenant-a")
+    with kvtier.open(config) as engine:
+        engine.lookup(one)
+        engine.lookup(one)  # asked again while it waits
+        engine.lookup(two)
+        engine.lookup(one)
+    trace = load_trace(path)
+    assert trace.block_tokens == 16
+    assert [trace.request(r).tolist() for r in range(3)] == [[0, 1, 2], [0, 1, 3], [0, 1, 2]]
+    assert "tenant-a" not in path.read_text()
+    for key in (*one, *two):
+        assert bytes(key).hex() not in path.read_text()
+    with pytest.raises(ConfigError, match="trace is '/nowhere/x': cannot be written"):
+        kvtier.open(dataclasses.replace(config, trace="/nowhere/x"))
