@@ -13,7 +13,11 @@ class SievePolicy final : public QueuePolicy {
  public:
   explicit SievePolicy(const EvictionOptions& options) : QueuePolicy(options, 2) {}
 
-  void insert(EntryId id, const BlockFacts& /*block*/) override { queues_.push(id, ahead_); }
+  void insert(EntryId id, const BlockFacts& /*block*/) override {
+    if (queues_.size(ahead_) == 0)
+      ahead_ = 1 - ahead_;  // past the youngest it does not wait for a younger one
+    queues_.push(id, ahead_);
+  }
   void touch(EntryId id) override { queues_.set_mark(id, 1); }
   std::optional<EntryId> victim() override {
     for (int turns = 0; turns < 3;) {  // after two no block is marked

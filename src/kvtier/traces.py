@@ -300,7 +300,7 @@ class TraceRecorder:
         self._last = b""
         self._begun = time.monotonic_ns()
         try:
-            self._out = Path(path).open("w", encoding="utf-8", buffering=1)
+            self._out = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115 - until close()
         except OSError as error:
             raise ConfigError(f"trace is {os.fspath(path)!r}: cannot be written: {error}") from error
         self._writer = TraceWriter(self._out, block_tokens)

@@ -68,5 +68,12 @@ TEST(AdmissionPolicy, tiny_lfu_admits_only_what_is_used_more_than_its_victim) {
   EXPECT_TRUE(policy.admit(key_of(1), &victim));
 }
 
+TEST(AdmissionPolicy, a_block_that_was_refused_for_another_reason_counts_as_offered) {
+  AdmissionPolicy policy(Admission::second_use, 100, 1);
+  const BlockKey victim = key_of(1000);
+  policy.note(key_of(1));
+  EXPECT_TRUE(policy.admit(key_of(1), &victim));
+}
+
 }  // namespace
 }  // namespace kvtier
