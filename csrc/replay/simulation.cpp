@@ -59,7 +59,7 @@ bool Tiers::admitted(const BlockKey& key, SimulationResult& result) {
     ++result.declined_admission;
     return false;
   }
-  if (!budget_->take(block_bytes_, now_us_)) {
+  if (budget_ && !budget_->take(block_bytes_, now_us_)) {
     ++result.declined_budget;
     return false;
   }
