@@ -103,14 +103,18 @@ class EngineForm final : public Tiers {
     }
     for (std::size_t i = stored_.size(); i-- > 0;) host_.commit(*stored_[i]);
     if (!disk_) return;
-    for (Entry* entry : present_) offer(*entry, result);
-    for (Entry* entry : stored_) offer(*entry, result);
+    candidates_.clear();  // add_candidate(): what is on disk now is none, though it may be evicted meanwhile
+    for (const std::vector<Entry*>* blocks : {&present_, &stored_}) {
+      for (Entry* entry : *blocks) {
+        if (disk_->index().find(entry->key, kGroup) == nullptr) candidates_.push_back(entry);
+      }
+    }
+    for (Entry* entry : candidates_) offer(*entry, result);
     while (!writing_.empty()) end_write();
   }
 
   // next_write(): the drives end the writes in the order in which they began.
   void offer(Entry& host, SimulationResult& result) {
-    if (disk_->index().find(host.key, kGroup) != nullptr) return;
     const Entry* above = host_.index().parent(host);
     if (writing_.size() >= writes_at_once_) end_write();
     Entry* parent = above == nullptr ? nullptr : disk_->index().find(above->key, kGroup);
@@ -143,6 +147,7 @@ class EngineForm final : public Tiers {
   std::deque<Promoted> writing_;
   std::vector<Entry*> present_;
   std::vector<Entry*> stored_;
+  std::vector<Entry*> candidates_;
 };
 
 }  // namespace

@@ -33,6 +33,8 @@ __all__: list[str] = [
     "SurveyDepth",
     "Ticket",
     "arena_of",
+    "belady_hits",
+    "bytes_for_blocks",
     "catalog_blocks",
     "chain_keys",
     "copy_limit",
@@ -42,6 +44,7 @@ __all__: list[str] = [
     "cuda_device",
     "cuda_facts",
     "cuda_ordinal_of",
+    "eviction_policies",
     "fault_calls",
     "faulty_device",
     "faulty_memory",
@@ -54,7 +57,9 @@ __all__: list[str] = [
     "probe_file",
     "probe_queue",
     "purge_stores",
+    "replay_keys",
     "root_key",
+    "simulate",
     "stream_isa",
     "survey_stores",
 ]
@@ -252,6 +257,7 @@ class DiskOptions:
         fingerprint: bytes,
         second_process: SecondProcess,
         admission: Admission,
+        eviction: str,
         write_bytes_per_day: typing.SupportsInt | typing.SupportsIndex | None,
         keys: collections.abc.Sequence[bytes],
         queue_depth: typing.SupportsInt | typing.SupportsIndex,
@@ -375,6 +381,7 @@ class Engine:
         memory: HostMemory,
         clock: Clock,
         hash_seed: typing.SupportsInt | typing.SupportsIndex | None,
+        eviction: str,
         disk: DiskOptions | None,
     ) -> Engine: ...
     def attach(
@@ -572,6 +579,20 @@ class CudaBench:
     ) -> tuple: ...
 
 def arena_of(engine: Engine) -> dict: ...
+def belady_hits(
+    blocks: numpy.typing.NDArray[numpy.uint32],
+    begins: numpy.typing.NDArray[numpy.uint64],
+    at_us: numpy.typing.NDArray[numpy.int64],
+    *,
+    capacity: typing.SupportsInt | typing.SupportsIndex,
+) -> int: ...
+def bytes_for_blocks(
+    groups: collections.abc.Sequence[GroupSpec], blocks: typing.SupportsInt | typing.SupportsIndex
+) -> tuple[int, int]:
+    """
+    Bytes that the host tier and a disk need for so many blocks of every group.
+    """
+
 def catalog_blocks(*, directory_path: str, helper_path: str) -> list: ...
 def chain_keys(
     parent: bytes,
@@ -631,6 +652,11 @@ def cuda_facts() -> dict:
     """
 
 def cuda_ordinal_of(memory: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def eviction_policies() -> list[tuple[str, bool]]:
+    """
+    Names of the eviction policies and whether they run leaf first, the default first.
+    """
+
 def fault_calls() -> list[str]: ...
 def faulty_device(inner: Device, plan: FaultPlan) -> Device: ...
 def faulty_memory(inner: HostMemory, plan: FaultPlan) -> HostMemory: ...
@@ -662,11 +688,29 @@ def ordering_points() -> list[str]: ...
 def probe_file(directory_path: str) -> tuple: ...
 def probe_queue(depth: typing.SupportsInt | typing.SupportsIndex) -> tuple: ...
 def purge_stores(*, path: str, name_space: str | None) -> list: ...
+def replay_keys(blocks: numpy.typing.NDArray[numpy.uint32]) -> numpy.typing.NDArray[numpy.uint8]: ...
 def root_key(fields: collections.abc.Sequence[bytes]) -> bytes:
     """
     Key that stands for namespace, model and layout.
     """
 
+def simulate(
+    blocks: numpy.typing.NDArray[numpy.uint32],
+    begins: numpy.typing.NDArray[numpy.uint64],
+    at_us: numpy.typing.NDArray[numpy.int64],
+    *,
+    host_blocks: typing.SupportsInt | typing.SupportsIndex,
+    disk_blocks: typing.SupportsInt | typing.SupportsIndex,
+    host_eviction: str,
+    disk_eviction: str,
+    plain: bool,
+    admission: Admission,
+    write_bytes_per_day: typing.SupportsInt | typing.SupportsIndex | None,
+    block_bytes: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    writes_at_once: typing.SupportsInt | typing.SupportsIndex,
+    progress: typing.Any,
+) -> dict: ...
 def stream_isa() -> str:
     """
     Which non-temporal stores this machine has.

@@ -141,7 +141,7 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
     ("policy", "admission"), [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu")]
 )
 def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
-    trace = conversations(5, 120)
+    trace = conversations(5, 90)
     tiers = Tiers(32, 70, policy=policy, admission=admission, bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path))
     same(real, simulate(trace, tiers))
