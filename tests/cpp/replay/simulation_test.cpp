@@ -203,7 +203,9 @@ TEST(Simulation, no_policy_is_above_belady_and_leaf_first_ones_leave_no_orphans)
           options.disk_eviction = choice.name;
           const SimulationResult both = simulate(trace.view(), options);
           EXPECT_LE(both.hits_host + both.hits_disk, belady_hits(trace.view(), capacity + 100));
-          if (choice.leaf_first && form == Form::engine) EXPECT_EQ(both.orphans_host + both.orphans_disk, 0U);
+          if (choice.leaf_first && form == Form::engine) {
+            EXPECT_EQ(both.orphans_host + both.orphans_disk, 0U);
+          }
         }
       }
     }
