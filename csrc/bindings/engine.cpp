@@ -12,6 +12,7 @@ namespace kvtier::bindings {
 
 // The stats as a dict; in stats.cpp.
 py::dict stats_dict(const EngineStats& stats);
+py::dict hops_dict(const Hops& hops);
 
 namespace {
 
@@ -24,7 +25,7 @@ using TensorTuple = std::tuple<std::uintptr_t, std::vector<AxisTuple>>;
 Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::uint64_t chunk_bytes,
                 unsigned copy_threads, std::shared_ptr<HostMemory> memory, std::shared_ptr<const Clock> clock,
                 std::optional<std::uint64_t> hash_seed, std::string eviction,
-                std::optional<DiskOptions> disk) {
+                std::optional<DiskOptions> disk, bool ghosts) {
   auto box = std::make_shared<EngineBox>();
   EngineConfig config;
   config.groups = std::move(groups);
@@ -35,6 +36,7 @@ Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::ui
   config.hash_seed = hash_seed;
   config.eviction = std::move(eviction);
   if (disk) config.disk = std::move(*disk);
+  config.ghosts = ghosts;
   box->memory = std::move(memory);
   box->copy_threads = copy_threads;
   box->engine = take(without_gil([&] { return Engine::open(std::move(config)); }));
@@ -255,7 +257,7 @@ void bind_engine(py::module_& m) {
   py::class_<EngineBox, Box>(m, "Engine")
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
-                  py::arg("hash_seed"), py::arg("eviction"), py::arg("disk"))
+                  py::arg("hash_seed"), py::arg("eviction"), py::arg("disk"), py::arg("ghosts"))
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())
@@ -285,6 +287,13 @@ void bind_engine(py::module_& m) {
            [](const Box& box) {
              Engine& engine = box->get();
              check(without_gil([&] { return engine.wait_until_whole(); }));
+           })
+      .def("pause_ghosts", [](const Box& box) { check(box->get().pause_ghosts()); })
+      .def("resume_ghosts", [](const Box& box) { check(box->get().resume_ghosts()); })
+      .def("hops",
+           [](const Box& box) {
+             Engine& engine = box->get();
+             return hops_dict(take(without_gil([&] { return engine.hops(); })));
            })
       .def("stats",
            [](const Box& box) {

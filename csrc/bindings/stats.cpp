@@ -6,6 +6,17 @@
 namespace kvtier::bindings {
 
 py::dict stats_dict(const EngineStats& stats);
+py::dict hops_dict(const Hops& hops);
+
+py::dict hops_dict(const Hops& hops) {
+  using namespace py::literals;  // NOLINT: "name"_a
+  const auto hop = [](const HopStats& h) {
+    return py::dict("transfers"_a = h.transfers, "bytes"_a = h.bytes, "seconds"_a = h.seconds,
+                    "running_bytes"_a = h.running_bytes, "latency_seconds"_a = h.latency_seconds,
+                    "bytes_per_second"_a = h.bytes_per_second);
+  };
+  return py::dict("to_device"_a = hop(hops.to_device), "from_disk"_a = hop(hops.from_disk));
+}
 
 py::dict stats_dict(const EngineStats& s) {
   using namespace py::literals;  // NOLINT: "name"_a
@@ -54,7 +65,21 @@ py::dict stats_dict(const EngineStats& s) {
 #undef KVTIER_FIELD
     disks.append(std::move(of_disk));
   }
+  const auto ghost = [](const GhostStats& g) -> py::object {
+    if (g.points.empty()) return py::none();
+    py::list points;
+    for (const GhostPoint& p : g.points) {
+      points.append(py::dict("factor"_a = p.factor, "capacity_blocks"_a = p.capacity_blocks,
+                             "hit_rate"_a = p.hit_rate));
+    }
+    return py::dict("sample_rate"_a = g.sample_rate, "asked_blocks"_a = g.asked_blocks,
+                    "sampled_blocks"_a = g.sampled_blocks, "memory_bytes"_a = g.memory_bytes,
+                    "points"_a = std::move(points));
+  };
   py::dict d;
+  d["hops"] = hops_dict(s.hops);
+  d["ghost_host"] = ghost(s.ghost_host);
+  d["ghost_disk"] = ghost(s.ghost_disk);
   d["host"] = classes(s.host);
   d["disks"] = std::move(disks);
 #define KVTIER_FIELD(name) d[#name] = s.name

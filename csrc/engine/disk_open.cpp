@@ -153,6 +153,7 @@ Status EngineImpl::open_disks() {
     MutexLock lock(mutex_);
     disk_ = std::move(disk);
   }
+  open_ghosts();
   for (std::uint32_t v = 0; v < opened.size(); ++v) {
     SlotStore& store = *disk_->volumes[v].store;
     const auto grow = [this, v](std::uint32_t class_index, std::uint32_t usable) {
@@ -224,6 +225,7 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
     for (const CatalogRecord& block : blocks) {
       Entry* entry = restore_block(volume, block);
       entries.push_back(entry);
+      if (entry != nullptr) note_ghosts(block.block.key, block.block.group, &Ghosts::restore);
       // A second copy of a block, or one that does not fit this engine, is of no use, and would come back
       // after a drop. A slot that is taken is being overwritten anyhow.
       if (entry == nullptr && block.place.class_index < index.classes_per_volume()) {

@@ -65,6 +65,7 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
   promotion->volume = on_disk->volume;
   promotion->priority = priority;
   promotion->waiting.emplace_back(operation, i);
+  promotion->flight = from_disk_.begin(config_.groups[raw(group)].payload_bytes(), clock_->now_us());
   disk_->promotions[raw(promotion->host)] = promotion;
   ++operation->pipeline->reads_left;
 
@@ -128,6 +129,7 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
     Entry& on_disk = disk.index.index().at(promotion->disk);
     bool good = outcome.good();
     bool keep_pinned = false;
+    from_disk_.end(promotion->flight, good, clock_->now_us());
     if (good) {
       ++counters_.promote_good;
       good = tier_.commit(host);  // false: dropped meanwhile
@@ -196,6 +198,12 @@ void EngineImpl::advance(const std::shared_ptr<Operation>& operation) {
 // Takes over a hold.
 void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part) {
   const auto shared = std::make_shared<const Pipeline::Part>(std::move(part));
+  HopMeter::Flight flight;
+  {
+    MutexLock lock(mutex_);
+    flight = to_device_.begin(shared->entries.size() * config_.groups[raw(operation->group)].payload_bytes(),
+                              clock_->now_us());
+  }
   try {
     Pipeline& pipeline = *operation->pipeline;
     KVTIER_CHECK(pipeline.after);
@@ -215,20 +223,23 @@ void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeli
                                (pipeline.first_block + block) % spec.blocks_per_page()});
     }
     std::shared_ptr<Transfer> transfer = target.transfers_->submit(
-        std::move(request),
-        [this, operation, shared](const TransferOutcome& outcome) { end_part(operation, *shared, outcome); });
+        std::move(request), [this, operation, shared, flight](const TransferOutcome& outcome) {
+          end_part(operation, *shared, flight, outcome);
+        });
     MutexLock lock(mutex_);
     pipeline.transfers.push_back(std::move(transfer));
   } catch (const std::bad_alloc&) {
     // Transfers::submit() throws only before anything was submitted; its own list of ours may lack one then.
-    end_part(operation, *shared, {Status::resource("out of memory before anything was submitted"), true});
+    end_part(operation, *shared, flight,
+             {Status::resource("out of memory before anything was submitted"), true});
   }
 }
 
 void EngineImpl::end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
-                          const TransferOutcome& outcome) noexcept {
+                          const HopMeter::Flight& flight, const TransferOutcome& outcome) noexcept {
   {
     MutexLock lock(mutex_);
+    to_device_.end(flight, outcome.status.is_ok() && outcome.drained, clock_->now_us());
     for (std::size_t i = part.entries.size(); i-- > 0;) {  // tail first, so that the tail is the oldest
       Entry& entry = tier_.index().at(part.entries[i]);
       operation->outcomes[part.blocks[i]] = outcome.status ? BlockOutcome::loaded : BlockOutcome::failed;

@@ -20,6 +20,7 @@
 
 #include "kvtier/core/status.h"
 #include "kvtier/engine/engine.h"
+#include "kvtier/engine/hop_meter.h"
 #include "kvtier/engine/ticket.h"
 #include "kvtier/index/admission.h"
 #include "kvtier/index/tier_index.h"
@@ -59,6 +60,7 @@ struct Promotion {
   std::optional<StoreJob> job;  // once submitted
   ReadPriority priority = ReadPriority::prefetch;
   bool cancelled = false;
+  HopMeter::Flight flight;
   // Who waits for it, and as which of its blocks.
   std::vector<std::pair<std::shared_ptr<Operation>, std::uint32_t>> waiting;
 };

@@ -47,6 +47,7 @@ Status EngineImpl::start() {
 
   // While the arena is prefaulted, the drives say what they hold.
   KVTIER_RETURN_IF_ERROR(open_disks());
+  open_ghosts();
 
   // A block stored right after open() must find a slot, so the first chunk of each class is waited for.
   MutexLock lock(mutex_);
@@ -170,7 +171,15 @@ Result<EngineStats> EngineImpl::stats() {
   stats.evictions = tier_.evictions();
   stats.orphans = tier_.orphans();
   add_disk_stats(stats);
+  if (ghosts_) ghosts_->add_to(stats);
+  stats.hops = {to_device_.stats(), from_disk_.stats()};
   return stats;
+}
+
+Result<Hops> EngineImpl::hops() {
+  MutexLock lock(mutex_);
+  KVTIER_RETURN_IF_ERROR(check_open());
+  return Hops{to_device_.stats(), from_disk_.stats()};
 }
 
 bool EngineImpl::wait_idle(Deadline deadline) {
@@ -358,6 +367,15 @@ class EngineHandle final : public Engine {
   }
   Result<EngineStats> stats() override {
     return impl_->guarded([&] { return impl_->stats(); });
+  }
+  Status pause_ghosts() override {
+    return impl_->guarded([&] { return impl_->pause_ghosts(/*paused=*/true); });
+  }
+  Status resume_ghosts() override {
+    return impl_->guarded([&] { return impl_->pause_ghosts(/*paused=*/false); });
+  }
+  Result<Hops> hops() override {
+    return impl_->guarded([&] { return impl_->hops(); });
   }
   Status close(Deadline deadline) final {
     return impl_->guarded([&] { return impl_->close(deadline); });

@@ -16,14 +16,20 @@
 #include <vector>
 
 #include "disk_tier.h"
+#include "ghosts.h"
 
 #include "kvtier/core/mutex.h"
 #include "kvtier/core/process.h"
 #include "kvtier/engine/engine.h"
+#include "kvtier/engine/hop_meter.h"
 #include "kvtier/index/tier_index.h"
 #include "kvtier/transfer/transfers.h"
 
 namespace kvtier {
+
+// Keys that lookup() and its like handle per hold of the mutex: about 100 us, so that a completion never
+// waits long for them.
+inline constexpr std::size_t kKeysPerHold = 4096;
 
 class EngineImpl;
 
@@ -91,10 +97,11 @@ struct Operation {
   std::shared_ptr<Ticket> ticket;
   PagesImpl* pages = nullptr;  // null for a grant; outlives the operation: detach() and close() wait for it
   std::vector<BlockOutcome> outcomes;
-  std::vector<EntryId> entries;       // reserved or pinned, in prompt order
-  std::vector<std::uint32_t> blocks;  // the key that each entry stands for
-  std::vector<SlotId> slots;          // and the slot it has
-  std::vector<EntryId> present;       // pinned by a store only while it reserves
+  std::vector<EntryId> entries;            // reserved or pinned, in prompt order
+  std::vector<std::uint32_t> blocks;       // the key that each entry stands for
+  std::vector<SlotId> slots;               // and the slot it has
+  std::optional<HopMeter::Flight> flight;  // of a load that goes to its pages in one
+  std::vector<EntryId> present;            // pinned by a store only while it reserves
   // A store's blocks that were there already, with the generation of their records: are they on disk?
   std::vector<std::pair<EntryId, std::uint32_t>> seen;
   std::unique_ptr<Pipeline> pipeline;  // null unless blocks come from disk
@@ -134,6 +141,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Result<FlushResult> flush(Deadline deadline);
   Status wait_until_whole();
   Result<EngineStats> stats();
+  Result<Hops> hops();
+  Status pause_ghosts(bool paused);
   Status close(Deadline deadline);
   bool closed();
 
@@ -220,6 +229,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   auto finished_if_thrown(const std::shared_ptr<Operation>& operation, F&& f) -> decltype(f());
   void settle_entries(Operation& operation);
   void release_present(Operation& operation);
+  // A load is about to go to its pages; finish_operation() ends it.
+  void take_off(Operation& operation) KVTIER_EXCLUDES(mutex_);
   void count(const Operation& operation) KVTIER_REQUIRES(mutex_);
   void submit(const std::shared_ptr<Operation>& operation, std::span<const PageId> pages, StreamHandle stream,
               std::uint32_t first_block, std::uint32_t layers_per_batch);
@@ -276,12 +287,19 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void advance(const std::shared_ptr<Operation>& operation);
   void submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part);
   void end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
-                const TransferOutcome& outcome) noexcept;
+                const HopMeter::Flight& flight, const TransferOutcome& outcome) noexcept;
   void release_hold(const std::shared_ptr<Operation>& operation);
   std::uint64_t cancel_reads(const std::vector<std::shared_ptr<Operation>>& prefetches);
   void expire_prefetches();
 
   bool touch_on_disk(const BlockKey& key, GroupId group) KVTIER_REQUIRES(mutex_);
+
+  // Ghost caches (ghosts.cpp).
+  void open_ghosts() KVTIER_EXCLUDES(mutex_);
+  void note_ghosts(const BlockKey& key, GroupId group, void (Ghosts::*what)(std::uint64_t))
+      KVTIER_REQUIRES(mutex_);
+  // The blocks are stored or loaded.
+  void note_use(std::span<const BlockKey> keys, GroupId group) KVTIER_EXCLUDES(mutex_);
 
   // Takes blocks off the disk for good, and waits until the drives confirm it (disk_drop.cpp).
   using DiskVictims = std::vector<std::vector<EntryId>>;  // of each volume; pinned
@@ -315,8 +333,13 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // What scans found before open_disks() was through with what the catalogs say.
   bool takes_found_ KVTIER_GUARDED_BY(mutex_) = false;
   std::vector<std::pair<std::uint32_t, CatalogRecord>> found_early_ KVTIER_GUARDED_BY(mutex_);
+  GroupId ghost_group_{0};  // whose blocks the ghosts are of; set by start()
+  std::unique_ptr<Ghosts> ghosts_ KVTIER_GUARDED_BY(mutex_);  // null if they are not wanted
+  bool ghosts_paused_ KVTIER_GUARDED_BY(mutex_) = false;
   std::vector<std::shared_ptr<Operation>> prefetches_ KVTIER_GUARDED_BY(mutex_);  // running
   EngineStats counters_ KVTIER_GUARDED_BY(mutex_);
+  HopMeter to_device_ KVTIER_GUARDED_BY(mutex_);
+  HopMeter from_disk_ KVTIER_GUARDED_BY(mutex_);
   std::unordered_map<std::uint64_t, std::shared_ptr<Operation>> grants_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Pages>> all_pages_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<LeaseState>> leases_ KVTIER_GUARDED_BY(mutex_);

@@ -7,8 +7,6 @@
 namespace kvtier {
 namespace {
 
-// Keys handled per hold of the mutex: about 100 us, so that a completion never waits long for a lookup.
-constexpr std::size_t kKeysPerHold = 4096;
 constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's now and this do not overflow
 
 // How many of the first `limit` states are ready without a gap. Eight at a time: a lookup of 64K keys would
@@ -81,14 +79,21 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
     std::uint64_t pending = 0;
     for (std::size_t g = 0; g < config_.groups.size(); ++g) {
       BlockState* states = match.states[g].data() + begin;
-      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)},
-                              [&](std::size_t i, const Entry* entry) {
-                                if (entry == nullptr) return;
-                                const bool is_ready = entry->state == SlotState::ready;
-                                states[i] = is_ready ? BlockState::ready : BlockState::pending;
-                                hits += is_ready ? 1 : 0;
-                                pending += is_ready ? 0 : 1;
-                              });
+      const GroupId group{static_cast<std::uint16_t>(g)};
+      const auto note_state = [&](std::size_t i, const Entry* entry) {
+        if (entry == nullptr) return;
+        const bool is_ready = entry->state == SlotState::ready;
+        states[i] = is_ready ? BlockState::ready : BlockState::pending;
+        hits += is_ready ? 1 : 0;
+        pending += is_ready ? 0 : 1;
+      };
+      if (ghosts_ && !ghosts_paused_ && group == ghost_group_) {
+        Ghosts::Notes notes = ghosts_->begin();
+        tier_.index().find_each(part, group, note_state, notes);
+        ghosts_->end(notes, part.size());
+      } else {
+        tier_.index().find_each(part, group, note_state);
+      }
     }
     std::uint64_t hits_on_disk = 0;
     if (readable != 0 && hits < asked) {
@@ -245,6 +250,7 @@ Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
         const bool in_host = entry != nullptr && entry->state == SlotState::ready;
         if (in_host) tier_.touch(*entry);
         touched += touch_on_disk(keys[i], group) || in_host ? 1 : 0;
+        note_ghosts(keys[i], group, &Ghosts::touch);
       }
     }
     end = begin;
@@ -280,6 +286,7 @@ Result<std::uint64_t> EngineImpl::drop(std::span<const BlockKey> keys) {
         Entry* on_disk = disk_ ? disk_->index.index().find(key, group) : nullptr;
         if (on_disk != nullptr) doom(*on_disk, victims);
         if (entry != nullptr || on_disk != nullptr) ++dropped;
+        note_ghosts(key, group, &Ghosts::erase);
       }
     }
     counters_.drops += dropped - before;

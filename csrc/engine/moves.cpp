@@ -146,6 +146,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
     if (request.keys.empty()) break;
   }
   release_present(operation);
+  note_use(request.keys, operation.group);
   return Status::ok();
 }
 
@@ -161,6 +162,13 @@ void EngineImpl::release_present(Operation& operation) {
       tier_.unpin(entry);
     }
   }
+}
+
+void EngineImpl::take_off(Operation& operation) {
+  if (operation.direction != Direction::load) return;
+  MutexLock lock(mutex_);
+  operation.flight = to_device_.begin(
+      operation.entries.size() * config_.groups[raw(operation.group)].payload_bytes(), clock_->now_us());
 }
 
 Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const LoadRequest& request,
@@ -239,6 +247,7 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
     }
     end = begin;
   }
+  note_use(request.keys, operation.group);
   return Status::ok();
 }
 
@@ -317,6 +326,10 @@ void EngineImpl::finish_operation(const std::shared_ptr<Operation>& operation) n
       if (!health) mark_failed("device " + operation->pages->device_->name() + ": " + health.message());
     }
     MutexLock lock(mutex_);
+    if (operation->flight) {
+      to_device_.end(*operation->flight, outcome.status.is_ok() && outcome.drained, clock_->now_us());
+      operation->flight.reset();
+    }
     count(*operation);
     if (!outcome.drained && operation->direction == Direction::store) {
       counters_.quarantined_blocks += static_cast<std::uint32_t>(operation->entries.size());
@@ -404,6 +417,7 @@ void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::span<c
   };
   const auto held = std::make_shared<WithDevice>(WithDevice{target.device_, nullptr});
   if (any_ordering_disabled()) break_order_for_tests(operation);
+  take_off(*operation);
   // From here on nothing throws but submit(), and that only before anything was submitted.
   std::shared_ptr<Transfer> transfer =
       target.transfers_->submit(std::move(request), [this, operation](const TransferOutcome& outcome) {
@@ -477,6 +491,7 @@ Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation
     return grant;
   }
   operation->ticket->set_outcomes(operation->outcomes);  // what is known already
+  take_off(*operation);
   operation->parts_left = num_parts;
   grant.blocks = operation->blocks;
   grant.slots = operation->slots;

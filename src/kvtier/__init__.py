@@ -38,7 +38,7 @@ from kvtier.errors import (
 )
 from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout
-from kvtier.metrics import DiskStats, SlotClassStats, Stats
+from kvtier.metrics import DiskStats, GhostPoint, GhostStats, Hops, HopStats, SlotClassStats, Stats
 
 __all__ = [
     "BlockOutcome",
@@ -52,7 +52,11 @@ __all__ = [
     "DiskStats",
     "Engine",
     "FlushResult",
+    "GhostPoint",
+    "GhostStats",
     "GpuMemory",
+    "HopStats",
+    "Hops",
     "InternalError",
     "KVLayout",
     "KVTierError",

@@ -119,6 +119,7 @@ class Config:
         disk_commit_seconds: At most so long after a block was written it is durable.
         trace: A file to which every lookup is written as a request, for `kvtier replay`; no tokens and no
             contents (docs/formats/trace.md). It is replaced at open.
+        ghosts: Whether stats() estimates what other capacities would give (docs/costs.md).
         gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
         gpu_copy_sms: Multiprocessors that a copy kernel may use.
         gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
@@ -142,6 +143,7 @@ class Config:
     disk_queue_depth: int = 32
     disk_commit_seconds: float = 0.5
     trace: str | None = None
+    ghosts: bool = True
     gpu_copy_path: str = "auto"
     gpu_copy_sms: int = 8
     gpu_store_rate: int | str | None = None
@@ -174,6 +176,8 @@ class Config:
         if trace is not None and (not isinstance(trace, str) or not trace):
             raise ConfigError(f"trace is {self.trace!r}; allowed: the path of a file")
         object.__setattr__(self, "trace", trace)
+        if not isinstance(self.ghosts, bool):
+            raise ConfigError(f"ghosts is {self.ghosts!r}; allowed: true or false")
         if self.gpu_copy_path not in COPY_PATHS:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
         check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
@@ -359,6 +363,10 @@ def _read_variable(variable: str, key: str, text: str) -> Any:
         return _integer(variable, text)
     if key == "disk":
         return [part for part in text.split(";") if part]
+    if key == "ghosts":
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{variable} is {text!r}; allowed: true or false")
+        return text.lower() == "true"
     if key == "disk_commit_seconds":
         try:
             return float(text)

@@ -14,6 +14,7 @@ with kvtier.open(config) as engine:
 import atexit
 import contextlib
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ from kvtier.gpus import OpenGpus, located
 from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
-from kvtier.metrics import Stats
+from kvtier.metrics import Hops, Stats
 from kvtier.tickets import (
     BlockOutcome,
     FlushResult,
@@ -171,6 +172,7 @@ class Engine:
             hash_seed=hash_seed,
             eviction=config.eviction,
             disk=disk,
+            ghosts=config.ghosts,
         )
         self._control: ControlServer | None = None
         if stores := [Path(disk.path) / "stores" / disk.store for disk in self.stats().disks if disk.store]:
@@ -381,6 +383,19 @@ class Engine:
     def wait_until_whole(self) -> None:
         """Waits, without the GIL, until the whole host tier is prefaulted. For benchmarks."""
         self._native.wait_until_whole()
+
+    @contextlib.contextmanager
+    def _without_ghosts(self) -> Iterator[None]:
+        """Inside, the ghost caches note nothing. For benchmarks: what do they cost?"""
+        self._native.pause_ghosts()
+        try:
+            yield
+        finally:
+            self._native.resume_ghosts()
+
+    def hops(self) -> Hops:
+        """How fast loads and reads from disk go, as in stats(); cheap enough for every request."""
+        return Hops.from_native(self._native.hops())
 
     def stats(self) -> Stats:
         """One consistent snapshot."""

@@ -72,15 +72,99 @@ class DiskStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GhostPoint:
+    """What one capacity would give.
+
+    Attributes:
+        factor: Of the tier's capacity: 0.5, 1, 2 or 4.
+        capacity_blocks: Blocks of one cache group.
+        hit_rate: Of GhostStats.asked_blocks, 0 before the first. Of an interval: the difference of two
+            products of both, over that of the blocks.
+    """
+
+    factor: float
+    capacity_blocks: int
+    hit_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GhostStats:
+    """Estimates of a tier's hit rate at other capacities, from a sample of the blocks (docs/costs.md).
+
+    They are those of LRU, whatever the tier's policy is: hold the point of factor 1 beside the tier's own hit
+    rate. A block counts as found only where all sampled blocks before it in its lookup do.
+
+    Attributes:
+        sample_rate: Sampled blocks over all.
+        asked_blocks: Blocks that lookups asked for.
+        sampled_blocks: Of these.
+        memory_bytes: What the estimate takes, at most 512 KiB.
+        points: By rising capacity.
+    """
+
+    sample_rate: float
+    asked_blocks: int
+    sampled_blocks: int
+    memory_bytes: int
+    points: tuple[GhostPoint, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopStats:
+    """How fast bytes go over one hop, fitted to the transfers that ended well.
+
+    A transfer of b bytes that begins now takes latency_seconds + (running_bytes + b) / bytes_per_second.
+
+    Attributes:
+        transfers: That ended well.
+        bytes: Of these.
+        seconds: Of each from its begin to its end, summed; those of several at once overlap.
+        running_bytes: Under way now.
+        latency_seconds: See above.
+        bytes_per_second: See above; 0 before enough was measured.
+    """
+
+    transfers: int
+    bytes: int
+    seconds: float
+    running_bytes: int
+    latency_seconds: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hops:
+    """The hops of a load.
+
+    Attributes:
+        to_device: From host memory to the pages; loads alone.
+        from_disk: From the drives to host memory; loads and prefetches, one transfer for each block.
+    """
+
+    to_device: HopStats
+    from_disk: HopStats
+
+    @classmethod
+    def from_native(cls, values: Mapping[str, Any]) -> "Hops":
+        """Makes Hops from the core's snapshot."""
+        return cls(**{name: HopStats(**hop) for name, hop in values.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Counters only grow; gauges are as of the snapshot.
 
     Tier hits plus misses by cause add up to lookups: lookup_blocks = lookup_hits_host +
     lookup_hits_disk + lookup_misses_absent + lookup_misses_pending + lookup_misses_failed.
     `health` is "ok", or says what went wrong for good; `arena_problem` says why the host tier is smaller
-    than configured, and is empty where it is not.
+    than configured, and is empty where it is not. `ghost_host` is about blocks found in host memory,
+    `ghost_disk` about those found in either tier with so much of disk; None without one or if Config.ghosts
+    is false.
     """
 
+    hops: Hops
+    ghost_host: GhostStats | None
+    ghost_disk: GhostStats | None
     host: tuple[SlotClassStats, ...]
     disks: tuple[DiskStats, ...]
     host_bytes: int
@@ -148,15 +232,28 @@ class Stats:
         """Makes Stats from the core's snapshot."""
         host = _classes(values["host"])
         disks = tuple(DiskStats(**{**disk, "classes": _classes(disk["classes"])}) for disk in values["disks"])
-        return cls(**{**values, "host": host, "disks": disks})
+        ghosts = {name: _ghost(values[name]) for name in ("ghost_host", "ghost_disk")}
+        hops = Hops.from_native(values["hops"])
+        return cls(**{**values, **ghosts, "hops": hops, "host": host, "disks": disks})
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers, ready for JSON."""
         return {
             **asdict(self),
+            **{name: _ghost_dict(getattr(self, name)) for name in ("ghost_host", "ghost_disk")},
             "host": [asdict(of_class) for of_class in self.host],
             "disks": [{**asdict(disk), "classes": list(asdict(disk)["classes"])} for disk in self.disks],
         }
+
+
+def _ghost_dict(ghost: GhostStats | None) -> dict[str, Any] | None:
+    return None if ghost is None else {**asdict(ghost), "points": [asdict(point) for point in ghost.points]}
+
+
+def _ghost(values: Mapping[str, Any] | None) -> GhostStats | None:
+    if values is None:
+        return None
+    return GhostStats(**{**values, "points": tuple(GhostPoint(**point) for point in values["points"])})
 
 
 def _classes(values: Sequence[Mapping[str, Any]]) -> tuple[SlotClassStats, ...]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvtier.costs import CostStats
 from kvtier.errors import DeviceError
 
 
@@ -71,6 +72,7 @@ class PagedStats:
         loading_tokens: of these, in loads that nobody has waited for yet.
         evicted_pages: cached pages that were given to somebody else.
         copied_pages: pages copied on write.
+        costs: what was decided about hits: to load them, or to leave them to be computed.
     """
 
     num_pages: int
@@ -86,6 +88,7 @@ class PagedStats:
     loading_tokens: int
     evicted_pages: int
     copied_pages: int
+    costs: CostStats
 
 
 class Column:

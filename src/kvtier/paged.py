@@ -25,6 +25,7 @@ stream); copy-on-write runs on the framework's *current* stream, so call under t
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from types import TracebackType
@@ -33,7 +34,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtier.engine import BlockState, Engine, LoadTicket
+from kvtier.costs import Hit, LoadPlanner, LoadPolicy, Plan, Regret, pairs, tier_runs
+from kvtier.engine import BlockState, Engine, LoadTicket, Match, Tier
 from kvtier.errors import ClosedError, ConfigError, DeviceError
 from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout, check_extent
@@ -61,6 +63,8 @@ class PagedSequence:
         self._stored_blocks = 0  # blocks that were written through, or came from below
         self._ticket: LoadTicket | None = None
         self._loading_blocks = 0
+        self._plan: Plan | None = None
+        self._load_began = 0.0
         self._broken: DeviceError | None = None
         self._open = True
         self.cached_tokens = 0
@@ -100,8 +104,11 @@ class PagedSequence:
         """
         ticket = self._ticket
         if ticket is not None:
+            running = not ticket.done()
             ticket.wait(timeout)
-            self._cache._settle(self, ticket)
+            # Only of a load that ended while it was waited for is it known when it did.
+            seconds = time.monotonic() - self._load_began if running else None
+            self._cache._settle(self, ticket, seconds)
         if self._broken is not None:
             raise self._broken
         return self.cached_tokens
@@ -182,6 +189,9 @@ class PagedKVCache:
         device: torch's name of where to allocate, "cpu", "cuda", "cuda:1"; or a device of `kvtier.testing` on
             which `pages` lie.
         write: "evict" stores a block to the host when its page is needed, "through" when it is committed.
+        load: "auto" leaves blocks to be computed where loading them is predicted to take longer
+            (docs/costs.md); until `observe_prefill` was called a few times, and with "always", whatever is
+            found is loaded.
         namespace: of sequences that are opened without one.
 
     Raises:
@@ -199,12 +209,14 @@ class PagedKVCache:
         axes: str | None = None,
         device: object = "cpu",
         write: Literal["evict", "through"] = "evict",
+        load: LoadPolicy = "auto",
         namespace: str = "",
     ) -> None:
         if (num_pages is None) == (pages is None):
             raise ConfigError("num_pages, pages: exactly one of the two is wanted")
         if write not in ("evict", "through"):
             raise ConfigError(f"write: {write!r}; allowed: 'evict', 'through'")
+        planner = LoadPlanner(engine.hops, load)
         groups = engine.config.groups
         if not 0 <= group < len(groups):
             raise ConfigError(f"group: {group}; the engine has {len(groups)}")
@@ -224,6 +236,7 @@ class PagedKVCache:
         on = None if isinstance(device, str) else device
         self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
         self._pool = PagePool(self._attached.num_pages)
+        self._planner = planner
         self._lock = threading.RLock()
         self._sequences: set[PagedSequence] = set()
         self._closed = False
@@ -285,8 +298,12 @@ class PagedKVCache:
                         return taken
                     fresh = taken
                     self._add_pages(seq, shared, fresh)
-                    count = 0 if match is None else _leading(match.states(self._group) == BlockState.READY)
+                    plan = None if match is None else self._plan_load(match, first, len(tokens))
+                    count = 0 if plan is None else plan.decision.load_blocks
+                    if plan is not None:
+                        self._planner.record(plan)
                     if count:
+                        seq._plan, seq._load_began = plan, time.monotonic()
                         load_pages = self._block_pages(seq, first, first + count)
                         seq._ticket = self._engine.load(
                             keys[first : first + count], self._attached, load_pages, stream=stream
@@ -309,6 +326,21 @@ class PagedKVCache:
                 self._missed_tokens += len(tokens) - seq.cached_tokens
         return seq
 
+    def _plan_load(self, match: Match, first: int, num_tokens: int) -> Plan | None:
+        """How much of what the tiers have behind the first blocks to load; None if they have nothing."""
+        found = _leading(match.states(self._group) == BlockState.READY)
+        if not found:
+            return None
+        return self._planner.plan(
+            Hit(
+                runs=tier_runs(match.tiers(self._group)[:found] == Tier.DISK),
+                first_token=first * self.block_tokens,
+                prompt_tokens=num_tokens,
+                block_tokens=self.block_tokens,
+                block_bytes=self._layout.block_bytes(self.block_tokens),
+            )
+        )
+
     def _match_device(self, keys: NDArray[np.uint8]) -> list[Extent]:
         """Extents of the longest prefix that is in device pages."""
         found: list[Extent] = []
@@ -319,8 +351,8 @@ class PagedKVCache:
             found.append(extent)
         return found
 
-    def _settle(self, seq: PagedSequence, ticket: LoadTicket) -> None:
-        """Takes over the outcome of a load that is over."""
+    def _settle(self, seq: PagedSequence, ticket: LoadTicket, seconds: float | None) -> None:
+        """Takes over the outcome of a load that is over; `seconds`: how long it took, if that is known."""
         with self._lock:
             if seq._ticket is not ticket:
                 return  # another thread did
@@ -335,7 +367,9 @@ class PagedKVCache:
                     valid = 0
                     for extent in seq._extents[seq._published :]:
                         extent.lost = True
-            seq._ticket = None
+            if seconds is not None and seq._plan is not None and valid == seq._loading_blocks:
+                self._planner.settle(seq._plan, seconds)
+            seq._ticket = seq._plan = None
             seq._loading_blocks = 0
             if not seq._open:
                 return
@@ -611,6 +645,32 @@ class PagedKVCache:
 
     # --- the whole ------------------------------------------------------------------------------------
 
+    def observe_prefill(self, begin: int, end: int, seconds: float) -> None:
+        """Says how long the server took to compute tokens [begin, end) of a prompt, and nothing beside them.
+
+        From it the cache learns what recomputing costs. It has to come from where the time is known: kernels
+        on a GPU still run when the call that started them returns.
+
+        Args:
+            begin: Tokens before them, which they attend to.
+            end: Behind the last of them; fewer than 64 tokens are left out.
+            seconds: From the beginning of the computation to its end.
+
+        Raises:
+            ConfigError: Not a range of tokens.
+        """
+        if not 0 <= begin <= end:
+            raise ConfigError(f"begin, end: {begin}, {end}; allowed: 0 <= begin <= end")
+        self._planner.observe_prefill(end - begin, pairs(begin, end), seconds)
+
+    def regret(self) -> Regret | None:
+        """What the last 512 decisions to load or to recompute cost against the best, by what is known now.
+
+        Returns:
+            None before a prefill rate was learned.
+        """
+        return self._planner.regret()
+
     def flush(self, timeout: float | None = None, *, stream: object = None) -> None:
         """Stores every shareable block that the host does not have, and waits until others can hit them.
 
@@ -641,6 +701,7 @@ class PagedKVCache:
                 loading_tokens=self._prompt_tokens - known,
                 evicted_pages=self._evicted_pages,
                 copied_pages=self._copied_pages,
+                costs=self._planner.stats(),
             )
 
     def close(self, timeout: float | None = None) -> None:

@@ -26,6 +26,7 @@ from kvtier.errors import ConfigError
 
 KEY_BYTES = 32
 _SLOT_BYTES = 8192  # a header of 4096 and a payload rounded up to as much
+_GHOST_ROUNDS = 10  # of the two paired lookups for each round of the others: a percent is to be told
 _READY = 2  # BlockState
 _STORED = 1  # BlockOutcome
 
@@ -34,6 +35,7 @@ TARGETS = {
     "lookup_random": "<= 4 ms, >= 10 x dict",
     "keys_1m_tokens": "<= 20 ms",
     "index_bytes_per_block": "<= 128 B",
+    "lookup_ghosts_cost": "<= 1 % of lookup_in_order",
 }
 
 
@@ -89,7 +91,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         table = {flat[i * KEY_BYTES : (i + 1) * KEY_BYTES]: i for i in range(capacity)}
         bench = _Bench(engine, pages, memory, keys, table, args.batch, rng, report)
         try:
-            with Progress(report.out, 2 * (args.rounds + 1) + 2) as progress:
+            with Progress(report.out, 2 * (args.rounds + 1) + 3) as progress:
                 progress.phase("filling the index")
                 _fill(bench)
                 progress.step()
@@ -97,6 +99,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                 for i in range(args.rounds + 1):
                     _lookup_round(bench, i)
                     progress.step()
+                progress.phase("ghost caches")
+                for i in range(_GHOST_ROUNDS * args.rounds + 1):
+                    _ghost_round(bench, i)
+                progress.step()
                 progress.phase("keys")
                 _key_rounds(bench, args)
                 progress.step()
@@ -146,6 +152,18 @@ def _lookup_round(bench: _Bench, index: int) -> None:
         )
 
 
+def _ghost_round(bench: _Bench, index: int) -> None:
+    """The same lookup with and without ghost caches; which goes first takes turns."""
+    begin = index % (len(bench.keys) // bench.batch) * bench.batch
+    keys = bench.keys[begin : begin + bench.batch]
+    bench.engine.lookup(keys)  # the records are in the caches as far as they fit, for both
+    names = ("ghosts_on", "ghosts_off")
+    for name in names if index % 2 else reversed(names):
+        off = name == "ghosts_off"
+        with bench.engine._without_ghosts() if off else contextlib.nullcontext():
+            bench.time(name, lambda: bench.engine.lookup(keys))
+
+
 def _key_rounds(bench: _Bench, args: argparse.Namespace) -> None:
     layout = kvtier.KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", page_tokens=16)
     config = kvtier.Config(groups=[layout], block_tokens=16, model="kvtier-bench@1", host="1GiB")
@@ -184,6 +202,11 @@ def _record(bench: _Bench) -> None:
         beside = ms.get(name.replace("lookup", "dict")) if name.startswith("lookup") else None
         paired = beside if beside is not None and len(beside) == len(values) else None
         bench.report.add(measured(name, values, "ms", paired))
+    if "ghosts_on" in ms and len(ms["ghosts_on"]) == len(ms.get("ghosts_off", ())):
+        cost = [
+            100 * (on / off - 1) for on, off in zip(ms.pop("ghosts_on"), ms.pop("ghosts_off"), strict=True)
+        ]
+        bench.report.add(measured("lookup_ghosts_cost", cost, "%"))
     if "store_filling" in ms:
         bench.report.add(measured("store_per_block", [v * per_block for v in ms["store_filling"]], "us"))
     if "store_evicting" in ms and "store_filling" in ms:

@@ -17,6 +17,7 @@ import torch
 
 import kvtier
 from kvtier import page_tables
+from kvtier.metrics import Hops, HopStats
 from kvtier.page_pool import Extent, PagePool
 from kvtier.paged import OutOfPages, PagedKVCache, PagedSequence
 
@@ -411,7 +412,9 @@ def test_pages_that_a_copy_may_still_write_are_never_used_again(
     server.run(tokens)
     server.fill()
     result = SimpleNamespace(valid_blocks=0)
-    ticket = SimpleNamespace(wait=lambda timeout: None, result=lambda: result, released=failing_moment())
+    ticket = SimpleNamespace(
+        done=lambda: True, wait=lambda timeout: None, result=lambda: result, released=failing_moment()
+    )
     monkeypatch.setattr(server.cache, "_engine", Proxy(server.engine, load=lambda *a, **o: ticket))
     seq = server.open(tokens)
     with pytest.raises(kvtier.DeviceError):
@@ -766,3 +769,68 @@ def test_a_private_extent_with_a_running_store_is_kept_until_it_is_over() -> Non
     pool.release(private)
     assert (pool.num_free, pool.num_cached) == (0, 2)
     assert list(pool.cached) == [private, shared]  # it is reused first
+
+
+# --- load or recompute ---
+
+
+def slow_hops(bytes_per_second: float) -> Hops:
+    hop = HopStats(
+        transfers=9,
+        bytes=9,
+        seconds=1.0,
+        running_bytes=0,
+        latency_seconds=0.0,
+        bytes_per_second=bytes_per_second,
+    )
+    return Hops(to_device=hop, from_disk=hop)
+
+
+def test_a_hit_that_is_faster_to_compute_is_left_to_be_computed() -> None:
+    with closing(Server(pages=64)) as server:
+        tokens = prompt(200)
+        server.run(tokens)
+        server.fill()
+        server.cache._planner._hops = lambda: slow_hops(1e4)
+        for begin in range(0, 1000, 100):
+            server.cache.observe_prefill(begin, begin + 100, 1e-3)
+        assert server.run(tokens) == 0  # and its bytes are right
+        costs = server.cache.stats().costs
+        assert (costs.chose_none, costs.blocks_left) == (1, 49)
+        lost = server.cache.regret()
+        assert lost is not None
+        assert (lost.decisions, lost.seconds) == (1, pytest.approx(0, abs=1e-9))
+
+
+def test_load_always_loads_whatever_is_found() -> None:
+    with closing(Server(pages=64, load="always")) as server:
+        tokens = prompt(200)
+        server.run(tokens)
+        server.fill()
+        for begin in range(0, 1000, 100):
+            server.cache.observe_prefill(begin, begin + 100, 1e-9)
+        assert server.run(tokens) == 49 * 4
+        assert server.cache.stats().costs.chose_all == 1
+        assert server.cache.regret() is None or server.cache.regret().decisions == 0  # type: ignore[union-attr]
+
+
+def test_before_anything_was_measured_everything_is_loaded_and_loads_are_measured() -> None:
+    with closing(Server(pages=64)) as server:
+        for seed in range(6):
+            tokens = prompt(200, seed)
+            server.run(tokens)
+            server.fill()
+            assert server.run(tokens) == 49 * 4
+        costs = server.cache.stats().costs  # of these, and of foreign requests that came back too
+        assert costs.unmeasured == costs.decisions == 11
+        hop = server.engine.hops().to_device
+        assert hop.transfers == 11
+        assert hop.bytes == costs.blocks_loaded * 2 * LAYERS * HEADS * DIM * 4 * 4
+        assert hop.bytes_per_second > 0
+        assert hop.running_bytes == 0
+        assert server.engine.stats().hops.to_device.transfers == 11
+
+
+def test_a_prefill_must_be_a_range() -> None:
+    with closing(Server()) as server, pytest.raises(kvtier.ConfigError, match="begin, end: 5, 3; allowed"):
+        server.cache.observe_prefill(5, 3, 1.0)

@@ -72,6 +72,7 @@ struct EngineConfig {
   std::optional<std::uint64_t> hash_seed;  // nullopt: random
   std::string eviction{kDefaultEviction};  // of the host tier: one of eviction_choices()
   DiskOptions disk;
+  bool ghosts = true;  // EngineStats::ghost_host, ghost_disk
 
   Status validate() const;
   // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
@@ -210,6 +211,11 @@ class Engine {
   // Blocks until the whole arena is prefaulted (benchmarks; nobody else needs to wait).
   virtual Status wait_until_whole() = 0;
   virtual Result<EngineStats> stats() = 0;
+  // Between the two the ghosts note nothing. For benchmarks: what do they cost?
+  virtual Status pause_ghosts() = 0;
+  virtual Status resume_ghosts() = 0;
+  // EngineStats::hops alone: cheap enough for every request.
+  virtual Result<Hops> hops() = 0;
 
   // Refuses new work, blocks until running transfers have ended, ends all leases and frees everything.
   // Idempotent. Errors: timeout: closed for new work, but the memory stays until a later close() succeeds;

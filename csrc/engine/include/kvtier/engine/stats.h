@@ -53,7 +53,42 @@ struct DiskStats {
   std::string catalog_health = "ok";
 };
 
+// What a tier of another capacity would give, estimated by index/ghost_cache.h: LRU whatever the tier's own
+// policy is, of blocks of one group (the first without a window). Prefetches are no use.
+struct GhostPoint {
+  double factor = 0;  // of the tier's capacity: 0.5, 1, 2, 4
+  std::uint64_t capacity_blocks = 0;
+  double hit_rate = 0;  // of asked_blocks; 0 before the first
+};
+
+// For the host tier: found in host memory of that capacity. For the disk tier: found in either tier with so
+// much of disk, if it admitted every block.
+struct GhostStats {
+  double sample_rate = 0;            // of all blocks; 0: there is no such ghost
+  std::uint64_t asked_blocks = 0;    // by lookups
+  std::uint64_t sampled_blocks = 0;  // of these
+  std::uint64_t memory_bytes = 0;
+  std::vector<GhostPoint> points;
+};
+
+// One hop, host -> device or disk -> host; see engine/hop_meter.h.
+struct HopStats {
+  std::uint64_t transfers = 0;  // that ended well
+  std::uint64_t bytes = 0;      // of these
+  double seconds = 0;           // of each from its begin to its end, summed
+  std::uint64_t running_bytes = 0;
+  double latency_seconds = 0;   // a transfer of b bytes takes latency_seconds +
+  double bytes_per_second = 0;  // (running_bytes + b) / bytes_per_second; 0: not measured yet
+};
+struct Hops {
+  HopStats to_device;  // of loads, from host memory to their pages
+  HopStats from_disk;  // of blocks read into host memory
+};
+
 struct EngineStats {
+  Hops hops;
+  GhostStats ghost_host;
+  GhostStats ghost_disk;
   std::vector<SlotClassStats> host;
   std::vector<DiskStats> disks;
   std::uint64_t host_bytes = 0;

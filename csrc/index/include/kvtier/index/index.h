@@ -39,6 +39,10 @@ static_assert(sizeof(Entry) == 64);
 
 // Threads: none of its own; guarded by its owner. Never allocates after construction.
 class Index {
+  struct NoNote {
+    void operator()(std::uint64_t /*hash*/) const {}
+  };
+
  public:
   // At most `capacity` entries. `seed` decides where keys land in the table.
   Index(std::size_t capacity, std::uint64_t seed);
@@ -48,8 +52,12 @@ class Index {
   // Calls sink(i, Entry* or null) for every key, in order. It looks ahead, so the sink may change entries,
   // but must not insert, unlink or erase any. The sink may need the owner's mutex, which the analysis cannot
   // see here.
-  template <typename Sink>
-  void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
+  // It calls note(hash) for every key too, in order, some keys ahead of the sink.
+  template <typename Sink, typename Note = NoNote>
+  void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink,
+                 Note&& note = {}) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
+  // Uniform whatever the keys are; another one in every process.
+  std::uint64_t hash(const BlockKey& key, GroupId group) const;
 
   // A new linked entry, state `filling`. Requires that none is linked under (key, group) and size() <
   // capacity.
@@ -88,7 +96,6 @@ class Index {
   static constexpr std::uint32_t kEmpty = 0xffffffffU;
   static constexpr std::size_t kBatch = 16;  // as many misses of each kind are kept in flight
 
-  std::uint64_t hash(const BlockKey& key, GroupId group) const;
   std::size_t home(std::uint64_t h) const { return static_cast<std::size_t>(h) & mask_; }
   static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
   Entry* release_parent(Entry& child);
@@ -119,8 +126,8 @@ inline std::uint64_t Index::hash(const BlockKey& key, GroupId group) const {
   return static_cast<std::uint64_t>(c) ^ static_cast<std::uint64_t>(c >> 64);
 }
 
-template <typename Sink>
-void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink) {
+template <typename Sink, typename Note>
+void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink, Note&& note) {
   // Three steps a batch, and in each turn one step of three batches: what a step asks for has the time of two
   // other batches' steps to arrive.
   std::uint64_t hashes[2][kBatch];
@@ -132,6 +139,7 @@ void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink
     for (std::size_t i = 0; i < batch.size(); ++i) {
       hash_of[i] = hash(batch[i], group);
       __builtin_prefetch(&table_[home(hash_of[i])]);
+      note(hash_of[i]);
     }
   };
   const auto ask_for_records = [&](std::size_t n, const std::uint64_t* hash_of, std::uint32_t* id_of) {

@@ -1,0 +1,59 @@
+// The engine's ghost caches: one for each tier, and the log between them and the lookups.
+//
+// A lookup only notes the sampled hashes, without a branch; they are looked up when the next store or load,
+// which costs a thousand times as much, uses the ghosts anyhow, or when the log is full.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kvtier/engine/stats.h"
+#include "kvtier/index/ghost_cache.h"
+
+namespace kvtier {
+
+// Guarded by the engine's mutex.
+class Ghosts {
+ public:
+  // Capacities in blocks; `disk_blocks` 0: no disk tier. At most `most_at_once` hashes between two begin().
+  Ghosts(std::uint64_t host_blocks, std::uint64_t disk_blocks, std::size_t most_at_once);
+
+  // Part of a lookup in the order of its prompt: begin(), note() for each block, end().
+  struct Notes {
+    std::uint64_t* next;
+    std::uint64_t below;
+    void operator()(std::uint64_t hash) {
+      *next = hash;
+      next += hash < below ? 1 : 0;
+    }
+  };
+  Notes begin();
+  void end(const Notes& notes, std::size_t num_blocks);
+
+  bool sampled(std::uint64_t hash) const { return hash < below_; }
+  // Sampled hashes only; see GhostCache. `use` is of either tier.
+  void use(std::uint64_t hash);
+  void touch(std::uint64_t hash);
+  void erase(std::uint64_t hash);
+  // A block that was on disk before this process.
+  void restore(std::uint64_t hash);
+
+  void add_to(EngineStats& stats);
+
+ private:
+  void drain();
+  template <typename F>
+  void each(std::uint64_t hash, F&& f);
+
+  GhostCache host_;
+  std::optional<GhostCache> disk_;
+  std::uint64_t below_;
+  std::size_t most_at_once_;
+  std::vector<std::uint64_t> log_;  // lookups, each ended by kNoHash
+  std::size_t noted_ = 0;
+  std::uint64_t asked_ = 0;  // blocks, since the last drain()
+  std::vector<std::uint64_t> part_;
+};
+
+}  // namespace kvtier
