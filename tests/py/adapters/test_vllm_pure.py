@@ -79,6 +79,7 @@ def test_options_of_the_documented_flag() -> None:
         ({"host": 1, "store": "decode"}, "store is 'decode'; allowed"),
         ({"host": 1, "max_wait": -1}, "max_wait is -1; allowed: seconds from 0"),
         ({"host": 1, "max_wait": True}, "max_wait is True; allowed"),
+        ({"host": 1, "load": "never"}, 'load is \'never\'; allowed: "auto" or "always"'),
         ({"host": 1, "copy_threads": 0}, "copy_threads is 0; allowed"),
         ({"host": 1, "directory": ""}, "directory is ''; allowed: a path"),
         ({"host": 1, "disk": "/mnt"}, "disk is '/mnt'; allowed: a list of"),
@@ -421,11 +422,36 @@ def test_recompute_is_estimated_from_steps_that_compute_much() -> None:
     clock = RecomputeClock()
     assert clock.seconds(1000) == math.inf  # only max_wait bounds a wait before anything is known
     for i, tokens in enumerate([1000, 8, 8, 8]):
-        clock.step(tokens, now=10.0 + i)  # the first took 1 s; the rest says nothing about a prefill
+        clock.step(tokens, now=10.0 + 2 * i)
+        clock.ended(
+            now=11.0 + 2 * i
+        )  # each took 1 s; the decodes say nothing about a prefill, nor does idling
     assert clock.seconds(500) == pytest.approx(0.5)
     clock.step(1000, now=20.0)
-    clock.step(0, now=23.0)
+    clock.ended(now=23.0)
     assert clock.seconds(1000) == pytest.approx(1.5)
+
+
+def test_steps_that_are_scheduled_ahead_take_turns() -> None:
+    observed: list[tuple[int, float, float]] = []
+    clock = RecomputeClock(lambda *step: observed.append(step))
+    clock.step(1000, now=0.0, token_pairs=5.0)
+    clock.step(2000, now=0.1)  # asynchronous scheduling
+    clock.ended(now=1.0)
+    clock.step(64, now=1.0)
+    clock.ended(now=4.0)
+    clock.ended(now=4.5)
+    clock.ended(now=9.0)  # there is none
+    assert observed == [(1000, 5.0, 1.0), (2000, 0.0, 3.0), (64, 0.0, 0.5)]
+
+
+def test_a_step_whose_output_was_lost_is_forgotten() -> None:
+    observed: list[tuple[int, float, float]] = []
+    clock = RecomputeClock(lambda *step: observed.append(step))
+    clock.step(1000, now=0.0)
+    clock.step(2000, now=100.0)
+    clock.ended(now=101.0)
+    assert observed == [(2000, 0.0, 1.0)]
 
 
 def test_counters_are_taken_once_and_add_up() -> None:

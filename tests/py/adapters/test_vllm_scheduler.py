@@ -18,6 +18,8 @@ from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
+from kvtier.costs import pairs
+from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
 
 T, D, PAGES = 4, 8, 64
@@ -450,9 +452,9 @@ def test_blocks_on_disk_alone_are_announced_when_they_are_loaded(tmp_path: Path)
 
 
 def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_take(bench: Bench) -> None:
-    for now in (0.0, 1.0):  # 1000 tokens a second
-        bench.now = now
-        bench.step(total=1000)
+    bench.step(total=1000)
+    bench.now = 1.0  # 1000 tokens a second
+    bench.side.step_ended()
     storing = request("a", 100)
     bench.side.on_new_request(storing)
     _, stores, _ = bench.step({"a": (storing.num_tokens, ([1 + n % 60 for n in range(100)],))})
@@ -467,6 +469,94 @@ def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_tak
     bench.execute(stores)
     bench.settle()
     assert bench.side.match(waiting, 0) == 100 * T
+
+
+def measure(bench: Bench, seconds_per_token: float, bytes_per_second: float) -> None:
+    """Gives the planner rates: of the server's steps, and of the hop to the device."""
+    for begin in range(0, 6000, 1000):
+        bench.side._planner.observe_prefill(1000, pairs(begin, begin + 1000), 1000 * seconds_per_token)
+    hop = HopStats(
+        transfers=9,
+        bytes=9,
+        seconds=1.0,
+        running_bytes=0,
+        latency_seconds=0.0,
+        bytes_per_second=bytes_per_second,
+    )
+    bench.side._planner._hops = lambda: Hops(to_device=hop, from_disk=hop)
+
+
+def test_a_hit_that_is_faster_to_compute_is_left(bench: Bench) -> None:
+    bench.store(request("a", 50), list(range(1, 51)))
+    again = request("b", 50)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 50 * T  # nothing was measured yet
+    bench.side.grant(again, (), 0)
+    measure(bench, seconds_per_token=1e-6, bytes_per_second=50 * T * D * 2)  # all of it takes a second
+    bench.side.counters.take()
+    for _ in range(3):  # vLLM may ask more than once
+        assert bench.side.match(again, 0) == 0
+    bench.side.grant(again, (), 0)
+    counted = bench.side.counters.take()
+    assert counted["left_tokens"] == counted["lookup_tokens"] == 3 * 50 * T
+    stats = bench.side._planner.stats()
+    assert (stats.decisions, stats.chose_none, stats.blocks_left) == (1, 1, 50)
+    bench.step()
+    assert not bench.side._leased
+
+
+def test_a_hit_that_is_faster_to_load_is_loaded_and_timed(bench: Bench) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    measure(bench, seconds_per_token=0.059, bytes_per_second=5 * T * D * 2)
+    again = request("b", 5)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 5 * T
+    bench.side.grant(again, ([11, 12, 13, 14, 15, 16],), 5 * T)
+    ((_, copies),), _, _ = bench.step()
+    bench.execute(copies)
+    bench.now += 1.25
+    bench.side.received({"b"}, set())
+    stats = bench.side._planner.stats()
+    assert (stats.chose_all, stats.blocks_loaded, stats.settled) == (1, 5, 1)
+    assert (stats.predicted_seconds, stats.observed_seconds) == (pytest.approx(1.0), 1.25)
+
+
+def test_with_load_always_whatever_is_found_is_loaded(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, load="always")
+    bench.store(request("a", 50), list(range(1, 51)))
+    measure(bench, seconds_per_token=1e-6, bytes_per_second=1.0)
+    again = request("b", 50)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 50 * T
+    bench.close()
+
+
+def test_a_slow_disk_is_not_waited_for(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 50), list(range(1, 51)))
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        measure(second, seconds_per_token=1e-6, bytes_per_second=50 * T * D * 2)
+        again = request("b", 50)
+        second.side.on_new_request(again)
+        assert second.side.match(again, 0) == 0  # and not: ask again
+        assert "ask_again" not in second.side.counters.take()
+    finally:
+        second.close()
+
+
+def test_what_a_step_computes_is_learned_with_its_position(bench: Bench) -> None:
+    for n in range(4):
+        one = request(f"r{n}", 30, seed=n)
+        one.num_computed_tokens = 1000 * n
+        bench.side.on_new_request(one)
+        bench.step({one.request_id: (100, ([1 + k % 60 for k in range(30)],))})
+        bench.now += 1.0 + n
+        bench.side.step_ended()
+    prefill = bench.side._planner.prefill
+    assert prefill is not None
+    assert prefill.per_pair == pytest.approx(1e-5, rel=0.05)  # a second more for 100 x 1000 pairs more
 
 
 def test_prompts_only(tmp_path: Path) -> None:

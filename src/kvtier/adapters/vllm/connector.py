@@ -140,6 +140,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """What events.py says of our tiers; the last thing that vLLM calls in a step."""
         if self._scheduler is None:
             return ()
+        self._scheduler.step_ended()
         self._scheduler.settle()
         events = self._scheduler.events
         return () if events is None else [vllm_event(event) for event in events.take()]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvtier.config import parse_size
+from kvtier.costs import LoadPolicy, check_load_policy
 from kvtier.errors import ConfigError
 from kvtier.keys import check_namespace
 from kvtier.layout import check_extent
@@ -46,6 +47,8 @@ class Options:
         store: "all", or "prompt" to leave out what a request generates.
         max_wait: Seconds that a request may be kept waiting for blocks that are about to be ready; it is
             never kept longer than recomputing them would take.
+        load: "auto" leaves blocks to be computed where loading them is predicted to take longer, "always"
+            loads whatever is found.
         copy_threads: Threads that copy on the CPU platform, None for the default.
         directory: Where keeper and workers meet, of mode 0700; None for one of the engine's own.
     """
@@ -54,6 +57,7 @@ class Options:
     disk: tuple[DiskOption, ...] = ()
     store: str = "all"
     max_wait: float = 2.0
+    load: LoadPolicy = "auto"
     copy_threads: int | None = None
     directory: str | None = None
 
@@ -76,6 +80,7 @@ def parse_options(values: Mapping[str, Any]) -> Options:
     wait = values.get("max_wait", 2.0)
     if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait <= 60:
         raise ConfigError(f"{SOURCE}: max_wait is {wait!r}; allowed: seconds from 0 to 60")
+    load = check_load_policy(f"{SOURCE}: load", values.get("load", "auto"))
     threads = values.get("copy_threads")
     if threads is not None:
         check_extent(f"{SOURCE}: copy_threads", threads, 1, 64)
@@ -87,6 +92,7 @@ def parse_options(values: Mapping[str, Any]) -> Options:
         disk=parse_disk(values.get("disk")),
         store=store,
         max_wait=float(wait),
+        load=load,
         copy_threads=threads,
         directory=directory,
     )

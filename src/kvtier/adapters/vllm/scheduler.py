@@ -24,6 +24,7 @@ from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
 from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.config import Config
+from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import BlockOutcome, Engine, Match, open_engine
 from kvtier.errors import ConfigError, StorageError
 from kvtier.keys import root_key
@@ -75,7 +76,6 @@ class SchedulerSide:
         self._options = options
         self._clock = clock
         self._directory = directory
-        self._recompute = RecomputeClock()
         self._loras = LoRAIdentity()
         self._roots: dict[tuple[str, bytes], bytes] = {}
         self._namespaces: set[str] = set()
@@ -86,6 +86,8 @@ class SchedulerSide:
         self._stale: list[str] = []
         self._engine: Engine = open_engine(config)  # makes the drives' directories
         self._pins = TimedPins(self._engine)
+        self._planner = LoadPlanner(self._engine.hops, options.load)
+        self._recompute = RecomputeClock(self._planner.observe_prefill)
         self._epoch = load_epoch(config)
         try:
             self._keeper = Keeper(self._engine, directory)
@@ -135,12 +137,17 @@ class SchedulerSide:
         # What comes from disk is served from host memory too, once it is there.
         ready = servable_blocks(match, self._plan.groups) if "host" in state.options.tiers else 0
         pending = pending_after(match, ready, self._plan.groups)
-        if self._fetching(match, ready, state):
+        state.plan = self._plan_load(match, ready, state, request.num_tokens, computed_tokens)
+        wanted = match.ready_blocks if state.plan is None else state.plan.decision.load_blocks
+        left = match.ready_blocks - max(wanted, ready)  # of what is on disk
+        if wanted > ready and self._fetching(match, ready, state):
             pending = max(pending, match.ready_blocks - ready)
         if pending and self._worth_waiting(state, pending * block_tokens):
             self.counters.add("ask_again")
             return None
-        self._count_lookup(match, ready, pending, state, first)
+        left = left + max(0, ready - wanted)
+        ready = min(ready, wanted)
+        self._count_lookup(match, ready, pending, left, state, first)
         if ready == 0:
             return 0
         lease = match.pin(_LEASE_SECONDS)
@@ -159,6 +166,9 @@ class SchedulerSide:
         state = self._requests.get(request.request_id)
         if state is None:
             return
+        plan, state.plan = state.plan, None
+        if plan is not None and (external_tokens or not plan.decision.load_blocks):
+            self._planner.record(plan)
         if external_tokens == 0:
             state.end_lease()
             return
@@ -183,7 +193,9 @@ class SchedulerSide:
         if first == 0:
             state.stored_blocks = count
         self._new_loads.append((request.request_id, copies))
-        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock(), about=tuple(about))
+        self._loading[request.request_id] = RunningLoad(
+            keys, num_bytes, self._clock(), plan, about=tuple(about)
+        )
 
     def disk_tokens(self, request: Any, external_tokens: int) -> int:
         """How many of the tokens that match() promised were on disk alone when their request arrived."""
@@ -219,7 +231,7 @@ class SchedulerSide:
             leased.end_lease()
         self._leased.clear()
         now = self._clock()
-        self._recompute.step(output.total_num_scheduled_tokens, now)
+        self._recompute.step(output.total_num_scheduled_tokens, now, self._pairs(output))
         self._poll(now)
         stores: Copies = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
@@ -242,6 +254,9 @@ class SchedulerSide:
                 self.counters.add("load_blocks", len(load.keys))
                 self.counters.add("load_bytes", load.num_bytes)
                 self.counters.add("load_seconds", now - load.began)
+                if load.plan is not None:
+                    self.counters.add("load_predicted_seconds", load.plan.decision.load_seconds)
+                    self._planner.settle(load.plan, now - load.began)
                 continue
             self.counters.add("load_failures")
             if not load.stale:  # those of a reset are gone
@@ -253,6 +268,10 @@ class SchedulerSide:
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
         self.settle()
+
+    def step_ended(self) -> None:
+        """VLLM has the output of its oldest running step."""
+        self._recompute.ended(self._clock())
 
     def settle(self) -> None:
         """Lets go of pages whose stores are over; waits a little for the rest where nobody else is waiting.
@@ -313,6 +332,39 @@ class SchedulerSide:
         ranks = 1 if layout.replicated else self._config.world_size
         return layout.block_bytes(self._plan.block_tokens) * ranks
 
+    def _plan_load(
+        self, match: Match, ready: int, state: RequestState, num_tokens: int, computed_tokens: int
+    ) -> Plan | None:
+        """How much of what was found to load: what is servable, and what is on disk behind it.
+
+        None where there is nothing to decide: nothing was found, all of it is wanted in host memory only, or
+        a window makes another end of the load need other blocks.
+        """
+        on_disk = match.ready_blocks - ready if self._options.disk and "disk" in state.options.tiers else 0
+        windows = any(group.layout.window_tokens is not None for group in self._plan.groups)
+        if not ready + on_disk or state.options.prefetch_only or windows or "host" not in state.options.tiers:
+            return None
+        block_bytes = sum(self._block_bytes(g) for g in range(len(self._plan.groups)))
+        hit = Hit(
+            runs=tuple(run for run in ((ready, False), (on_disk, True)) if run[0]),
+            first_token=computed_tokens,
+            prompt_tokens=num_tokens,
+            block_tokens=self._plan.block_tokens,
+            block_bytes=block_bytes,
+            pipelined=False,  # a grant needs its blocks in host memory
+        )
+        fetched = state.prefetch is not None and not state.prefetch.done()
+        return self._planner.plan(hit, on_disk * block_bytes if fetched else 0)
+
+    def _pairs(self, output: Any) -> float:
+        """Pairs of tokens that a step's attention computes (`kvtier.costs.pairs`)."""
+        found = 0.0
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            state = self._requests.get(request_id)
+            begin = 0 if state is None else state.request.num_computed_tokens
+            found += pairs(begin, begin + num_tokens)
+        return found
+
     def _fetching(self, match: Match, ready: int, state: RequestState) -> bool:
         """Whether blocks behind the servable ones are on their way from disk; begins that where it is due."""
         if not self._options.disk or "disk" not in state.options.tiers or ready >= match.ready_blocks:
@@ -331,14 +383,17 @@ class SchedulerSide:
         patience = min(self._options.max_wait, self._recompute.seconds(tokens))
         return now - state.asked_again_since < patience
 
-    def _count_lookup(self, match: Match, ready: int, pending: int, state: RequestState, first: int) -> None:
+    def _count_lookup(
+        self, match: Match, ready: int, pending: int, left: int, state: RequestState, first: int
+    ) -> None:
         tokens = self._plan.block_tokens
         self.counters.add("lookup_tokens", len(match.keys) * tokens)
         disk = state.disk_blocks(first, first + ready)
         self.counters.add("hit_tokens_host", (ready - disk) * tokens)
         self.counters.add("hit_tokens_disk", disk * tokens)
         self.counters.add("miss_tokens_pending", pending * tokens)
-        self.counters.add("miss_tokens_absent", (len(match.keys) - ready - pending) * tokens)
+        self.counters.add("left_tokens", left * tokens)
+        self.counters.add("miss_tokens_absent", (len(match.keys) - ready - pending - left) * tokens)
 
     def _store(self, state: RequestState, num_tokens: int, output: Any, stores: Copies, now: float) -> None:
         request = state.request

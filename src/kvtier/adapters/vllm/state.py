@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvtier.adapters.vllm.events import Blocks
 from kvtier.adapters.vllm.keys import BlockKeys
 from kvtier.adapters.vllm.options import RequestOptions
+from kvtier.costs import Plan
 from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
 from kvtier.handles import Lease
 from kvtier.keys import Keys
@@ -33,6 +34,7 @@ class RequestState:
         may_store: False once nothing behind what is stored could be found, or after a reset.
         lease: On what was promised to vLLM in this step, None if nothing is.
         first_block: Index of the lease's first block.
+        plan: How much of what was found is loaded, from match() to grant(); None if there is nothing to it.
         asked_again_since: When it was first told to ask again, monotonic seconds.
         prefetch: Handle of its prefetch, None without.
         found_on_disk: For each of its blocks whether it was on disk alone when it arrived, bool [n].
@@ -47,6 +49,7 @@ class RequestState:
     may_store: bool = True
     lease: Lease | None = None
     first_block: int = 0
+    plan: Plan | None = None
     asked_again_since: float | None = None
     prefetch: Any = None
     fetches: int = 0
@@ -76,6 +79,7 @@ class RunningLoad:
         keys: Of its blocks.
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
+        plan: What was decided, None if there was nothing to decide.
         stale: Whether the cache was reset since.
         about: For its events, for each group that loads; empty without events.
     """
@@ -83,6 +87,7 @@ class RunningLoad:
     keys: Keys
     num_bytes: int
     began: float
+    plan: Plan | None = None
     stale: bool = False
     about: tuple[Blocks, ...] = ()
 
