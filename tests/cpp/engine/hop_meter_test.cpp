@@ -50,6 +50,7 @@ TEST(HopMeter, with_one_size_all_is_bandwidth) {
 TEST(HopMeter, a_queue_is_no_lower_bandwidth) {
   HopMeter meter;
   std::vector<HopMeter::Flight> flights;
+  flights.reserve(64);
   for (int i = 0; i < 64; ++i) flights.push_back(meter.begin(2 << 20, 0));
   EXPECT_EQ(meter.stats().running_bytes, std::uint64_t{64} * (2 << 20));
   for (const HopMeter::Flight& flight : flights) meter.end(flight, true, duration_us(flight, 80, 3000));
@@ -60,6 +61,7 @@ TEST(HopMeter, a_queue_is_no_lower_bandwidth) {
 TEST(HopMeter, forgets_how_fast_it_was) {
   HopMeter meter;
   std::vector<std::uint64_t> sizes;
+  sizes.reserve(1000);
   for (std::uint64_t i = 0; i < 1000; ++i) sizes.push_back((i % 7 + 1) << 20);
   one_by_one(meter, sizes, 100, 8000);
   one_by_one(meter, sizes, 100, 1000);

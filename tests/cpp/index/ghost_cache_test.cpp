@@ -106,7 +106,7 @@ void chat(Beside& caches, std::uint64_t seed, std::size_t requests, std::size_t 
 }
 
 TEST(GhostCache, of_a_small_tier_it_is_exact_and_knows_every_capacity) {
-  for (const std::uint64_t capacity : {2, 7, 64, 1000}) {
+  for (const std::uint64_t capacity : {2U, 7U, 64U, 1000U}) {
     Beside caches(capacity);
     ASSERT_EQ(caches.ghost.rate(), 1);
     chat(caches, capacity, 4000, capacity / 8 + 3);
@@ -119,7 +119,7 @@ TEST(GhostCache, of_a_small_tier_it_is_exact_and_knows_every_capacity) {
 }
 
 TEST(GhostCache, a_sample_is_within_two_points_of_an_exact_lru) {
-  for (const std::uint64_t capacity : {10'000, 60'000}) {
+  for (const std::uint64_t capacity : {10'000U, 60'000U}) {
     Beside caches(capacity);
     ASSERT_LT(caches.ghost.rate(), 0.2);
     chat(caches, 7, capacity, capacity / 10);
@@ -135,7 +135,7 @@ TEST(GhostCache, a_sample_is_within_two_points_of_an_exact_lru) {
 
 TEST(GhostCache, a_block_behind_one_that_is_gone_is_not_found) {
   GhostCache ghost(4);
-  for (const std::uint64_t hash : {3, 2, 1}) ghost.use(hash);
+  for (const std::uint64_t hash : {3U, 2U, 1U}) ghost.use(hash);
   ghost.erase(2);
   const std::uint64_t prompt[] = {1, 2, 3};
   ghost.look(prompt, 3);
@@ -154,7 +154,7 @@ TEST(GhostCache, looking_changes_nothing) {
 }
 
 TEST(GhostCache, uses_touches_and_erasures_in_any_order_match_a_plain_cache) {
-  std::mt19937_64 random(5);
+  std::mt19937_64 random(5);  // NOLINT(bugprone-random-generator-seed): reproducible
   Beside caches(16);
   for (int step = 0; step < 20'000; ++step) {
     const std::uint64_t hash = mixed(random() % 90);
