@@ -24,8 +24,8 @@ using TensorTuple = std::tuple<std::uintptr_t, std::vector<AxisTuple>>;
 
 Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::uint64_t chunk_bytes,
                 unsigned copy_threads, std::shared_ptr<HostMemory> memory, std::shared_ptr<const Clock> clock,
-                std::optional<std::uint64_t> hash_seed, std::string eviction,
-                std::optional<DiskOptions> disk, bool ghosts) {
+                std::optional<std::uint64_t> hash_seed, std::string eviction, std::optional<DiskOptions> disk,
+                bool ghosts) {
   auto box = std::make_shared<EngineBox>();
   EngineConfig config;
   config.groups = std::move(groups);

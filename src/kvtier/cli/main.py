@@ -15,6 +15,7 @@ _COMMANDS = {
     "demo": "a real transformer: time to first token, cold and with its prefix restored",
     "bench": "how fast the parts are, beside what the machine can do",
     "replay": "what a request trace would hit, with which tiers and eviction policies",
+    "size": "how much DRAM and NVMe reach which hit rate and time to first token, by a request trace",
     "verify": "reads every block on a drive and proves it",
     "inspect": "what is on a drive: occupancy, namespaces, ages",
     "purge": "forgets a tenant's blocks on a drive for good",

@@ -1,0 +1,169 @@
+"""`kvtier size`: what capacities give, by hand on a trace of a few requests, and the command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier.cli import main
+from kvtier.cli.shapes import find
+from kvtier.cli.size import (
+    Point,
+    Rates,
+    ideal_hit_rate,
+    kv_bytes,
+    point_of,
+    smallest,
+    times_to_first_token,
+)
+from kvtier.replay import Tiers, simulate
+from kvtier.traces import Trace, make_trace
+
+TINY = find("tiny")
+T = 16
+BLOCK = TINY.kv_bytes_per_token("bfloat16") * T + 4096
+# A, B, A again and A going on, one every 100 s: of 8 blocks 4 have been there.
+REQUESTS = [(0.0, [1, 2]), (100.0, [5]), (200.0, [1, 2]), (300.0, [1, 2, 3])]
+RATES = Rates(prefill_flops=1e9, host_bytes=1e6, disk_bytes=2e5)
+
+
+@pytest.fixture
+def trace() -> Trace:
+    return make_trace(REQUESTS, block_tokens=T)
+
+
+def replayed(trace: Trace, host: int, disk: int = 0) -> Any:
+    tiers = Tiers(host_blocks=host, disk_blocks=disk, bytes_per_block=BLOCK, admission="all")
+    return simulate(trace, tiers)
+
+
+def test_everything_kept_is_the_ceiling(trace: Trace) -> None:
+    assert ideal_hit_rate(trace) == 0.5
+    assert replayed(trace, 100).hit_rate == 0.5
+    assert replayed(trace, 2).hit_rate < 0.5
+
+
+def test_times_are_those_of_the_shape_and_of_the_bytes(trace: Trace) -> None:
+    cold = times_to_first_token(trace, None, TINY, RATES)
+    assert cold == pytest.approx([TINY.prefill_flops(n * T) / 1e9 for n in (2, 1, 2, 3)])
+    warm = times_to_first_token(trace, replayed(trace, 100), TINY, RATES)
+    assert warm[:2] == pytest.approx(cold[:2])
+    load = 2 * BLOCK / 1e6
+    # Of a prompt that is there as a whole, the last token is computed.
+    assert warm[2] == pytest.approx(load + TINY.prefill_flops(1, 2 * T - 1) / 1e9)
+    assert warm[3] == pytest.approx(load + TINY.prefill_flops(T, 2 * T) / 1e9)
+
+
+def test_blocks_on_disk_take_the_drives_time(trace: Trace) -> None:
+    replay = replayed(trace, 1, 100)
+    on_disk = replay.disk_of_request.astype(int)
+    assert on_disk.sum() > 0
+    times = times_to_first_token(trace, replay, TINY, RATES)
+    found = on_disk + replay.host_of_request.astype(int)
+    tokens = np.array([2, 1, 2, 3]) * T
+    for r in range(4):
+        prefix = min(found[r] * T, tokens[r] - 1)
+        load = max(found[r] * BLOCK / 1e6, on_disk[r] * BLOCK / 2e5)
+        assert times[r] == pytest.approx(
+            load + TINY.prefill_flops(int(tokens[r] - prefix), int(prefix)) / 1e9
+        )
+
+
+def test_a_point_says_what_a_day_writes_and_saves(trace: Trace) -> None:
+    replay = replayed(trace, 1, 100)
+    point = point_of(trace, replay, TINY, RATES, BLOCK, 100 * BLOCK)
+    assert point.disk_bytes_per_day == pytest.approx(replay.disk_blocks_written * BLOCK * 86400 / 300)
+    assert point.drive_writes_per_day == pytest.approx(point.disk_bytes_per_day / (100 * BLOCK))
+    cold = times_to_first_token(trace, None, TINY, RATES)
+    free = times_to_first_token(trace, replay, TINY, Rates(1e9, np.inf, np.inf))
+    assert point.gpu_seconds_saved_per_day == pytest.approx((cold - free).sum() * 86400 / 300)
+    assert point_of(trace, replayed(trace, 1), TINY, RATES, BLOCK, 0).drive_writes_per_day is None
+
+
+def test_ranks_share_a_host_and_a_latent_is_kept_once() -> None:
+    whole = find("llama-3.1-8b")
+    assert kv_bytes(find("llama-3.1-8b", 8), 8, "bfloat16") == whole.kv_bytes_per_token("bfloat16") == 131072
+    latent = find("tiny-mla")
+    assert kv_bytes(latent, 4, "bfloat16") == latent.kv_bytes_per_token("bfloat16")
+
+
+def point(host: int, disk: int, hit_rate: float, p90: float) -> Point:
+    return Point(host, 1, disk, 1, hit_rate, 0, 0, 0, p90, 0, 0, 0, None)
+
+
+def test_the_smallest_has_the_least_dram_then_the_least_nvme() -> None:
+    points = [point(4, 0, 0.5, 1.0), point(2, 8, 0.5, 2.0), point(2, 4, 0.4, 3.0), point(1, 0, 0.1, 9.0)]
+    assert smallest(points, 0.4, None) is points[2]
+    assert smallest(points, 0.5, None) is points[1]
+    assert smallest(points, None, 1.5) is points[0]
+    assert smallest(points, 0.6, None) is None
+
+
+def written(tmp_path: Path) -> str:
+    lines = [
+        {"timestamp": int(1000 * at), "input_length": T * len(ids), "output_length": 1, "hash_ids": ids}
+        for at, ids in REQUESTS
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "size.json"
+    words = ["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
+    sizes = ["--host", f"{BLOCK},{8 * BLOCK}", "--disk", f"0,{8 * BLOCK}"]
+    assert main([*words, *sizes, "--target-hit-rate", "0.5"]) == 0
+    document = json.loads(out.read_text())
+    assert document["block_bytes"] == BLOCK
+    assert [(p["host_blocks"], p["disk_blocks"]) for p in document["points"]] == [
+        (1, 0),
+        (8, 0),
+        (1, 8),
+        (8, 8),
+    ]
+    assert document["points"][1]["hit_rate"] == document["hit_rate_of_all"] == 0.5
+    assert document["answer"] in document["points"]
+    text = capsys.readouterr().out
+    assert "DWPD" in text
+    assert "smallest that reaches the target" in text
+    assert main([*words, *sizes, "--target-hit-rate", "0.9"]) == 3  # more than everything kept
+    assert json.loads(out.read_text())["answer"] is None
+
+
+def test_capacities_need_not_be_given(tmp_path: Path) -> None:
+    out = tmp_path / "size.json"
+    assert (
+        main(["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]) == 0
+    )
+    points = json.loads(out.read_text())["points"]
+    assert max(p["hit_rate"] for p in points) == 0.5
+    assert {p["disk_bytes"] > 0 for p in points} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "1KiB"], "--host has '1KiB'; allowed: at least one block"),
+        (["--model", "gpt-9"], "shape is 'gpt-9'; allowed"),
+        (["--prefill-tflops", "0"], "--prefill-tflops is 0.0; allowed: more than 0"),
+        (["--target-hit-rate", "40"], "--target-hit-rate is 40.0; allowed: 0 to 1"),
+        (["--policy", "best"], "policy is 'best'; allowed"),
+    ],
+)
+def test_bad_values_are_named(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["size", written(tmp_path), "--model", "tiny", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "size.png"
+    assert (
+        main(["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--plot", str(file)]) == 0
+    )
+    assert file.read_bytes().startswith(b"\x89PNG")
