@@ -33,7 +33,7 @@ class Server:
                 "kv_connector": "KVTierConnector",
                 "kv_connector_module_path": "kvtier.adapters.vllm",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"host": "256MiB"} | (extra or {}),
+                "kv_connector_extra_config": {"host": "256MiB", "load": "always"} | (extra or {}),
             }
             if multi:
                 children = {"connectors": [ours]}

@@ -31,7 +31,7 @@ def main() -> None:
             kv_connector="KVTierConnector",
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config={"host": "64MiB"},
+            kv_connector_extra_config={"host": "64MiB", "load": "always"},
         ),
     )
     runs: list[Any] = []

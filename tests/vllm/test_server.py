@@ -118,7 +118,7 @@ def api(llama: Path, tmp_path: Path) -> Iterator[Api]:
         "kv_connector_module_path": "kvtier.adapters.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"host": "64MiB"},
+        "kv_connector_extra_config": {"host": "64MiB", "load": "always"},
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(llama)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--enforce-eager"]

@@ -317,8 +317,8 @@ def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
     print(
         f"{document['trace']}: {document['requests']} requests in {document['seconds'] / 3600:.2f} h; "
         f"{document['model']}, {document['ranks']} rank(s), {document['dtype']}: a block of "
-        f"{document['block_tokens']} tokens has {_size_text(document['block_bytes'])}; all different blocks "
-        f"take {_size_text(document['footprint_bytes'])} and hit {document['hit_rate_of_all']:.1%}\n"
+        f"{document['block_tokens']} tokens has {_size_text(document['block_bytes'])}; what differs "
+        f"takes {_size_text(document['footprint_bytes'])} and hits {document['hit_rate_of_all']:.1%}\n"
         f"policy {document['policy']}, admission {document['admission']}; from empty tiers; no queues, no "
         f"device cache\nassumed: prefill {rates['prefill_flops'] / 1e12:g} TFLOP/s a rank, DRAM "
         f"{rates['host_bytes'] / 1e9:g} GB/s, drives {rates['disk_bytes'] / 1e9:g} GB/s. Without kvtier: TTFT "
