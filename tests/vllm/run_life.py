@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import Server, prompt
 
 DURABLE = [prompt(seed, 300 + 50 * seed) for seed in range(3)]
-DISK = {"host": "16MiB", "max_wait": 30}
+DISK = {"host": "16MiB", "max_wait": 30, "load": "always"}
 
 
 def more(n: int) -> list[int]:

@@ -285,7 +285,7 @@ def _ours(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "kv_connector_module_path": "kvtier.adapters.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"host": args.host, "disk": [disk]},
+        "kv_connector_extra_config": {"host": args.host, "disk": [disk], "load": "always"},
     }
 
 

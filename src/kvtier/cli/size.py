@@ -321,8 +321,8 @@ def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
         f"takes {_size_text(document['footprint_bytes'])} and hits {document['hit_rate_of_all']:.1%}\n"
         f"policy {document['policy']}, admission {document['admission']}; from empty tiers; no queues, no "
         f"device cache\nassumed: prefill {rates['prefill_flops'] / 1e12:g} TFLOP/s a rank, DRAM "
-        f"{rates['host_bytes'] / 1e9:g} GB/s, drives {rates['disk_bytes'] / 1e9:g} GB/s. Without kvtier: TTFT "
-        f"p50 {cold['p50_s']:.3g} s, p90 {cold['p90_s']:.3g} s, p99 {cold['p99_s']:.3g} s\n",
+        f"{rates['host_bytes'] / 1e9:g} GB/s, drives {rates['disk_bytes'] / 1e9:g} GB/s. Without kvtier: "
+        f"TTFT p50 {cold['p50_s']:.3g} s, p90 {cold['p90_s']:.3g} s, p99 {cold['p99_s']:.3g} s\n",
         file=out,
     )
     rows = [
