@@ -13,6 +13,7 @@ std::span<const EvictionChoice> eviction_choices() {
       {"sieve", false, internal::make_sieve},
       {"s3-fifo", false, internal::make_s3_fifo},
       {"arc", false, internal::make_arc},
+      {"return-hazard", true, internal::make_return_hazard},
   };
   return kChoices;
 }

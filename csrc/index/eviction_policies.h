@@ -14,5 +14,6 @@ std::unique_ptr<EvictionPolicy> make_slru(const EvictionOptions& options);
 std::unique_ptr<EvictionPolicy> make_sieve(const EvictionOptions& options);
 std::unique_ptr<EvictionPolicy> make_s3_fifo(const EvictionOptions& options);
 std::unique_ptr<EvictionPolicy> make_arc(const EvictionOptions& options);
+std::unique_ptr<EvictionPolicy> make_return_hazard(const EvictionOptions& options);
 
 }  // namespace kvtier::internal

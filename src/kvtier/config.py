@@ -19,7 +19,8 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
-EVICTIONS = ("lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc")  # the core's, the default first
+# The core's, the default first.
+EVICTIONS = ("lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc", "return-hazard")
 COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
 

@@ -1,0 +1,376 @@
+// return-hazard: evicts the block from whose return the least is to be expected for the time it would be
+// held.
+//
+// A KV cache knows what a web cache does not. A prompt comes back whole or not at all, with the next turn of
+// its conversation; how probable that is, and when, depends on how often the conversation has come back
+// already and on what it grew out of, and hardly on the single block. So blocks are put into classes by
+//
+//   * returns: how often the block was used again, remembered through evictions (DepartedBlocks);
+//   * for blocks that were never used again, what they follow on: nothing that had been there (a new prompt),
+//   a
+//     conversation's first return, a later one, or a prefix shared by many (a system prompt);
+//   * and whether they were the last block of their prompt. A partly filled one never comes back under this
+//   key.
+//
+// ReturnHazards learns for each class how likely a return is at which time since the last use, from blocks
+// that are resident and from evicted ones alike, so that what is decided does not hide what would have been.
+// The block with the lowest Gittins index goes: a prompt that may come back in a minute can outlive one that
+// was used just now and belongs to a class that does not. Classes and ages are kept by AgeCohorts.
+//
+// Time is the clock's, a tick a second. Where no second passes while many blocks are inserted (a trace
+// without times, or played at many times its speed) insertions count as time instead.
+//
+// Expected blocks go only when nothing else is left. Memory: 32 bytes per record, at most 32 for each of as
+// many departed blocks as the tier has blocks and 32,768 more, and 0.2 MiB, all allocated at the start; and
+// 48 bytes for each expected block, at most as many as the tier has. Insert and evict are O(log) of the age,
+// but for rank() at most once and learn() at most every 16th time that a tick has passed.
+#include <algorithm>
+#include <limits>
+#include <unordered_map>
+#include <vector>
+
+#include "eviction_policies.h"
+
+#include "kvtier/core/status.h"
+#include "kvtier/index/age_cohorts.h"
+#include "kvtier/index/departed_blocks.h"
+#include "kvtier/index/return_hazards.h"
+
+namespace kvtier::internal {
+namespace {
+
+constexpr std::int64_t kTickUs = 1'000'000;
+constexpr Tick kSameUseTicks = 2;
+constexpr Tick kLearnTicks = 16;                      // value() changes slowly
+constexpr std::size_t kLeastDeparted = 32'768;        // small tiers learn from more than they hold
+constexpr std::size_t kLeastUsesUntilHalf = 262'144;  // of returns that are remembered in full
+
+// Where the clock does not keep up: a 64th of the tier inserted is a tick, once there were eight in a second.
+constexpr std::size_t kTicksPerTier = 64;
+constexpr std::size_t kLeastInsertsPerTick = 64;
+constexpr std::size_t kInsertTicksUnheeded = 8;
+
+// What a block's first use followed on.
+constexpr std::uint8_t kNew = 0;
+constexpr std::uint8_t kFirstReturn = 1;
+constexpr std::uint8_t kLaterReturn = 2;
+constexpr std::uint8_t kShared = 3;
+constexpr std::uint32_t kNumChains = 4;
+constexpr std::uint32_t kSharedReturns = 33;  // a conversation hardly has as many turns
+
+constexpr std::uint32_t kReturnClasses = 5;  // 1, 2, 3-4, 5-8, more
+constexpr std::uint32_t kNumBlockClasses = 2 * kNumChains + kReturnClasses;
+constexpr std::uint32_t kExpected = kNumBlockClasses;  // a queue of its own
+constexpr std::uint32_t kNumQueues = kNumBlockClasses + 1;
+
+std::uint8_t chain_after(std::uint32_t returns) {
+  if (returns < 2) return kFirstReturn;
+  return returns < kSharedReturns ? kLaterReturn : kShared;
+}
+
+std::uint32_t return_class(std::uint32_t returns) {
+  if (returns <= 2) return returns - 1;
+  return returns <= 4 ? 2 : returns <= 8 ? 3 : 4;
+}
+
+class ReturnHazardPolicy final : public EvictionPolicy {
+ public:
+  explicit ReturnHazardPolicy(const EvictionOptions& options)
+      : blocks_(std::max<std::size_t>(1, options.blocks)),
+        seed_(options.seed),
+        records_(options.records),
+        cohorts_(options.records, kNumQueues),
+        hazards_(kNumBlockClasses),
+        departed_(departed_capacity()),
+        inserts_per_tick_(std::max(kLeastInsertsPerTick, blocks_ / kTicksPerTier)) {}
+
+  void insert(EntryId id, const BlockFacts& block) override {
+    const bool same_prompt = continues_prompt(id, block.parent);
+    if (!same_prompt) prompt_.clear();
+    count_insert(same_prompt);
+    Record& record = records_[raw(id)];
+    KVTIER_CHECK(!record.tracked);
+    record = {.digest = block_digest(block.key, block.group, seed_),
+              .tracked = true,
+              .had_child = last_parent_ == raw(id)};
+    come_back(record);
+    if (!expected_.empty()) find_expected(id);
+    join(id);
+    prompt_.push_back(id);
+    if (!block.parent || records_[raw(*block.parent)].tracked) follow(block.parent);
+    last_inserted_ = raw(id);
+    last_parent_ = block.parent ? raw(*block.parent) : kNowhere;
+  }
+
+  void touch(EntryId id) override {
+    Record& record = tracked(id);
+    leave(id);
+    use(record.past);
+    join(id);
+  }
+
+  void hold(EntryId id) override {
+    Record& record = tracked(id);
+    KVTIER_CHECK(!record.held);
+    cohorts_.remove(id, record.past.used, queue(record));
+    record.held = true;
+  }
+
+  void let_go(EntryId id) override {
+    Record& record = tracked(id);
+    KVTIER_CHECK(record.held);
+    record.held = false;
+    // A parent is next behind its last child: prompts go one by one, not all of them a little.
+    cohorts_.add_first(id, record.past.used, queue(record));
+  }
+
+  void erase(EntryId id, Departure why) override {
+    Record& record = tracked(id);
+    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
+    if (record.expected) forget_resident(id);
+    record.tracked = false;
+    std::optional<BlockPast> forgotten = record.past;
+    if (why == Departure::evicted) {
+      take_departed(record.digest);
+      forgotten = departed_.add(record.digest, record.past);
+    }
+    if (forgotten) cohorts_.count_out(forgotten->used, forgotten->block_class);
+  }
+
+  std::optional<EntryId> victim() override {
+    while (true) {
+      if (!cohorts_.ranked()) rank();
+      const std::optional<EntryId> first = cohorts_.first();
+      if (!first || expected_.empty() || records_[raw(*first)].expected) return first;
+      if (!set_aside(*first)) return first;
+    }
+  }
+
+  void advance(std::int64_t now_us) override {
+    const std::int64_t second = now_us / kTickUs;
+    const std::int64_t passed =
+        std::min<std::int64_t>(second - second_, std::numeric_limits<Tick>::max() / 4);
+    second_ = second;
+    if (!clock_runs_ || passed <= 0) {
+      clock_runs_ = true;
+      return;
+    }
+    inserts_since_second_ = 0;
+    insert_ticks_ = kInsertTicksUnheeded - 1;
+    pass(static_cast<Tick>(passed));
+  }
+
+  void expect(const BlockKey& key, GroupId group) override {
+    const std::uint64_t digest = block_digest(key, group, seed_);
+    const auto found = expected_.find(digest);
+    if (found != expected_.end()) {
+      ++found->second.requests;
+    } else if (expected_.size() < blocks_) {
+      expected_.emplace(digest, Expectation{});
+    }
+  }
+
+  void expect_no_more(const BlockKey& key, GroupId group) override {
+    const auto found = expected_.find(block_digest(key, group, seed_));
+    if (found == expected_.end() || --found->second.requests > 0) return;
+    if (found->second.resident != kNowhere) set_expected(EntryId{found->second.resident}, false);
+    expected_.erase(found);
+  }
+
+  double bytes_per_record() const override {
+    const double bytes = static_cast<double>(sizeof *this + records_.size() * sizeof(Record)) +
+                         AgeCohorts::bytes_for(records_.size(), kNumQueues) +
+                         ReturnHazards::bytes_for(kNumBlockClasses) +
+                         DepartedBlocks::bytes_for(departed_capacity());
+    return bytes / static_cast<double>(std::max<std::size_t>(1, records_.size()));
+  }
+
+ private:
+  static constexpr std::uint32_t kNowhere = 0xffffffffU;
+  struct Record {
+    std::uint64_t digest = 0;
+    BlockPast past{};
+    bool tracked : 1 = false;
+    bool held : 1 = false;
+    bool had_child : 1 = false;
+    bool comes_back : 1 = false;  // its chain is from before
+    bool expected : 1 = false;    // in the queue of the expected; only while expected_ knows it
+  };
+  struct Expectation {
+    std::uint32_t requests = 1;
+    std::uint32_t resident = kNowhere;  // the record, once it is marked
+  };
+
+  std::size_t departed_capacity() const { return blocks_ + kLeastDeparted; }
+
+  Record& tracked(EntryId id) {
+    Record& record = records_[raw(id)];
+    KVTIER_CHECK(record.tracked);
+    return record;
+  }
+
+  static std::uint32_t queue(const Record& record) {
+    return record.expected ? kExpected : record.past.block_class;
+  }
+
+  static std::uint8_t class_of(const Record& record) {
+    if (record.past.returns > 0) {
+      return static_cast<std::uint8_t>(2 * kNumChains + return_class(record.past.returns));
+    }
+    return static_cast<std::uint8_t>(2 * record.past.chain + (record.had_child ? 0 : 1));
+  }
+
+  // Into count and queue of its class, as last used when it says.
+  void join(EntryId id) {
+    Record& record = records_[raw(id)];
+    record.past.block_class = class_of(record);
+    cohorts_.count_in(record.past.used, record.past.block_class);
+    if (!record.held) cohorts_.add_last(id, record.past.used, queue(record));
+  }
+
+  void leave(EntryId id) {
+    const Record& record = records_[raw(id)];
+    cohorts_.count_out(record.past.used, record.past.block_class);
+    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
+  }
+
+  // A use now. Hardly a second later it is the same use: a request looks up, loads and stores.
+  void use(BlockPast& past) {
+    if (cohorts_.now() - past.used < kSameUseTicks) return;
+    hazards_.returned(past.block_class, cohorts_.now() - past.used);
+    past.returns = static_cast<std::uint8_t>(std::min<std::uint32_t>(past.returns + 1U, 255));
+    past.used = cohorts_.now();
+    if (++uses_since_halved_ >= std::max(kLeastUsesUntilHalf, 16 * blocks_)) {
+      hazards_.halve();
+      uses_since_halved_ = 0;
+    }
+  }
+
+  // A prompt becomes ready head first or tail first, and block by block.
+  bool continues_prompt(EntryId id, std::optional<EntryId> parent) const {
+    return !prompt_.empty() && ((parent && raw(*parent) == last_inserted_) || last_parent_ == raw(id));
+  }
+
+  // The new blocks of the prompt hang on `parent`, and their chain is known.
+  void follow(std::optional<EntryId> parent) {
+    const std::uint8_t chain = parent ? chain_behind(*parent) : kNew;
+    for (const EntryId id : prompt_) {
+      const Record& record = records_[raw(id)];
+      if (record.tracked && record.past.chain != chain && !record.comes_back)
+        change(id, chain, record.had_child);
+    }
+    prompt_.clear();
+    if (parent && !records_[raw(*parent)].had_child) change(*parent, records_[raw(*parent)].past.chain, true);
+  }
+
+  std::uint8_t chain_behind(EntryId parent) const {
+    const Record& record = records_[raw(parent)];
+    const bool returns_now = record.past.used != cohorts_.now();  // its touch is still to come
+    const std::uint32_t returns = record.past.returns + (returns_now ? 1U : 0U);
+    return returns == 0 ? record.past.chain : chain_after(returns);
+  }
+
+  void change(EntryId id, std::uint8_t chain, bool had_child) {
+    leave(id);
+    records_[raw(id)].past.chain = chain;
+    records_[raw(id)].had_child = had_child;
+    join(id);
+  }
+
+  // A block that was evicted not long ago goes on where it left.
+  void come_back(Record& record) {
+    if (const std::optional<BlockPast> past = departed_.take(record.digest)) {
+      cohorts_.count_out(past->used, past->block_class);
+      record.past = *past;
+      record.comes_back = true;
+      use(record.past);
+    }
+    record.past.used = cohorts_.now();
+  }
+
+  void take_departed(std::uint64_t digest) {
+    if (const std::optional<BlockPast> past = departed_.take(digest)) {
+      cohorts_.count_out(past->used, past->block_class);
+    }
+  }
+
+  void pass(Tick ticks) {
+    cohorts_.pass(ticks, [this](std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
+      hazards_.waited(block_class, age, block_ticks);
+    });
+  }
+
+  void count_insert(bool same_prompt) {
+    ++inserts_since_second_;
+    if (same_prompt) return;  // a prompt has one time
+    const std::size_t ticks = inserts_since_second_ / inserts_per_tick_;
+    if (ticks < kInsertTicksUnheeded || ticks <= insert_ticks_) return;
+    pass(1);
+    ++insert_ticks_;
+  }
+
+  void rank() {
+    if (cohorts_.now() - learned_at_ >= kLearnTicks) {
+      hazards_.learn();
+      learned_at_ = cohorts_.now();
+    }
+    cohorts_.rank([this](std::uint32_t queue, Tick age) {
+      return queue == kExpected ? std::numeric_limits<float>::infinity() : hazards_.value(queue, age);
+    });
+  }
+
+  void set_expected(EntryId id, bool expected) {
+    Record& record = records_[raw(id)];
+    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
+    record.expected = expected;
+    if (!record.held) cohorts_.add_last(id, record.past.used, queue(record));
+  }
+
+  // Whether the block is expected; it stands in the queue of those then.
+  bool set_aside(EntryId id) {
+    const auto found = expected_.find(records_[raw(id)].digest);
+    if (found == expected_.end()) return false;
+    set_expected(id, true);
+    found->second.resident = raw(id);
+    return true;
+  }
+
+  void forget_resident(EntryId id) {
+    const auto found = expected_.find(records_[raw(id)].digest);
+    if (found != expected_.end() && found->second.resident == raw(id)) found->second.resident = kNowhere;
+  }
+
+  // Before its first join().
+  void find_expected(EntryId id) {
+    const auto found = expected_.find(records_[raw(id)].digest);
+    if (found == expected_.end()) return;
+    records_[raw(id)].expected = true;
+    found->second.resident = raw(id);
+  }
+
+  std::size_t blocks_;
+  std::uint64_t seed_;
+  HugeVector<Record> records_;
+  AgeCohorts cohorts_;
+  ReturnHazards hazards_;
+  DepartedBlocks departed_;
+  std::unordered_map<std::uint64_t, Expectation> expected_;  // by digest
+  Tick learned_at_ = 0;
+  std::size_t uses_since_halved_ = 0;
+  std::size_t inserts_since_second_ = 0;
+  std::size_t inserts_per_tick_;
+  std::size_t insert_ticks_ = kInsertTicksUnheeded - 1;  // that have passed since the second
+  std::vector<EntryId> prompt_;  // blocks inserted in a row whose chain is not known yet
+  std::uint32_t last_inserted_ = kNowhere;
+  std::uint32_t last_parent_ = kNowhere;
+  std::int64_t second_ = 0;
+  bool clock_runs_ = false;
+};
+
+}  // namespace
+
+std::unique_ptr<EvictionPolicy> make_return_hazard(const EvictionOptions& options) {
+  return std::make_unique<ReturnHazardPolicy>(options);
+}
+
+}  // namespace kvtier::internal

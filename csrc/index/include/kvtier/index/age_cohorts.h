@@ -1,0 +1,138 @@
+// AgeCohorts: blocks by when they were last used, precise to an eighth of their age.
+//
+//   oldest                                     newest
+//   [ .. 61) [61 .. 75) [75 .. 82) ... [98] [99] [100 = now]     ticks of the last use
+//     one queue and one count per class in each
+//
+// Blocks last used at the same tick are a cohort. Growing old, neighbouring cohorts become one as soon as
+// together they span no more than an eighth of their age, so there are about a dozen per octave of age, and a
+// block is moved along without being looked at. What is evictable stands in a queue of its cohort and class;
+// how many blocks there are, held ones and those no longer resident too, is a count beside it.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kvtier/core/huge_vector.h"
+#include "kvtier/index/eviction.h"
+#include "kvtier/index/return_hazards.h"
+
+namespace kvtier {
+
+// Threads: none of its own. Every operation is O(1) but pass() and rank(), O(cohorts * classes), and the
+// search for a cohort, O(log cohorts). Memory: 8 bytes per record and 6 KiB per class, allocated at the
+// start.
+class AgeCohorts {
+ public:
+  AgeCohorts(std::size_t records, std::uint32_t num_classes);
+
+  Tick now() const { return now_; }
+  // Lets time pass. waited(class, age, block_ticks) is told of all that were counted in.
+  template <typename Waited>
+  void pass(Tick ticks, Waited&& waited);
+
+  // The block last used at `used` is one of its class from now on, or no more.
+  void count_in(Tick used, std::uint32_t block_class) { ++counts_[at(used, block_class)]; }
+  void count_out(Tick used, std::uint32_t block_class) { --counts_[at(used, block_class)]; }
+
+  // The first and last of a queue to be evicted. Remove with what it was added with.
+  void add_first(EntryId id, Tick used, std::uint32_t block_class);
+  void add_last(EntryId id, Tick used, std::uint32_t block_class);
+  void remove(EntryId id, Tick used, std::uint32_t block_class);
+
+  // Orders the queues by value(class, age), the lowest first; of equal ones the older.
+  template <typename Value>
+  void rank(Value&& value);
+  // False once time has passed: ages are others.
+  bool ranked() const { return ranked_; }
+  // Requires ranked(). The first block of the first queue that has any.
+  std::optional<EntryId> first() const;
+
+  static double bytes_for(std::size_t records, std::uint32_t num_classes);
+
+ private:
+  friend struct AgeCohortsPeer;  // tests: how many cohorts there are
+  static constexpr std::uint32_t kNone = 0xffffffffU;
+  static constexpr std::size_t kMaxCohorts = 256;
+  static constexpr Tick kPrecision = 8;
+  struct Cohort {
+    Tick begin;  // of the last uses, half-open
+    Tick end;
+    std::uint32_t row;  // of queues_ and counts_
+  };
+  struct Link {
+    std::uint32_t before;
+    std::uint32_t after;
+  };
+  struct Ranked {
+    float value;
+    std::uint32_t place;  // of the cohort, from the oldest
+    std::uint32_t queue;
+  };
+
+  Tick age(const Cohort& cohort) const { return now_ - (cohort.begin + (cohort.end - cohort.begin) / 2); }
+  Tick newest_age() const { return now_ + 1 - cohorts_.back().end; }
+  std::size_t at(Tick used, std::uint32_t block_class);
+  const Cohort& cohort_of(Tick used);
+  void open_cohort();
+  void merge_old();
+  void merge(Cohort& older, const Cohort& younger);
+  void insert_before_first(std::uint32_t id, std::size_t queue);
+  void note(std::size_t queue);
+
+  std::uint32_t num_classes_;
+  Tick now_ = 0;
+  std::vector<Cohort> cohorts_;        // oldest first; never empty
+  std::vector<std::uint32_t> rows_;    // free ones
+  std::vector<std::uint32_t> queues_;  // [row][class]: the first block, or kNone; circular lists
+  std::vector<std::uint32_t> counts_;  // [row][class]
+  HugeVector<Link> links_;             // of each record
+
+  bool ranked_ = false;
+  std::vector<Ranked> order_;
+  std::vector<std::uint32_t> rank_of_;  // of each queue: its place in order_
+  std::vector<std::uint64_t> filled_;   // a bit per rank: the queue is not empty
+};
+
+template <typename Waited>
+void AgeCohorts::pass(Tick ticks, Waited&& waited) {
+  // After a long pause the youngest are old already, and time may pass in longer steps.
+  while (ticks > 0) {
+    const Tick step = std::min(ticks, std::max<Tick>(1, newest_age() / kPrecision));
+    for (const Cohort& cohort : cohorts_) {
+      const std::uint32_t* counts = &counts_[std::size_t{cohort.row} * num_classes_];
+      for (std::uint32_t c = 0; c < num_classes_; ++c) {
+        if (counts[c] > 0) waited(c, age(cohort), std::uint64_t{counts[c]} * step);
+      }
+    }
+    now_ += step;
+    ticks -= step;
+  }
+  merge_old();
+  ranked_ = false;
+}
+
+template <typename Value>
+void AgeCohorts::rank(Value&& value) {
+  order_.clear();
+  for (std::uint32_t place = 0; place < cohorts_.size(); ++place) {
+    for (std::uint32_t c = 0; c < num_classes_; ++c) {
+      order_.push_back({value(c, age(cohorts_[place])), place, cohorts_[place].row * num_classes_ + c});
+    }
+  }
+  std::sort(order_.begin(), order_.end(), [](const Ranked& a, const Ranked& b) {
+    return a.value != b.value ? a.value < b.value : std::pair(a.place, a.queue) < std::pair(b.place, b.queue);
+  });
+  std::fill(filled_.begin(), filled_.end(), 0);
+  ranked_ = true;
+  for (std::uint32_t r = 0; r < order_.size(); ++r) {
+    rank_of_[order_[r].queue] = r;
+    note(order_[r].queue);
+  }
+}
+
+}  // namespace kvtier
