@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-# The first ten minutes of seed 1: another Python, or a careless change, would give other traffic. What changes
-# the traffic on purpose changes these with it, and the figures of docs/policies.md.
+# The first ten minutes of seed 1: another Python, or a careless change, would give other traffic. Who changes
+# the traffic on purpose changes these too, and the figures of docs/policies.md.
 FINGERPRINTS = {
     "chat": "a3b139ba2d027bcb",
     "slow-chat": "42f3036e20abb4cd",
