@@ -1,4 +1,4 @@
-"""return-hazard against the other policies: on the conversation trace, and on traffic that it was not made for."""
+"""return-hazard beside the other policies, on the conversation trace and on traffic of other kinds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def conversation() -> Trace:
     folder = Path(os.environ.get("KVTIER_TRACES", ROOT.parent / "shared" / "traces"))
     if not (folder / CONVERSATION).is_file():
         pytest.skip(
-            f"THE TARGETS OF {OURS} WERE NOT CHECKED: {folder / CONVERSATION} is not there; set KVTIER_TRACES "
-            "to the folder with it (Mooncake, FAST'25 release)"
+            f"THE TARGETS OF {OURS} WERE NOT CHECKED: {folder / CONVERSATION} is not there; set "
+            "KVTIER_TRACES to the folder with it (Mooncake, FAST'25 release)"
         )
     return load_trace(folder / CONVERSATION)
 
