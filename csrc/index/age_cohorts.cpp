@@ -1,6 +1,8 @@
 #include "kvtier/index/age_cohorts.h"
 
+#include <array>
 #include <bit>
+#include <numeric>
 
 #include "kvtier/core/status.h"
 
@@ -11,10 +13,12 @@ AgeCohorts::AgeCohorts(std::size_t records, std::uint32_t num_classes)
       queues_(kMaxCohorts * num_classes, kNone),
       counts_(kMaxCohorts * num_classes, 0),
       links_(records),
-      rank_of_(kMaxCohorts * num_classes, 0),
+      rank_of_(kMaxCohorts * num_classes, kNone),
       filled_(kMaxCohorts * num_classes / 64 + 1, 0) {
   cohorts_.reserve(kMaxCohorts);
   rows_.reserve(kMaxCohorts);
+  keys_.reserve(kMaxCohorts * num_classes);
+  scratch_.reserve(kMaxCohorts * num_classes);
   order_.reserve(kMaxCohorts * num_classes);
   for (std::uint32_t row = kMaxCohorts; row-- > 0;) rows_.push_back(row);
   open_cohort();
@@ -82,6 +86,10 @@ void AgeCohorts::merge(Cohort& older, const Cohort& younger) {
 void AgeCohorts::note(std::size_t queue) {
   if (!ranked_) return;
   const std::uint32_t r = rank_of_[queue];
+  if (r == kNone) {
+    ranked_ = queues_[queue] == kNone;
+    return;
+  }
   const std::uint64_t bit = std::uint64_t{1} << (r % 64);
   filled_[r / 64] = queues_[queue] == kNone ? filled_[r / 64] & ~bit : filled_[r / 64] | bit;
 }
@@ -123,18 +131,50 @@ void AgeCohorts::remove(EntryId id, Tick used, std::uint32_t block_class) {
   if (queues_[queue] == raw(id)) queues_[queue] = link.after;
 }
 
+// By the upper 22 bits, and what is equal there stays in order: a radix sort, as comparisons of a thousand
+// keys once a tick would take most of the policy's time.
+void AgeCohorts::sort_keys() {
+  constexpr unsigned kDigitBits = 11;
+  constexpr std::size_t kDigits = std::size_t{1} << kDigitBits;
+  scratch_.resize(keys_.size());
+  for (const unsigned shift : {64 - 2 * kDigitBits, 64 - kDigitBits}) {
+    std::array<std::uint32_t, kDigits> begin{};
+    const auto digit = [shift](std::uint64_t key) {
+      return static_cast<std::size_t>(key >> shift) % kDigits;
+    };
+    for (const std::uint64_t key : keys_) ++begin[digit(key)];
+    std::exclusive_scan(begin.begin(), begin.end(), begin.begin(), 0U);
+    for (const std::uint64_t key : keys_) scratch_[begin[digit(key)]++] = key;
+    keys_.swap(scratch_);
+  }
+}
+
+void AgeCohorts::take_order() {
+  order_.clear();
+  std::fill(rank_of_.begin(), rank_of_.end(), kNone);
+  std::fill(filled_.begin(), filled_.end(), 0);
+  ranked_ = true;
+  for (const std::uint64_t key : keys_) {
+    const auto at = static_cast<std::uint32_t>(key);  // the lower half
+    const std::uint32_t queue = cohorts_[at / num_classes_].row * num_classes_ + at % num_classes_;
+    rank_of_[queue] = static_cast<std::uint32_t>(order_.size());
+    order_.push_back(queue);
+    note(queue);
+  }
+}
+
 std::optional<EntryId> AgeCohorts::first() const {
   KVTIER_CHECK(ranked_);
   for (std::size_t word = 0; word < filled_.size(); ++word) {
     if (filled_[word] == 0) continue;
     const std::size_t rank = word * 64 + static_cast<std::size_t>(std::countr_zero(filled_[word]));
-    return EntryId{queues_[order_[rank].queue]};
+    return EntryId{queues_[order_[rank]]};
   }
   return std::nullopt;
 }
 
 double AgeCohorts::bytes_for(std::size_t records, std::uint32_t num_classes) {
-  constexpr std::size_t kPerQueue = 3 * sizeof(std::uint32_t) + sizeof(Ranked);
+  constexpr std::size_t kPerQueue = 4 * sizeof(std::uint32_t) + 2 * sizeof(std::uint64_t);
   return static_cast<double>(records * sizeof(Link) +
                              kMaxCohorts * (num_classes * kPerQueue + sizeof(Cohort)));
 }

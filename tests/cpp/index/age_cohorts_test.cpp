@@ -16,7 +16,7 @@ namespace {
 
 constexpr auto kNobodyAsks = [](std::uint32_t, Tick, std::uint64_t) {};
 // As LRU would: the older, the less.
-constexpr auto kByAge = [](std::uint32_t, Tick age) { return -static_cast<float>(age); };
+constexpr auto kByAge = [](std::uint32_t, Tick age) { return 1 / (1 + static_cast<float>(age)); };
 
 TEST(AgeCohorts, the_queue_of_least_value_comes_first) {
   AgeCohorts ages(4, 2);

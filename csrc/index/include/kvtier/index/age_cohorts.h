@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -44,7 +45,8 @@ class AgeCohorts {
   void add_last(EntryId id, Tick used, std::uint32_t block_class);
   void remove(EntryId id, Tick used, std::uint32_t block_class);
 
-  // Orders the queues by value(class, age), the lowest first; of equal ones the older.
+  // Orders the queues by value(class, age) >= 0, the lowest first; of those that differ by less than a
+  // thousandth the older.
   template <typename Value>
   void rank(Value&& value);
   // False once time has passed: ages are others.
@@ -68,11 +70,6 @@ class AgeCohorts {
     std::uint32_t before;
     std::uint32_t after;
   };
-  struct Ranked {
-    float value;
-    std::uint32_t place;  // of the cohort, from the oldest
-    std::uint32_t queue;
-  };
 
   Tick age(const Cohort& cohort) const { return now_ - (cohort.begin + (cohort.end - cohort.begin) / 2); }
   Tick newest_age() const { return now_ + 1 - cohorts_.back().end; }
@@ -83,6 +80,8 @@ class AgeCohorts {
   void merge(Cohort& older, const Cohort& younger);
   void insert_before_first(std::uint32_t id, std::size_t queue);
   void note(std::size_t queue);
+  void sort_keys();
+  void take_order();
 
   std::uint32_t num_classes_;
   Tick now_ = 0;
@@ -93,8 +92,10 @@ class AgeCohorts {
   HugeVector<Link> links_;             // of each record
 
   bool ranked_ = false;
-  std::vector<Ranked> order_;
-  std::vector<std::uint32_t> rank_of_;  // of each queue: its place in order_
+  std::vector<std::uint64_t> keys_;     // of what is ranked: value, then cohort and class
+  std::vector<std::uint64_t> scratch_;  // as large
+  std::vector<std::uint32_t> order_;    // queues, the lowest value first
+  std::vector<std::uint32_t> rank_of_;  // of each queue: its place in order_, or kNone
   std::vector<std::uint64_t> filled_;   // a bit per rank: the queue is not empty
 };
 
@@ -118,21 +119,18 @@ void AgeCohorts::pass(Tick ticks, Waited&& waited) {
 
 template <typename Value>
 void AgeCohorts::rank(Value&& value) {
-  order_.clear();
+  keys_.clear();
   for (std::uint32_t place = 0; place < cohorts_.size(); ++place) {
     for (std::uint32_t c = 0; c < num_classes_; ++c) {
-      order_.push_back({value(c, age(cohorts_[place])), place, cohorts_[place].row * num_classes_ + c});
+      const std::size_t queue = std::size_t{cohorts_[place].row} * num_classes_ + c;
+      if (counts_[queue] == 0 && queues_[queue] == kNone) continue;  // note() sees to it when that changes
+      // Floats that are not negative are in the order of their bits.
+      const auto bits = std::bit_cast<std::uint32_t>(value(c, age(cohorts_[place])));
+      keys_.push_back((std::uint64_t{bits} << 32U) | (place * num_classes_ + c));
     }
   }
-  std::sort(order_.begin(), order_.end(), [](const Ranked& a, const Ranked& b) {
-    return a.value != b.value ? a.value < b.value : std::pair(a.place, a.queue) < std::pair(b.place, b.queue);
-  });
-  std::fill(filled_.begin(), filled_.end(), 0);
-  ranked_ = true;
-  for (std::uint32_t r = 0; r < order_.size(); ++r) {
-    rank_of_[order_[r].queue] = r;
-    note(order_[r].queue);
-  }
+  sort_keys();
+  take_order();
 }
 
 }  // namespace kvtier
