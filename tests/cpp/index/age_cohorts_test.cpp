@@ -39,15 +39,27 @@ TEST(AgeCohorts, the_queue_of_least_value_comes_first) {
 
 TEST(AgeCohorts, a_queue_is_in_the_order_of_arrival_but_for_who_is_put_first) {
   AgeCohorts ages(4, 1);
-  ages.rank(kByAge);
   for (const std::uint32_t id : {1U, 2U}) ages.add_last(EntryId{id}, 0, 0);
   ages.add_first(EntryId{3}, 0, 0);
+  ages.rank(kByAge);
   for (const std::uint32_t id : {3U, 1U, 2U}) {
     ASSERT_TRUE(ages.ranked());
     EXPECT_EQ(ages.first(), EntryId{id});
     ages.remove(EntryId{id}, 0, 0);
   }
   EXPECT_EQ(ages.first(), std::nullopt);
+}
+
+TEST(AgeCohorts, a_queue_that_had_nobody_when_it_was_ranked_is_ranked_anew) {
+  AgeCohorts ages(2, 2);
+  ages.add_last(EntryId{0}, 0, 0);
+  ages.rank(kByAge);
+  ages.remove(EntryId{0}, 0, 0);
+  ages.add_last(EntryId{0}, 0, 0);
+  EXPECT_TRUE(ages.ranked());
+  EXPECT_EQ(ages.first(), EntryId{0});
+  ages.add_last(EntryId{1}, 0, 1);
+  EXPECT_FALSE(ages.ranked());
 }
 
 TEST(AgeCohorts, every_block_is_waited_for_at_its_age_in_every_tick) {
