@@ -118,7 +118,9 @@ TEST(AgeCohorts, the_oldest_comes_first_to_an_eighth_of_its_age) {
     Tick oldest = ages.now();
     for (const auto& [block, at] : used) oldest = std::min(oldest, at);
     ages.rank(kByAge);
-    const Tick age = ages.now() - used.at(raw(*ages.first()));
+    const std::optional<EntryId> first = ages.first();
+    ASSERT_TRUE(first);
+    const Tick age = ages.now() - used.at(raw(first.value_or(EntryId{0})));
     EXPECT_GE(age + 1, (ages.now() - oldest) * 7 / 8) << "at step " << step;
   }
   EXPECT_LE(most_cohorts, 160U);
