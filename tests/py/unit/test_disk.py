@@ -685,7 +685,7 @@ GOOD: dict[str, Any] = {"groups": [LAYOUT], "block_tokens": 8, "host": "1MiB", "
         ({"disk": [Disk("/a", 1), Disk("/a/", 1)]}, "each another path"),
         (
             {"disk_eviction": "mru"},
-            "disk_eviction is 'mru'; allowed: lru, fifo, lfu, slru, sieve, s3-fifo, arc",
+            "disk_eviction is 'mru'; allowed: lru, fifo, lfu, slru, sieve, s3-fifo, arc, return-hazard",
         ),
         ({"eviction": "mru"}, "eviction is 'mru'; allowed: lru, fifo"),
         ({"trace": 7}, "trace is 7; allowed: the path of a file"),
