@@ -25,7 +25,7 @@ using TensorTuple = std::tuple<std::uintptr_t, std::vector<AxisTuple>>;
 Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::uint64_t chunk_bytes,
                 unsigned copy_threads, std::shared_ptr<HostMemory> memory, std::shared_ptr<const Clock> clock,
                 std::optional<std::uint64_t> hash_seed, std::string eviction, std::optional<DiskOptions> disk,
-                bool ghosts) {
+                bool ghosts, std::optional<int> numa_node, bool numa_required) {
   auto box = std::make_shared<EngineBox>();
   EngineConfig config;
   config.groups = std::move(groups);
@@ -35,6 +35,7 @@ Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::ui
   config.clock = std::move(clock);
   config.hash_seed = hash_seed;
   config.eviction = std::move(eviction);
+  if (numa_node) config.placement = NumaPlacement{.node = *numa_node, .required = numa_required};
   if (disk) config.disk = std::move(*disk);
   config.ghosts = ghosts;
   box->memory = std::move(memory);
@@ -257,7 +258,8 @@ void bind_engine(py::module_& m) {
   py::class_<EngineBox, Box>(m, "Engine")
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
-                  py::arg("hash_seed"), py::arg("eviction"), py::arg("disk"), py::arg("ghosts"))
+                  py::arg("hash_seed"), py::arg("eviction"), py::arg("disk"), py::arg("ghosts"),
+                  py::arg("numa_node"), py::arg("numa_required"))
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())

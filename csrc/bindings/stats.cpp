@@ -87,6 +87,7 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(host_prefaulted_bytes);
   KVTIER_FIELD(registered_chunks);
   KVTIER_FIELD(refused_chunks);
+  KVTIER_FIELD(host_numa_node);
   KVTIER_FIELD(index_bytes_per_block);
   KVTIER_FIELD(pins);
   KVTIER_FIELD(pinned_blocks);

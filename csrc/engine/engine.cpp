@@ -41,7 +41,8 @@ Status EngineImpl::start() {
           counters_.arena_problem = status.message().empty() ? "prefaulting failed" : status.message();
         }
         idle_.notify_all();
-      });
+      },
+      config_.placement);
   if (!arena) return arena.status();
   arena_ = std::move(*arena);
 
@@ -163,6 +164,7 @@ Result<EngineStats> EngineImpl::stats() {
   stats.host_prefaulted_bytes = arena.prefaulted_bytes;
   stats.registered_chunks = arena.registered_chunks;
   stats.refused_chunks = arena.refused_chunks;
+  stats.host_numa_node = arena.numa_node;
   stats.index_bytes_per_block = tier_.bytes_per_block();
   stats.pins = tier_.pins();
   stats.pinned_blocks = tier_.pinned_blocks();

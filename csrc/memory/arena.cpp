@@ -28,7 +28,8 @@ std::string Arena::Impl::readable(std::uint64_t bytes) {
 // --- a new arena ---
 
 Result<std::unique_ptr<Arena>> Arena::create(const ArenaGeometry& geometry, HostMemory& memory,
-                                             OnUsable on_usable, OnFailure on_failure) {
+                                             OnUsable on_usable, OnFailure on_failure,
+                                             std::optional<NumaPlacement> placement) {
   KVTIER_RETURN_IF_ERROR(geometry.validate());
   const std::uint64_t total = geometry.total_bytes();
   Result<std::uint64_t> available = memory.available_bytes();
@@ -40,7 +41,7 @@ Result<std::unique_ptr<Arena>> Arena::create(const ArenaGeometry& geometry, Host
   Result<int> fd = memory.create_shared(total);
   if (!fd) return fd.status();
   return Impl::open(geometry, Impl::Fd(*fd), memory, Impl::Role::creator, std::move(on_usable),
-                    std::move(on_failure));
+                    std::move(on_failure), placement);
 }
 
 Result<std::unique_ptr<Arena>> Arena::map(const ArenaGeometry& geometry, int fd, HostMemory& memory) {
@@ -64,15 +65,21 @@ Result<std::unique_ptr<Arena>> Arena::map(const ArenaGeometry& geometry, int fd,
     return Status::resource(
         "cannot duplicate the arena descriptor: " + std::generic_category().message(error), error);
   }
-  return Impl::open(geometry, std::move(own), memory, Impl::Role::guest, nullptr, nullptr);
+  return Impl::open(geometry, std::move(own), memory, Impl::Role::guest, nullptr, nullptr, {});
 }
 
 Result<std::unique_ptr<Arena>> Arena::Impl::open(const ArenaGeometry& geometry, Fd fd, HostMemory& memory,
-                                                 Role role, OnUsable on_usable, OnFailure on_failure) {
+                                                 Role role, OnUsable on_usable, OnFailure on_failure,
+                                                 std::optional<NumaPlacement> placement) {
   Result<std::byte*> base = memory.map_shared(fd.get(), geometry.total_bytes());
   if (!base) return base.status();
   auto impl = std::make_unique<Impl>(geometry, std::move(fd), *base, memory, role, std::move(on_usable),
                                      std::move(on_failure));
+  if (placement) {
+    const Status placed = memory.prefer_node(*base, geometry.total_bytes(), placement->node);
+    if (!placed && placement->required) return placed;
+    if (placed) impl->numa_node_ = placement->node;
+  }
   KVTIER_RETURN_IF_ERROR(impl->start());
   return std::unique_ptr<Arena>(new Arena(std::move(impl)));
 }
@@ -148,6 +155,7 @@ Arena::Stats Arena::Impl::stats() const {
   stats.prefaulted_bytes = prefaulted_bytes_;
   for (const auto& attachment : attachments_) stats.registered_chunks += attachment->registered.size();
   stats.refused_chunks = refused_;
+  stats.numa_node = numa_node_;
   stats.huge_page_bytes = huge_page_bytes_;
   return stats;
 }

@@ -21,6 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -52,7 +53,8 @@ class Arena::Impl {
   enum class Role { creator, guest };
 
   static Result<std::unique_ptr<Arena>> open(const ArenaGeometry& geometry, Fd fd, HostMemory& memory,
-                                             Role role, OnUsable on_usable, OnFailure on_failure);
+                                             Role role, OnUsable on_usable, OnFailure on_failure,
+                                             std::optional<NumaPlacement> placement);
   Impl(const ArenaGeometry& geometry, Fd fd, std::byte* base, HostMemory& memory, Role role,
        OnUsable on_usable, OnFailure on_failure);
   ~Impl();
@@ -120,6 +122,7 @@ class Arena::Impl {
   std::byte* const base_;
   const std::uint64_t generation_ = process_generation();
   std::uint64_t huge_page_bytes_ = 0;
+  std::optional<int> numa_node_;
   dev_t file_device_ = 0;  // with inode_: what fd_ was when it was ours
   ino_t inode_ = 0;
 

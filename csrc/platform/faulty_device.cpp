@@ -18,6 +18,7 @@ std::string_view to_string(FaultCall call) {
     case FaultCall::available_bytes: return "available_bytes";
     case FaultCall::create_shared: return "create_shared";
     case FaultCall::map_shared: return "map_shared";
+    case FaultCall::prefer_node: return "prefer_node";
     case FaultCall::populate: return "populate";
     case FaultCall::count_: break;
   }
@@ -132,6 +133,11 @@ Result<int> FaultyHostMemory::create_shared(std::uint64_t bytes) {
 Result<std::byte*> FaultyHostMemory::map_shared(int fd, std::uint64_t bytes) {
   KVTIER_RETURN_IF_ERROR(plan_.next(FaultCall::map_shared));
   return inner_.map_shared(fd, bytes);
+}
+
+Status FaultyHostMemory::prefer_node(std::byte* begin, std::uint64_t bytes, int node) {
+  KVTIER_RETURN_IF_ERROR(plan_.next(FaultCall::prefer_node));
+  return inner_.prefer_node(begin, bytes, node);
 }
 
 Status FaultyHostMemory::populate(std::byte* begin, std::uint64_t bytes) {

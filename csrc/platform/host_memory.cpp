@@ -1,10 +1,14 @@
 #include "kvtier/platform/host_memory.h"
 
 #include <fcntl.h>
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
+#include <climits>
 #include <string>
 #include <system_error>
 
@@ -29,6 +33,8 @@ namespace kvtier {
 namespace {
 
 constexpr std::uint64_t kTransparentPageBytes = std::uint64_t{2} << 20;
+constexpr std::size_t kMaxNodes = 1024;  // as many as any kernel knows
+constexpr std::size_t kBitsPerWord = sizeof(unsigned long) * CHAR_BIT;
 
 // errno is an argument, so that it is read before anything else can change it.
 Status failure(int error, const std::string& what, std::uint64_t bytes) {
@@ -119,6 +125,21 @@ class LinuxHostMemory final : public HostMemory {
     // Advice only: refused where the pages are huge already and where the kernel has no transparent ones.
     static_cast<void>(::madvise(begin, bytes, MADV_HUGEPAGE));
     return begin;
+  }
+
+  Status prefer_node(std::byte* begin, std::uint64_t bytes, int node) override {
+    std::array<unsigned long, kMaxNodes / kBitsPerWord> mask{};
+    if (node < 0 || static_cast<std::size_t>(node) >= kMaxNodes) {
+      return Status::invalid_argument("NUMA node is " + std::to_string(node) + "; allowed: 0 to " +
+                                      std::to_string(kMaxNodes - 1));
+    }
+    const auto bit = static_cast<std::size_t>(node);
+    mask[bit / kBitsPerWord] = 1UL << (bit % kBitsPerWord);
+    // The kernel counts one bit more than it reads. libnuma would only wrap this call.
+    if (::syscall(SYS_mbind, begin, bytes, MPOL_PREFERRED, mask.data(), kMaxNodes + 1, 0) != 0) {
+      return failure(errno, "take from NUMA node " + std::to_string(node), bytes);
+    }
+    return Status::ok();
   }
 
   // Shared memory gets transparent huge pages only where shmem_enabled allows it, and nearly every

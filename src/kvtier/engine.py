@@ -28,7 +28,7 @@ from kvtier.config import Config
 from kvtier.control import ControlServer
 from kvtier.disk_keys import read_keys
 from kvtier.errors import ClosedError, ConfigError, KVTierError
-from kvtier.gpus import OpenGpus, located
+from kvtier.gpus import OpenGpus, located, numa_node_of
 from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
@@ -172,7 +172,12 @@ class Engine:
             hash_seed=hash_seed,
             eviction=config.eviction,
             disk=disk,
+<<<<<<< HEAD
             ghosts=config.ghosts,
+=======
+            numa_node=numa_node_of(config),
+            numa_required=isinstance(config.host_numa_node, int),
+>>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
         )
         self._control: ControlServer | None = None
         if stores := [Path(disk.path) / "stores" / disk.store for disk in self.stats().disks if disk.store]:

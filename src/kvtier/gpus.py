@@ -1,13 +1,18 @@
 """The CUDA devices: what there is, and the ones that an engine or a worker has opened."""
 
+import contextlib
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kvtier import _core
 from kvtier.arrays import GpuMemory, TensorTuple
 from kvtier.config import Config
 from kvtier.errors import ConfigError, UnsupportedError
+
+_NVIDIA = "0x10de"
+_DISPLAY_CONTROLLER = "0x03"  # the PCI class, whatever follows
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,28 @@ def cuda_facts() -> CudaFacts:
     found = _core.cuda_facts()
     gpus = tuple(Gpu(**gpu) for gpu in found["gpus"])
     return CudaFacts(found["driver_version"], found["runtime_version"], gpus)
+
+
+def numa_node_of_gpus(devices: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The NUMA node that all NVIDIA GPUs of this machine hang on; None where they differ or it is not known.
+
+    Asks the kernel, not CUDA: a process that has asked CUDA cannot fork workers that use it.
+    """
+    nodes = set()
+    for device in devices.glob("*"):
+        with contextlib.suppress(OSError, ValueError):
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            if vendor == _NVIDIA and kind.startswith(_DISPLAY_CONTROLLER):
+                nodes.add(int((device / "numa_node").read_text()))
+    node = nodes.pop() if len(nodes) == 1 else -1
+    return node if node >= 0 else None  # -1: the kernel does not know either
+
+
+def numa_node_of(config: Config) -> int | None:
+    """Where the config wants the host tier's memory; None: anywhere."""
+    if isinstance(config.host_numa_node, int):
+        return config.host_numa_node
+    return numa_node_of_gpus() if config.host_numa_node == "auto" else None
 
 
 def copy_paths() -> list[str]:

@@ -51,6 +51,7 @@ class HookedHostMemory final : public HostMemory {
   std::function<Status(int call)> on_available = [](int) { return Status::ok(); };
   std::function<Status()> on_create = [] { return Status::ok(); };
   std::function<Status()> on_map = [] { return Status::ok(); };
+  std::function<Status(int node)> on_prefer_node = [](int) { return Status::ok(); };
   std::function<Status(int call)> on_populate = [](int) { return Status::ok(); };
   std::function<std::uint64_t(int call)> available = [](int) { return std::uint64_t{1} << 40; };
 
@@ -66,6 +67,10 @@ class HookedHostMemory final : public HostMemory {
   Result<std::byte*> map_shared(int fd, std::uint64_t bytes) override {
     KVTIER_RETURN_IF_ERROR(on_map());
     return linux_host_memory().map_shared(fd, bytes);
+  }
+  Status prefer_node(std::byte* begin, std::uint64_t bytes, int node) override {
+    KVTIER_RETURN_IF_ERROR(on_prefer_node(node));
+    return linux_host_memory().prefer_node(begin, bytes, node);
   }
   void unmap(std::byte* begin, std::uint64_t bytes) override { linux_host_memory().unmap(begin, bytes); }
   Status populate(std::byte* begin, std::uint64_t bytes) override {

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -192,7 +193,30 @@ TEST_F(ArenaTest, slots_are_usable_before_it_is_whole) {
   EXPECT_EQ(arena_->slot(0, SlotId{3})[kMiB - 1], std::byte{0x5a});
 }
 
+TEST_F(ArenaTest, takes_its_pages_from_the_node_that_was_named) {
+  std::vector<int> asked;
+  memory_.on_prefer_node = [&](int node) { return asked.push_back(node), Status::ok(); };
+  const auto arena = Arena::create(small_geometry(), memory_, nullptr, nullptr, NumaPlacement{.node = 0});
+  ASSERT_TRUE(arena.is_ok());
+  EXPECT_EQ(asked, std::vector<int>{0});
+  EXPECT_EQ(arena.value()->stats().numa_node, 0);
+  create();
+  EXPECT_EQ(arena_->stats().numa_node, std::nullopt);
+}
+
 // --- what goes wrong below ---
+
+TEST_F(ArenaTest, a_node_that_is_refused_is_an_error_only_where_it_is_required) {
+  memory_.on_prefer_node = [](int) { return Status::resource("sandbox", EPERM); };
+  const auto wished = Arena::create(small_geometry(), memory_, nullptr, nullptr, NumaPlacement{.node = 0});
+  ASSERT_TRUE(wished.is_ok());
+  EXPECT_EQ(wished.value()->stats().numa_node, std::nullopt);
+  EXPECT_TRUE(wished.value()->wait_until_whole().is_ok());
+  const auto required =
+      Arena::create(small_geometry(), memory_, nullptr, nullptr, NumaPlacement{.node = 0, .required = true});
+  ASSERT_FALSE(required.is_ok());
+  EXPECT_EQ(required.status().native_code(), EPERM);
+}
 
 TEST_F(ArenaTest, refuses_what_does_not_fit_and_names_both_figures) {
   const std::uint64_t total = small_geometry().total_bytes();

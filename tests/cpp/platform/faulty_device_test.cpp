@@ -26,6 +26,7 @@ class CountingMemory final : public HostMemory {
   Result<std::byte*> map_shared(int, std::uint64_t) override {
     return ++calls, static_cast<std::byte*>(nullptr);
   }
+  Status prefer_node(std::byte*, std::uint64_t, int) override { return ++calls, Status::ok(); }
   void unmap(std::byte*, std::uint64_t) override {}
   Status populate(std::byte*, std::uint64_t) override { return ++calls, Status::ok(); }
   int calls = 0;
@@ -124,6 +125,7 @@ TEST(FaultyHostMemory, each_call_is_counted_as_its_kind_and_a_fault_has_no_effec
       {FaultCall::available_bytes, [&] { return memory.available_bytes().status(); }},
       {FaultCall::create_shared, [&] { return memory.create_shared(1).status(); }},
       {FaultCall::map_shared, [&] { return memory.map_shared(0, 1).status(); }},
+      {FaultCall::prefer_node, [&] { return memory.prefer_node(nullptr, 0, 0); }},
       {FaultCall::populate, [&] { return memory.populate(nullptr, 0); }},
   };
   for (const auto& [kind, call] : calls) {

@@ -3,13 +3,16 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <linux/magic.h>
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -103,6 +106,37 @@ TEST(LinuxHostMemory, populate_makes_pages_present_and_keeps_their_bytes) {
             kHugePageBytes / static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)));
   EXPECT_EQ(file.begin[kHugePageBytes + 5], std::byte{42});
   EXPECT_EQ(file.begin[kHugePageBytes + 6], std::byte{0});
+}
+
+// Asks the kernel, which answers where the policy of an address and the page behind it are.
+TEST(LinuxHostMemory, pages_come_from_the_preferred_node) {
+  MappedFile file(kBytes);
+  ASSERT_TRUE(linux_host_memory().prefer_node(file.begin, kBytes, 0).is_ok());
+  int mode = -1;
+  std::array<unsigned long, 1024 / 64> nodes{};
+  ASSERT_EQ(::syscall(SYS_get_mempolicy, &mode, nodes.data(), 1024UL, file.begin + kHugePageBytes,
+                      static_cast<unsigned long>(MPOL_F_ADDR)),
+            0);
+  EXPECT_EQ(mode, MPOL_PREFERRED);
+  EXPECT_EQ(nodes[0], 1UL);
+  ASSERT_TRUE(linux_host_memory().populate(file.begin, kBytes).is_ok());
+  int node = -1;
+  ASSERT_EQ(::syscall(SYS_get_mempolicy, &node, nullptr, 0UL, file.begin + kHugePageBytes,
+                      static_cast<unsigned long>(MPOL_F_NODE | MPOL_F_ADDR)),
+            0);
+  EXPECT_EQ(node, 0);
+}
+
+TEST(LinuxHostMemory, refuses_a_node_that_there_is_not) {
+  MappedFile file(kBytes);
+  for (const int node : {-1, 1024, 1'000'000}) {
+    const Status status = linux_host_memory().prefer_node(file.begin, kBytes, node);
+    EXPECT_EQ(status.code(), StatusCode::invalid_argument) << node;
+    EXPECT_NE(status.message().find(std::to_string(node)), std::string::npos) << status.message();
+  }
+  const Status status = linux_host_memory().prefer_node(file.begin, kBytes, 1023);  // no machine has it
+  EXPECT_EQ(status.code(), StatusCode::resource);
+  EXPECT_NE(status.message().find("NUMA node 1023"), std::string::npos) << status.message();
 }
 
 TEST(LinuxHostMemory, touching_does_the_same_for_old_kernels) {

@@ -21,6 +21,49 @@ from kvtier.gpus import copy_paths, cuda_facts
 LAYOUT = KVLayout(1, 2, 8, "float16", 4)
 
 
+@pytest.mark.parametrize(
+    ("devices", "node"),
+    [
+        ([("0x10de", "0x030200", "1"), ("0x10de", "0x030200", "1"), ("0x8086", "0x030000", "0")], 1),
+        ([("0x10de", "0x030200", "0"), ("0x10de", "0x030200", "1")], None),  # several nodes
+        ([("0x10de", "0x030200", "-1")], None),  # the kernel does not know
+        ([("0x10de", "0x020000", "1"), ("0x8086", "0x030000", "0")], None),  # a network card, another's GPU
+        ([("0x10de", "0x030200", "nonsense")], None),
+        ([], None),
+    ],
+)
+def test_the_node_of_all_gpus(devices: list[tuple[str, str, str]], node: int | None, tmp_path: Path) -> None:
+    for i, facts in enumerate(devices):
+        (tmp_path / f"0000:{i:02x}:00.0").mkdir()
+        for name, text in zip(("vendor", "class", "numa_node"), facts, strict=True):
+            (tmp_path / f"0000:{i:02x}:00.0" / name).write_text(text + "\n")
+    (tmp_path / "0000:ff:00.0").mkdir()  # tells nothing
+    assert gpus.numa_node_of_gpus(tmp_path) == node
+
+
+def test_host_memory_comes_from_the_node_that_is_named() -> None:
+    with kvtier.open(Config(groups=[LAYOUT], host="1MiB", model="m@1", host_numa_node=0)) as engine:
+        assert engine.stats().host_numa_node == 0
+    with kvtier.open(Config(groups=[LAYOUT], host="1MiB", model="m@1", host_numa_node="any")) as engine:
+        assert engine.stats().host_numa_node is None
+    with pytest.raises(kvtier.ResourceError, match="NUMA node 1023"):
+        kvtier.open(Config(groups=[LAYOUT], host="1MiB", model="m@1", host_numa_node=1023))
+
+
+@pytest.mark.parametrize("node", ["0", "near", -1, 1024, 1.5, True])
+def test_a_node_is_a_number_auto_or_any(node: Any) -> None:
+    with pytest.raises(ConfigError, match="host_numa_node is"):
+        Config(groups=[LAYOUT], host="1MiB", model="m@1", host_numa_node=node)
+
+
+def test_the_environment_names_a_node() -> None:
+    defaults = {"groups": [LAYOUT], "host": "1MiB", "model": "m@1"}
+    assert Config.from_env({"KVTIER_HOST_NUMA_NODE": "3"}, **defaults).host_numa_node == 3
+    assert Config.from_env({"KVTIER_HOST_NUMA_NODE": "any"}, **defaults).host_numa_node == "any"
+    with pytest.raises(ConfigError, match="KVTIER_HOST_NUMA_NODE"):
+        Config.from_env({"KVTIER_HOST_NUMA_NODE": "left"}, **defaults)
+
+
 def gpu_is_here() -> bool:
     try:
         cuda_facts()

@@ -67,6 +67,7 @@ struct EngineConfig {
   std::vector<GroupSpec> groups;
   std::uint64_t host_bytes = 0;
   std::uint64_t chunk_bytes = std::uint64_t{128} << 20;
+  std::optional<NumaPlacement> placement;  // of the arena; nullopt: the kernel's choice
   std::shared_ptr<const Clock> clock;      // null: the steady clock
   HostMemory* memory = nullptr;            // null: the real one; must outlive the engine
   std::optional<std::uint64_t> hash_seed;  // nullopt: random

@@ -95,6 +95,7 @@ struct EngineStats {
   std::uint64_t host_prefaulted_bytes = 0;
   std::uint64_t registered_chunks = 0;
   std::uint64_t refused_chunks = 0;
+  std::optional<int> host_numa_node;  // that the arena's pages come from; nullopt: the kernel's choice
   double index_bytes_per_block = 0;
 
   std::uint64_t pins = 0;

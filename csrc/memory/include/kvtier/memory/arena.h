@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -56,6 +57,12 @@ struct ArenaGeometry {
   std::vector<ArenaChunk> chunks() const;
 };
 
+// Where the arena's pages are to come from: the NUMA node that the GPU hangs on.
+struct NumaPlacement {
+  int node = 0;
+  bool required = false;  // a refusal is an error of create(); else the kernel chooses, and stats() tells
+};
+
 // Owns: the mapping, the descriptor, the background thread. Borrows: HostMemory and every Device given
 // to register_with(), which must outlive it or be taken out by unregister_from().
 // Threads: slot(), fd() and geometry() from any thread; the rest from any thread, serialised inside.
@@ -81,7 +88,8 @@ class Arena {
   // Reserves and begins to prefault a new arena. Errors: invalid_argument for a geometry that is not
   // allowed; resource when the cgroup or the machine has not that much memory left, naming both figures.
   static Result<std::unique_ptr<Arena>> create(const ArenaGeometry& geometry, HostMemory& memory,
-                                               OnUsable on_usable, OnFailure on_failure);
+                                               OnUsable on_usable, OnFailure on_failure,
+                                               std::optional<NumaPlacement> placement = {});
 
   // Maps an arena that another process created, from its descriptor (which is duplicated). Nothing is
   // prefaulted: the creator does that. register_with() registers every chunk, prefaulted there or not.
@@ -119,6 +127,7 @@ class Arena {
     std::uint64_t prefaulted_bytes = 0;   // by this process; total_bytes once whole
     std::uint64_t registered_chunks = 0;  // summed over devices
     std::uint64_t refused_chunks = 0;     // registrations that failed, ever; captures do not count
+    std::optional<int> numa_node;         // that its pages come from, as far as it has any
     std::uint64_t huge_page_bytes = 0;    // in reserved huge pages: all or 0 (transparent ones are not known)
   };
   Stats stats() const;

@@ -39,6 +39,7 @@ enum class FaultCall : std::uint8_t {
   available_bytes,
   create_shared,
   map_shared,
+  prefer_node,
   populate,
   count_,
 };
@@ -113,6 +114,7 @@ class FaultyHostMemory final : public HostMemory {
   Result<std::uint64_t> available_bytes() override;
   Result<int> create_shared(std::uint64_t bytes) override;
   Result<std::byte*> map_shared(int fd, std::uint64_t bytes) override;
+  Status prefer_node(std::byte* begin, std::uint64_t bytes, int node) override;
   void unmap(std::byte* begin, std::uint64_t bytes) override { inner_.unmap(begin, bytes); }
   Status populate(std::byte* begin, std::uint64_t bytes) override;
 

@@ -21,6 +21,10 @@ class HostMemory {
   virtual Result<int> create_shared(std::uint64_t bytes) = 0;
   // Maps it whole at a multiple of 2 MiB, shared, not inherited by fork(); transparent huge pages advised.
   virtual Result<std::byte*> map_shared(int fd, std::uint64_t bytes) = 0;
+  // Pages of the range that are not there yet will come from this NUMA node as long as it has free ones
+  // (mbind, MPOL_PREFERRED), whoever maps the file. Errors also: a node that there is not; a sandbox that
+  // forbids the call.
+  virtual Status prefer_node(std::byte* begin, std::uint64_t bytes, int node) = 0;
   virtual void unmap(std::byte* begin, std::uint64_t bytes) = 0;
   // Makes the pages of the range present and writable; their bytes stay what they are.
   virtual Status populate(std::byte* begin, std::uint64_t bytes) = 0;
