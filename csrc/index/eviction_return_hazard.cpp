@@ -21,9 +21,10 @@
 // without times, or played at many times its speed) insertions count as time instead.
 //
 // Expected blocks go only when nothing else is left. Memory: 32 bytes per record, at most 32 for each of as
-// many departed blocks as the tier has blocks and 32,768 more, and 0.2 MiB, all allocated at the start; and
-// 48 bytes for each expected block, at most as many as the tier has. Insert and evict are O(log) of the age,
-// but for rank() at most once and learn() at most every 16th time that a tick has passed.
+// many departed blocks as the tier has blocks and 32,768 more, and 0.2 MiB, all allocated at the start; the
+// ids of one prompt's blocks; and 48 bytes for each expected block, at most as many as the tier has. Insert
+// and evict are O(log) of the age, but for rank() at most once and learn() at most every 16th time that a
+// tick has passed.
 #include <algorithm>
 #include <limits>
 #include <unordered_map>
@@ -94,7 +95,6 @@ class ReturnHazardPolicy final : public EvictionPolicy {
               .tracked = true,
               .had_child = last_parent_ == raw(id)};
     come_back(record);
-    if (!expected_.empty()) find_expected(id);
     join(id);
     prompt_.push_back(id);
     if (!block.parent || records_[raw(*block.parent)].tracked) follow(block.parent);
@@ -338,14 +338,6 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   void forget_resident(EntryId id) {
     const auto found = expected_.find(records_[raw(id)].digest);
     if (found != expected_.end() && found->second.resident == raw(id)) found->second.resident = kNowhere;
-  }
-
-  // Before its first join().
-  void find_expected(EntryId id) {
-    const auto found = expected_.find(records_[raw(id)].digest);
-    if (found == expected_.end()) return;
-    records_[raw(id)].expected = true;
-    found->second.resident = raw(id);
   }
 
   std::size_t blocks_;
