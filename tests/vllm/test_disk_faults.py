@@ -197,11 +197,9 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
         outputs = server.llm.generate(asked, server.params(8), use_tqdm=False)
         return [Result(output) for output in outputs]
 
-    for life in range(2):
-        for model in (llama, other):
-            # Of the whole directory: the second model has room beside the first.
-            room = "48MiB" if (life, model) == (0, llama) else "96MiB"
-            with serving(model, extra=disk(path, room)) as server:
+    for model in (llama, other):  # one after the other: a store takes the room of one that nobody has open
+        for life in range(2):
+            with serving(model, extra=disk(path)) as server:
                 for salt in ("a", "b"):
                     before = server.count("hit_tokens_disk") + server.count("hit_tokens_host")
                     results = salted(server, salt)
@@ -209,7 +207,7 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
                     assert same(results, of[model]) == [True] * 3
                     assert [r.cached for r in results] == (HITS if life else [0] * 3)
                     assert hits == (sum(HITS) if life else 0)
-                    # Blocks of both tenants have room, so that the second life finds them all.
+                    # Both tenants have room, so that the second life finds all of theirs.
                     assert server.scheduler._engine.flush(60).dropped == 0
                 server.drain()
                 server.check_empty()
