@@ -205,7 +205,7 @@ def test_two_models_and_two_tenants_share_a_directory_and_no_block(
                     results = salted(server, salt)
                     hits = server.count("hit_tokens_disk") + server.count("hit_tokens_host") - before
                     assert same(results, of[model]) == [True] * 3
-                    # Later ones are not waited for: by then it is known how quickly so small a model computes.
+                    # Later ones are not waited for: by then it is known how quickly this model computes.
                     if life == 0 or before == 0:
                         assert [r.cached for r in results] == (HITS if life else [0] * 3)
                         assert hits == (sum(HITS) if life else 0)
