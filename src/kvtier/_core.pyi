@@ -384,6 +384,8 @@ class Engine:
         eviction: str,
         disk: DiskOptions | None,
         ghosts: bool,
+        numa_node: typing.SupportsInt | typing.SupportsIndex | None,
+        numa_required: bool,
     ) -> Engine: ...
     def attach(
         self,

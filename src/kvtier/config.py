@@ -19,12 +19,9 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
-<<<<<<< HEAD
 # The core's, the default first.
 EVICTIONS = ("lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc", "return-hazard")
-=======
 _MAX_NUMA_NODE = 1023  # that the kernel can know
->>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
 COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
 
@@ -106,13 +103,10 @@ class Config:
         block_tokens: Tokens of a block, the unit of lookup and eviction. For each group, one of block_tokens
             and page_tokens divides the other.
         world_size: Ranks on this host that share one cache, each with its part of every block.
-<<<<<<< HEAD
         eviction: Which block of the host tier goes when room is needed: one of EVICTIONS, "lru" unless
             docs/policies.md says better for your traffic.
-=======
         host_numa_node: The NUMA node that the host tier's memory is taken from as long as it has any: a
             number; "auto", the node of all NVIDIA GPUs if they hang on one; "any", the kernel's choice.
->>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
         copy_threads: Threads of the CPU device, None for the default.
         chunk: The arena is prefaulted and registered in chunks of this size.
         disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
@@ -141,11 +135,8 @@ class Config:
     model: str
     block_tokens: int = 16
     world_size: int = 1
-<<<<<<< HEAD
     eviction: str = EVICTIONS[0]
-=======
     host_numa_node: int | str = "auto"
->>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
     copy_threads: int | None = None
     chunk: int | str = "128MiB"
     disk: Disk | Sequence[Disk] = ()

@@ -172,12 +172,9 @@ class Engine:
             hash_seed=hash_seed,
             eviction=config.eviction,
             disk=disk,
-<<<<<<< HEAD
             ghosts=config.ghosts,
-=======
             numa_node=numa_node_of(config),
             numa_required=isinstance(config.host_numa_node, int),
->>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
         )
         self._control: ControlServer | None = None
         if stores := [Path(disk.path) / "stores" / disk.store for disk in self.stats().disks if disk.store]:

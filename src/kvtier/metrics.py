@@ -157,14 +157,9 @@ class Stats:
     Tier hits plus misses by cause add up to lookups: lookup_blocks = lookup_hits_host +
     lookup_hits_disk + lookup_misses_absent + lookup_misses_pending + lookup_misses_failed.
     `health` is "ok", or says what went wrong for good; `arena_problem` says why the host tier is smaller
-<<<<<<< HEAD
     than configured, and is empty where it is not. `ghost_host` is about blocks found in host memory,
     `ghost_disk` about those found in either tier with so much of disk; None without one or if Config.ghosts
-    is false.
-=======
-    than configured, and is empty where it is not. `host_numa_node` is where the host tier's pages come
-    from, None where that is the kernel's choice.
->>>>>>> 820a7ed (The arena's pages come from the NUMA node of the GPUs, or the one that is named)
+    is false. `host_numa_node` is where the host tier's pages come from, None where that is the kernel's choice.
     """
 
     hops: Hops
