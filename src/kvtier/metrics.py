@@ -159,7 +159,7 @@ class Stats:
     `health` is "ok", or says what went wrong for good; `arena_problem` says why the host tier is smaller
     than configured, and is empty where it is not. `ghost_host` is about blocks found in host memory,
     `ghost_disk` about those found in either tier with so much of disk; None without one or if Config.ghosts
-    is false. `host_numa_node` is where the host tier's pages come from, None where that is the kernel's choice.
+    is false. `host_numa_node` is where the host tier's pages come from, None where the kernel chooses.
     """
 
     hops: Hops
