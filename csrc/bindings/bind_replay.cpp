@@ -34,7 +34,7 @@ replay::TraceView view_of(const BlockArray& blocks, const BeginArray& begins, co
 
 std::string_view eviction_named(const std::string& name) {
   const EvictionChoice* choice = find_eviction(name);
-  if (choice == nullptr) check(Status::invalid_argument("policy '" + name + "' is not known"));
+  if (choice == nullptr) throw StatusError{Status::invalid_argument("policy '" + name + "' is not known")};
   return choice->name;
 }
 
