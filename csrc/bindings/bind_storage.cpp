@@ -100,13 +100,18 @@ py::list purge(const std::string& path, const std::optional<std::string>& name_s
   return purged;
 }
 
-// How requests would reach a drive here: (description, why not io_uring, depth).
+// How requests would reach a drive here: (description, why not io_uring, why no registered buffers).
 py::tuple probe_queue(std::uint32_t depth) {
+  constexpr std::uint64_t kBytes = std::uint64_t{16} << 20;
   std::string why_not;
   IoQueueOptions options;
   options.depth = depth;
   const auto queue = take(without_gil([&] { return make_io_queue(options, &why_not); }));
-  return py::make_tuple(queue->description(), why_not, queue->depth());
+  const std::unique_ptr<std::byte, decltype(&std::free)> memory(
+      static_cast<std::byte*>(std::aligned_alloc(kSlotAlignment, kBytes)), &std::free);
+  Status registered = Status::resource("no memory to try it with");
+  if (memory) registered = without_gil([&] { return queue->register_buffer({memory.get(), kBytes}); });
+  return py::make_tuple(queue->description(), why_not, registered.message());
 }
 
 // (direct I/O, alignment) of a file in a directory; the file is made and removed.

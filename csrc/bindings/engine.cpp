@@ -277,6 +277,19 @@ void bind_engine(py::module_& m) {
             return take(without_gil([&] { return engine.drop_namespace(name_space); }));
           },
           py::arg("name_space"))
+      .def(
+          "set_epoch",
+          [](const Box& box, const py::bytes& bytes) {
+            const auto view = static_cast<std::string_view>(bytes);
+            Epoch epoch{};
+            if (view.size() != epoch.size()) {
+              check(Status::invalid_argument("epoch has " + std::to_string(view.size()) +
+                                             " bytes; allowed: 32"));
+            }
+            std::memcpy(epoch.data(), view.data(), epoch.size());
+            check(box->get().set_epoch(epoch));
+          },
+          py::arg("epoch"))
       .def("poll",
            [](const Box& box) {
              Engine& engine = box->get();

@@ -59,6 +59,8 @@ py::dict stats_dict(const EngineStats& s) {
     KVTIER_FIELD(opened_from);
     KVTIER_FIELD(queue);
     KVTIER_FIELD(queue_problem);
+    KVTIER_FIELD(buffers_problem);
+    KVTIER_FIELD(key_problem);
     KVTIER_FIELD(growth);
     KVTIER_FIELD(health);
     KVTIER_FIELD(catalog_health);

@@ -1,14 +1,16 @@
 // Opening the disk tier, finding what it holds, and closing it.
 #include <algorithm>
 #include <cstdio>
+#include <ctime>
 
 #include "engine_impl.h"
 
 namespace kvtier {
 namespace {
 
-constexpr std::uint64_t kCatalogBytesPerSlot = 1536;           // catalog_bound_bytes()
-constexpr std::uint64_t kFixedBytes = std::uint64_t{4} << 20;  // an empty catalog, superblock, directories
+constexpr std::uint64_t kCatalogBytesPerSlot = 1536;              // catalog_bound_bytes()
+constexpr std::uint64_t kBufferBytes = std::uint64_t{256} << 20;  // of a registered part of the arena
+constexpr std::uint64_t kFixedBytes = std::uint64_t{4} << 20;     // an empty catalog, superblock, directories
 
 // How many slots of each class a drive holds: shared out as the host tier is.
 std::vector<StoreClass> disk_classes(const EngineConfig& config, std::uint64_t capacity_bytes) {
@@ -86,6 +88,7 @@ Status EngineImpl::open_disks() {
   }
   std::vector<OpenedDisk> opened;
   std::uint64_t capacity_bytes = 0;
+  std::optional<SavedBudget> last_saved;
   for (std::size_t d = 0; d < disks.size(); ++d) {
     const auto volume = static_cast<std::uint32_t>(opened.size());
     std::string store_name;
@@ -118,6 +121,11 @@ Status EngineImpl::open_disks() {
       continue;
     }
     capacity_bytes += disks[d].capacity_bytes;
+    // The youngest is that of all; of one time, the least.
+    if (store->budget && (!last_saved || std::pair(-store->budget->at_s, store->budget->left_bytes) <
+                                             std::pair(-last_saved->at_s, last_saved->left_bytes))) {
+      last_saved = store->budget;
+    }
     OpenedDisk next;
     next.volume.path = disks[d].path;
     next.volume.store_name = std::move(store_name);
@@ -146,8 +154,9 @@ Status EngineImpl::open_disks() {
   }
   std::optional<std::uint64_t> budget = config_.disk.write_bytes_per_day.value_or(capacity_bytes);
   if (*budget == 0) budget.reset();
-  auto disk =
-      std::make_unique<DiskTier>(options, config_.disk.admission, budget, host_slots, clock_->now_us());
+  auto disk = std::make_unique<DiskTier>(options, config_.disk.admission,
+                                         KeptBudget(budget, last_saved, std::time(nullptr), clock_->now_us()),
+                                         host_slots);
   for (OpenedDisk& each : opened) disk->volumes.push_back(std::move(each.volume));
   {
     MutexLock lock(mutex_);
@@ -256,7 +265,38 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
   }
 }
 
+// Tells the drives of the parts of the arena that are prefaulted: whole slots, about kBufferBytes each.
+void EngineImpl::offer_buffers() {
+  std::vector<std::span<std::byte>> buffers;
+  {
+    MutexLock lock(mutex_);
+    if (!disk_ || closing_) return;  // it is being opened, and asked again behind that; or all is over
+    const ArenaGeometry& geometry = arena_->geometry();
+    disk_->buffered_slots.resize(geometry.classes.size());
+    for (std::size_t c = 0; c < geometry.classes.size(); ++c) {
+      const ArenaClass& of = geometry.classes[c];
+      const auto each = static_cast<std::uint32_t>(
+          std::clamp<std::uint64_t>(kBufferBytes / of.slot_stride_bytes, 1, of.num_slots));
+      std::uint32_t& begin = disk_->buffered_slots[c];
+      while (begin < of.num_slots) {
+        const std::uint32_t end = begin + std::min(each, of.num_slots - begin);
+        if (end > tier_.slots(c).usable()) break;
+        buffers.emplace_back(arena_->slot(c, SlotId{begin}), (end - begin) * of.slot_stride_bytes);
+        begin = end;
+      }
+    }
+  }
+  if (buffers.empty()) return;
+  for (const DiskTier::Volume& volume : disk_->volumes) volume.store->add_buffers(buffers);
+}
+
 Status EngineImpl::close_disks(Deadline deadline) {
+  std::optional<SavedBudget> budget;
+  {
+    MutexLock lock(mutex_);
+    budget = disk_->budget.at_close(std::time(nullptr));
+  }
+  if (budget) save_budget(*budget);
   Status worst;
   for (DiskTier::Volume& volume : disk_->volumes) {
     const Status status = volume.store->close(deadline);
@@ -312,7 +352,9 @@ void EngineImpl::add_disk_stats(EngineStats& stats) {
     disk.catalog_resets = store.catalog_resets;
     disk.opened_from = to_string(volume.report.source);
     if (!volume.report.why_rebuilt.empty()) disk.opened_from += ": " + volume.report.why_rebuilt;
-    disk.queue = volume.report.queue;
+    disk.queue = store.queue;
+    disk.buffers_problem = store.buffers_problem;
+    disk.key_problem = store.key_problem;
     disk.queue_problem = volume.report.queue_problem;
     disk.growth = store.growth;
     disk.health = store.health;

@@ -65,6 +65,26 @@ struct Promotion {
   std::vector<std::pair<std::shared_ptr<Operation>, std::uint32_t>> waiting;
 };
 
+// The write budget, kept across restarts. What is saved says less than there is, by up to a 64th: a process
+// that is killed loses at most that, and does not find a fuller bucket than it left. Pure: time is handed in.
+class KeptBudget {
+ public:
+  // Without a limit nothing is counted. `saved`: of the last opening; nullopt is a full bucket.
+  KeptBudget(std::optional<std::uint64_t> bytes_per_day, const std::optional<SavedBudget>& saved,
+             std::int64_t unix_s, std::int64_t now_us);
+  bool take(std::uint64_t bytes, std::int64_t now_us) { return budget_.take(bytes, now_us); }
+  std::uint64_t left_bytes() const { return budget_.left_bytes(); }
+
+  // What is to be saved now, if less is left than was saved; and what is exactly so, at the end.
+  std::optional<SavedBudget> to_save(std::int64_t unix_s);
+  std::optional<SavedBudget> at_close(std::int64_t unix_s) const;
+
+ private:
+  std::optional<std::uint64_t> bytes_per_day_;
+  WriteBudget budget_;
+  std::uint64_t saved_bytes_ = 0;  // what the next opening would find
+};
+
 // Guarded by the engine's mutex, but `volumes` and `classes`, which do not change between start() and
 // close().
 struct DiskTier {
@@ -76,18 +96,18 @@ struct DiskTier {
     std::uint32_t writing = 0;  // write-backs under way
   };
 
-  DiskTier(const TierIndex::Options& options, Admission admission, std::optional<std::uint64_t> bytes_per_day,
-           std::uint32_t host_slots, std::int64_t now_us)
+  DiskTier(const TierIndex::Options& options, Admission admission, KeptBudget write_budget,
+           std::uint32_t host_slots)
       : index(options),
         admission_policy(admission, index.index().capacity(), options.hash_seed),
-        budget(bytes_per_day, now_us),
+        budget(std::move(write_budget)),
         most_writing(std::max(1U, host_slots / kWriteBackShare)),
         most_candidates(2 * std::size_t{host_slots}) {}
 
   TierIndex index;
   std::vector<Volume> volumes;
   AdmissionPolicy admission_policy;
-  WriteBudget budget;
+  KeptBudget budget;
   static constexpr std::uint32_t kWriteBackShare = 8;  // of the host slots may be pinned by write-backs
   std::uint32_t most_writing;
   std::size_t most_candidates;  // that wait for a file to grow; evicted ones stay among them until their turn
@@ -101,6 +121,7 @@ struct DiskTier {
   std::uint32_t doomed = 0;                // slots that are to be wiped before they are free
   std::set<std::uint64_t> tracked_stores;  // numbers of those whose durable moment is not settled
   std::uint32_t next_volume = 0;
+  std::vector<std::uint32_t> buffered_slots;  // by host class: those whose memory the drives were told of
 };
 
 }  // namespace kvtier

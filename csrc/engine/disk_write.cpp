@@ -5,6 +5,7 @@
 // most an eighth of the host slots. A candidate is not pinned: if it is evicted before its turn, it is gone,
 // and nobody waited for a drive.
 #include <algorithm>
+#include <ctime>
 
 #include "engine_impl.h"
 
@@ -13,8 +14,41 @@ namespace {
 
 constexpr std::size_t kBlocksPerHold = 1024;
 constexpr std::size_t kWritesPerHold = 64;
+constexpr double kSecondsPerDay = 86400;
+constexpr std::uint64_t kSavesPerDay = 64;  // while a day's worth is written
 
 }  // namespace
+
+KeptBudget::KeptBudget(std::optional<std::uint64_t> bytes_per_day, const std::optional<SavedBudget>& saved,
+                       std::int64_t unix_s, std::int64_t now_us)
+    : bytes_per_day_(bytes_per_day), budget_(bytes_per_day, now_us), saved_bytes_(bytes_per_day.value_or(0)) {
+  if (!bytes_per_day || !saved) return;
+  const std::uint64_t most = *bytes_per_day;
+  // A clock that was set back fills nothing.
+  const auto away_s = static_cast<double>(std::max<std::int64_t>(0, unix_s - saved->at_s));
+  const double filled =
+      static_cast<double>(saved->left_bytes) + static_cast<double>(most) / kSecondsPerDay * away_s;
+  const std::uint64_t left = filled >= static_cast<double>(most) ? most : static_cast<std::uint64_t>(filled);
+  budget_.take(most - left, now_us);
+  saved_bytes_ = std::min(left, saved->left_bytes);
+}
+
+std::optional<SavedBudget> KeptBudget::to_save(std::int64_t unix_s) {
+  const std::uint64_t left = left_bytes();
+  if (!bytes_per_day_ || left >= saved_bytes_) return std::nullopt;
+  saved_bytes_ = left - std::min(left, *bytes_per_day_ / kSavesPerDay);
+  return SavedBudget{*bytes_per_day_, saved_bytes_, unix_s};
+}
+
+std::optional<SavedBudget> KeptBudget::at_close(std::int64_t unix_s) const {
+  if (!bytes_per_day_) return std::nullopt;
+  return SavedBudget{*bytes_per_day_, left_bytes(), unix_s};
+}
+
+// On every drive: whichever of them is there the next time knows it.
+void EngineImpl::save_budget(const SavedBudget& budget) {
+  for (const DiskTier::Volume& volume : disk_->volumes) volume.store->save_budget(budget);
+}
 
 // After a store's blocks were committed: each becomes a candidate, and the ticket's durable moment waits for
 // all.
@@ -117,11 +151,14 @@ void EngineImpl::pump_write_backs() {
   for (bool more = true; more;) {
     std::vector<DiskWrite> writes;
     Settled settled;
+    std::optional<SavedBudget> budget;
     {
       MutexLock lock(mutex_);
       more = !closed_;
       for (std::size_t n = 0; more && n < kWritesPerHold; ++n) more = next_write(writes, settled);
+      budget = disk_->budget.to_save(std::time(nullptr));
     }
+    if (budget) save_budget(*budget);
     settle_durable(settled);
     // A store that is out of service calls back in here, hence the mutex is free.
     for (DiskWrite& each : writes) disk_->volumes[each.volume].store->write(std::move(each.write));

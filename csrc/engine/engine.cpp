@@ -19,6 +19,10 @@ EngineImpl::EngineImpl(EngineConfig config, const TierIndex::Options& options)
 // The arena's thread calls back until it is joined: that must be before mutex_ and tier_ go.
 // So are the drives' threads, which a failed start() leaves running.
 EngineImpl::~EngineImpl() {
+  {
+    MutexLock lock(mutex_);
+    closing_ = true;
+  }
   if (disk_) {
     for (DiskTier::Volume& volume : disk_->volumes) static_cast<void>(volume.store->close(std::nullopt));
   }
@@ -30,9 +34,12 @@ Status EngineImpl::start() {
   Result<std::unique_ptr<Arena>> arena = Arena::create(
       config_.geometry(), memory,
       [this](std::size_t class_index, std::uint32_t usable) {
-        MutexLock lock(mutex_);
-        tier_.slots(class_index).grow(usable);
-        idle_.notify_all();
+        {
+          MutexLock lock(mutex_);
+          tier_.slots(class_index).grow(usable);
+          idle_.notify_all();
+        }
+        offer_buffers();
       },
       [this](const Status& status) {
         // What was prefaulted serves on; the tier is only smaller than it was asked to be.
@@ -49,6 +56,7 @@ Status EngineImpl::start() {
   // While the arena is prefaulted, the drives say what they hold.
   KVTIER_RETURN_IF_ERROR(open_disks());
   open_ghosts();
+  offer_buffers();
 
   // A block stored right after open() must find a slot, so the first chunk of each class is waited for.
   MutexLock lock(mutex_);
@@ -294,6 +302,30 @@ class LeaseHandle final : public Lease {
   std::size_t num_blocks_;
 };
 
+// Keys as the index and the drives have them. Borrows the caller's where the epoch changes nothing.
+class EpochKeys {
+ public:
+  EpochKeys(std::span<const BlockKey> keys, const std::optional<Epoch>& epoch) : keys_(keys) {
+    if (!epoch) return;
+    mixed_.assign(keys.begin(), keys.end());
+    for (BlockKey& key : mixed_) key = mix(key, *epoch);
+    keys_ = mixed_;
+  }
+  EpochKeys(const EpochKeys&) = delete;
+  EpochKeys& operator=(const EpochKeys&) = delete;
+  operator std::span<const BlockKey>() const { return keys_; }  // NOLINT: a span of keys is what it is
+
+  static BlockKey mix(const BlockKey& key, const Epoch& epoch) {
+    BlockKey mixed = key;
+    for (std::size_t i = 0; i < epoch.size(); ++i) mixed.bytes[i] ^= epoch[i];
+    return mixed;
+  }
+
+ private:
+  std::vector<BlockKey> mixed_;
+  std::span<const BlockKey> keys_;
+};
+
 class EngineHandle final : public Engine {
  public:
   explicit EngineHandle(std::shared_ptr<EngineImpl> impl) : impl_(std::move(impl)) {}
@@ -318,45 +350,64 @@ class EngineHandle final : public Engine {
     return impl_->guarded([&] { return impl_->detach(pages, deadline); });
   }
   Result<Match> lookup(std::span<const BlockKey> keys) override {
-    return impl_->guarded([&] { return impl_->lookup(keys); });
+    return impl_->guarded([&] { return impl_->lookup(EpochKeys(keys, epoch())); });
   }
   Result<std::shared_ptr<Lease>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
                                      std::optional<std::int64_t> ttl_us) override {
     return impl_->guarded([&]() -> Result<std::shared_ptr<Lease>> {
-      Result<std::shared_ptr<LeaseState>> state = impl_->pin(keys, max_blocks, ttl_us);
+      Result<std::shared_ptr<LeaseState>> state = impl_->pin(EpochKeys(keys, epoch()), max_blocks, ttl_us);
       if (!state) return state.status();
       return std::shared_ptr<Lease>(std::make_shared<LeaseHandle>(impl_, std::move(*state)));
     });
   }
   Result<std::shared_ptr<Ticket>> store(Pages& pages, const StoreRequest& request) override {
-    return impl_->guarded([&] { return impl_->store(pages, request); });
+    return impl_->guarded([&] {
+      return with_epoch(request, [&](const StoreRequest& mixed) { return impl_->store(pages, mixed); });
+    });
   }
   Result<std::shared_ptr<Ticket>> load(Pages& pages, const LoadRequest& request) override {
-    return impl_->guarded([&] { return impl_->load(pages, request); });
+    return impl_->guarded([&] {
+      return with_epoch(request, [&](const LoadRequest& mixed) { return impl_->load(pages, mixed); });
+    });
   }
   Result<Grant> grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) override {
-    return impl_->guarded([&] { return impl_->grant_store(group, request, num_parts); });
+    return impl_->guarded([&] {
+      return with_epoch(
+          request, [&](const StoreRequest& mixed) { return impl_->grant_store(group, mixed, num_parts); });
+    });
   }
   Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) override {
-    return impl_->guarded([&] { return impl_->grant_load(group, request, num_parts); });
+    return impl_->guarded([&] {
+      return with_epoch(request,
+                        [&](const LoadRequest& mixed) { return impl_->grant_load(group, mixed, num_parts); });
+    });
   }
   Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) override {
     return impl_->guarded([&] { return impl_->finish_part(grant_id, outcome); });
   }
   Result<std::uint64_t> touch(std::span<const BlockKey> keys) override {
-    return impl_->guarded([&] { return impl_->touch(keys); });
+    return impl_->guarded([&] { return impl_->touch(EpochKeys(keys, epoch())); });
   }
   Result<std::uint64_t> drop(std::span<const BlockKey> keys) override {
-    return impl_->guarded([&] { return impl_->drop(keys); });
+    return impl_->guarded([&] { return impl_->drop(EpochKeys(keys, epoch())); });
   }
   Result<std::uint64_t> drop_namespace(std::string_view name_space) override {
     return impl_->guarded([&] { return impl_->drop_namespace(name_space); });
   }
   Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline) override {
-    return impl_->guarded([&] { return impl_->prefetch(keys, deadline); });
+    return impl_->guarded([&] { return impl_->prefetch(EpochKeys(keys, epoch()), deadline); });
   }
   Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket) override {
     return impl_->guarded([&] { return impl_->cancel_prefetch(ticket); });
+  }
+  Status set_epoch(const Epoch& epoch) override {
+    return impl_->guarded([&] {
+      if (impl_->closed()) return Status::closed("the engine is closed");
+      const bool is_none = epoch == Epoch{};
+      MutexLock lock(epoch_mutex_);
+      epoch_ = is_none ? std::nullopt : std::optional(epoch);
+      return Status::ok();
+    });
   }
   Result<std::uint32_t> poll() override {
     return impl_->guarded([&] { return impl_->poll(); });
@@ -387,7 +438,24 @@ class EngineHandle final : public Engine {
   const Arena& arena() const override { return impl_->arena(); }
 
  private:
+  std::optional<Epoch> epoch() const {
+    MutexLock lock(epoch_mutex_);
+    return epoch_;
+  }
+  template <typename Request, typename F>
+  auto with_epoch(Request request, F&& f) const -> decltype(f(request)) {
+    const std::optional<Epoch> epoch = this->epoch();
+    const EpochKeys keys(request.keys, epoch);
+    request.keys = keys;
+    if constexpr (requires { request.parent; }) {
+      if (epoch && request.parent) request.parent = EpochKeys::mix(*request.parent, *epoch);
+    }
+    return f(request);
+  }
+
   std::shared_ptr<EngineImpl> impl_;
+  mutable Mutex epoch_mutex_;  // held for the copy of an epoch alone
+  std::optional<Epoch> epoch_ KVTIER_GUARDED_BY(epoch_mutex_);
 };
 
 }  // namespace

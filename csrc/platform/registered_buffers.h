@@ -11,17 +11,16 @@ namespace kvtier {
 
 class RegisteredBuffers {
  public:
-  RegisteredBuffers() = default;
-  // In the order in which the kernel was told of them.
-  explicit RegisteredBuffers(std::span<const std::span<std::byte>> buffers) {
-    for (const std::span<std::byte> buffer : buffers) {
-      buffers_.push_back({.bytes = buffer, .index = static_cast<int>(buffers_.size())});
-    }
-    std::sort(buffers_.begin(), buffers_.end(),
-              [](const Buffer& a, const Buffer& b) { return a.bytes.data() < b.bytes.data(); });
+  // The kernel's numbers are those of the order in which it was told of them.
+  void add(std::span<std::byte> buffer) {
+    const auto after = std::upper_bound(
+        buffers_.begin(), buffers_.end(), buffer.data(),
+        [](const std::byte* data, const Buffer& other) { return data < other.bytes.data(); });
+    buffers_.insert(after, {.bytes = buffer, .index = static_cast<int>(buffers_.size())});
   }
 
   bool empty() const { return buffers_.empty(); }
+  std::size_t size() const { return buffers_.size(); }
 
   // The kernel's number of the buffer that has all of it, or -1.
   int index_of(std::span<const std::byte> bytes) const {

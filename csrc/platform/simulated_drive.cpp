@@ -146,9 +146,11 @@ class SimulatedDrive::State::Queue final : public IoQueue {
     line_.changed.notify_one();
   }
 
-  Status register_buffers(std::span<const std::span<std::byte>>) override {
-    KVTIER_CHECK(in_flight_ == 0);
+  Status register_buffer(std::span<std::byte>) override {
     return Status::unsupported("a simulated drive has no use for registered buffers");
+  }
+  Status register_file(int) override {
+    return Status::unsupported("a simulated drive has no use for registered files");
   }
 
  private:

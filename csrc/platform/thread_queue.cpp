@@ -84,9 +84,11 @@ class ThreadQueue final : public IoQueue {
     ended_.notify_one();
   }
 
-  Status register_buffers(std::span<const std::span<std::byte>>) override {
-    KVTIER_CHECK(in_flight_ == 0);
+  Status register_buffer(std::span<std::byte>) override {
     return Status::unsupported("the I/O queue of threads has no use for registered buffers");
+  }
+  Status register_file(int) override {
+    return Status::unsupported("the I/O queue of threads has no use for registered files");
   }
 
  private:

@@ -48,6 +48,8 @@ using internal::UringLevel;
 
 constexpr std::uint64_t kWakeTag = ~std::uint64_t{0};
 constexpr std::uint64_t kMaxBufferBytes = std::uint64_t{1} << 30;
+constexpr unsigned kMaxBuffers = 4096;
+constexpr unsigned kMaxFiles = 64;
 // Without a request under way that could end, a kernel that has no memory for one will not get any by
 // waiting.
 constexpr unsigned kMaxRefusals = 1000;
@@ -102,7 +104,8 @@ class UringQueue final : public IoQueue {
   void submit(std::span<const IoRequest> requests) override;
   Status wait(std::vector<IoCompletion>& completions, std::optional<TimePoint> deadline) override;
   void wake() override;
-  Status register_buffers(std::span<const std::span<std::byte>> buffers) override;
+  Status register_buffer(std::span<std::byte> buffer) override;
+  Status register_file(int fd) override;
 
  private:
   void become_owner();
@@ -117,6 +120,9 @@ class UringQueue final : public IoQueue {
 
   io_uring ring_{};
   bool has_ring_ = false;
+  bool can_register_ = false;
+  bool has_buffer_table_ = false;
+  bool has_file_table_ = false;
   bool timed_wait_ = false;  // the ring itself waits until a deadline or the eventfd; else ppoll does
   bool poll_armed_ = false;
   FileHandle event_;
@@ -129,6 +135,7 @@ class UringQueue final : public IoQueue {
   std::vector<IoTransfer> slots_;
   std::vector<std::uint32_t> free_;
   RegisteredBuffers buffers_;
+  std::vector<int> files_;  // registered, by the kernel's number
 };
 
 Status UringQueue::start(UringLevel highest) {
@@ -148,6 +155,7 @@ Status UringQueue::start(UringLevel highest) {
   has_ring_ = true;
   // Kernels that let a registration wait for all that is in the ring, the poll too, ended with 5.12.
   const unsigned needed = IORING_FEAT_EXT_ARG | IORING_FEAT_RSRC_TAGS;
+  can_register_ = (ring_.features & IORING_FEAT_RSRC_TAGS) != 0;
   timed_wait_ = highest >= UringLevel::timed_wait && (ring_.features & needed) == needed;
   return Status::ok();
 }
@@ -197,6 +205,12 @@ void UringQueue::prepare(std::uint32_t slot) {
       }
       break;
     case IoOp::sync: io_uring_prep_fsync(entry, piece.fd, IORING_FSYNC_DATASYNC); break;
+  }
+  // The descriptor is looked up in a short table of the ring, and not counted up and down.
+  const auto file = std::find(files_.begin(), files_.end(), piece.fd);
+  if (file != files_.end()) {
+    entry->fd = static_cast<int>(file - files_.begin());
+    entry->flags |= IOSQE_FIXED_FILE;
   }
   entry->user_data = slot;
 }
@@ -321,32 +335,54 @@ void UringQueue::wake() {
   static_cast<void>(::write(event_.fd(), &one, sizeof one));
 }
 
-Status UringQueue::register_buffers(std::span<const std::span<std::byte>> buffers) {
-  KVTIER_CHECK(in_flight_ == 0);
-  if (!buffers_.empty()) {
-    buffers_ = {};
-    if (const int result = io_uring_unregister_buffers(&ring_); result < 0) {
-      return failure(StatusCode::resource, -result, "cannot unregister I/O buffers");
-    }
+// A table with nothing in it, made with the first buffer: entries of a table may be replaced while requests are
+// in flight, and a ring has one table.
+Status UringQueue::register_buffer(std::span<std::byte> buffer) {
+  if (!can_register_) return Status::unsupported("registered buffers need Linux 5.13");
+  if (buffer.empty() || buffer.size() > kMaxBufferBytes) {
+    return Status::invalid_argument("a registered I/O buffer has 1 byte to 1 GiB, not " +
+                                    std::to_string(buffer.size()));
   }
-  if (buffers.empty()) return Status::ok();
-
-  std::vector<iovec> vectors;
-  for (const std::span<std::byte> buffer : buffers) {
-    if (buffer.empty() || buffer.size() > kMaxBufferBytes) {
-      return Status::invalid_argument("a registered I/O buffer has 1 byte to 1 GiB, not " +
-                                      std::to_string(buffer.size()));
-    }
-    vectors.push_back({.iov_base = buffer.data(), .iov_len = buffer.size()});
+  if (buffers_.size() == kMaxBuffers) {
+    return Status::resource("more than " + std::to_string(kMaxBuffers) + " registered I/O buffers", ENOBUFS);
   }
-  const int result = io_uring_register_buffers(&ring_, vectors.data(), static_cast<unsigned>(vectors.size()));
+  int result = 0;
+  if (!has_buffer_table_) {
+    const std::vector<iovec> nothing(kMaxBuffers);
+    result = io_uring_register_buffers(&ring_, nothing.data(), kMaxBuffers);
+    has_buffer_table_ = result >= 0;
+  }
+  if (result >= 0) {
+    const iovec vector{.iov_base = buffer.data(), .iov_len = buffer.size()};
+    const auto index = static_cast<unsigned>(buffers_.size());
+    result = io_uring_register_buffers_update_tag(&ring_, index, &vector, nullptr, 1);
+  }
   if (result < 0) {
     return failure(result == -EINVAL ? StatusCode::unsupported : StatusCode::resource, -result,
-                   result == -ENOMEM
-                       ? "cannot register I/O buffers (is the memlock limit, ulimit -l, too low?)"
-                       : "cannot register I/O buffers");
+                   result == -ENOMEM ? "cannot register I/O buffers (is the memlock limit, ulimit -l, too low?)"
+                                     : "cannot register I/O buffers");
   }
-  buffers_ = RegisteredBuffers(buffers);
+  buffers_.add(buffer);
+  return Status::ok();
+}
+
+Status UringQueue::register_file(int fd) {
+  if (!can_register_) return Status::unsupported("registered files need Linux 5.13");
+  if (files_.size() == kMaxFiles) {
+    return Status::resource("more than " + std::to_string(kMaxFiles) + " registered files", ENFILE);
+  }
+  int result = 0;
+  if (!has_file_table_) {
+    std::array<int, kMaxFiles> nothing{};
+    nothing.fill(-1);
+    result = io_uring_register_files(&ring_, nothing.data(), kMaxFiles);
+    has_file_table_ = result >= 0;
+  }
+  if (result >= 0) {
+    result = io_uring_register_files_update(&ring_, static_cast<unsigned>(files_.size()), &fd, 1);
+  }
+  if (result < 0) return failure(StatusCode::resource, -result, "cannot register a file for I/O");
+  files_.push_back(fd);
   return Status::ok();
 }
 

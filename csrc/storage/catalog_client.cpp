@@ -97,16 +97,20 @@ class HelperCatalog final : public Catalog {
     KVTIER_RETURN_IF_ERROR(usable());
     std::vector<CatalogRecord> records;
     std::vector<Item> items;
-    for (Op op = Op::read_first;; op = Op::read_next) {
-      Result<Reply> reply = call(op, 0);
-      if (!reply) return reply.status();
+    if (Status asked = ask(Op::read_first); !asked) return asked;
+    for (bool is_first = true;; is_first = false) {
+      Result<Reply> reply = process_->receive();
+      if (!reply) return give_up(reply.status());
       if (reply->count > kPieceItems)
         return give_up(Status::io("the catalog's helper gave more than it may"));
       // What a damaged file claims is not worth all of the memory.
-      if (op == Op::read_first)
-        records.reserve(std::min(reply->total, arguments_.max_bytes / kMinRecordBytes));
+      if (is_first) records.reserve(std::min(reply->total, arguments_.max_bytes / kMinRecordBytes));
       items.resize(reply->count);
       if (Status read = process_->read_items(items); !read) return give_up(read);
+      // The memfd is free again: the helper reads the next piece while this one is decoded.
+      if (reply->has_more != 0) {
+        if (Status asked = ask(Op::read_next); !asked) return asked;
+      }
       for (const Item& item : items) {
         std::optional<CatalogRecord> record = decode_catalog_record({item.key, item.value});
         if (!record) {
@@ -165,6 +169,13 @@ class HelperCatalog final : public Catalog {
     failure_ = std::move(why);
     process_->kill();
     return failure_;
+  }
+
+  Status ask(Op op) {
+    catalog_protocol::Request request;
+    request.op = op;
+    const Status asked = process_->send(request);
+    return asked ? asked : give_up(asked);
   }
 
   Result<Reply> call(Op op, std::uint64_t count) {

@@ -188,13 +188,18 @@ void HelperProcess::collect() {
 // --- messages ---
 
 Result<Reply> HelperProcess::call(const Request& request) {
+  KVTIER_RETURN_IF_ERROR(send(request));
+  return receive();
+}
+
+Status HelperProcess::send(const Request& request) {
   while (::send(socket_.fd(), &request, sizeof request, MSG_NOSIGNAL) !=
          static_cast<ssize_t>(sizeof request)) {
     const int error = errno;
     if (error == EINTR) continue;
     return Status::io("the catalog's helper is gone: " + text_of(error), error);
   }
-  return receive();
+  return Status::ok();
 }
 
 Result<Reply> HelperProcess::receive() {

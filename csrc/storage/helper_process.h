@@ -39,6 +39,9 @@ class HelperProcess {
   // Errors: io when the process ends first or does not answer in time (it must then be given up); corruption
   // or io as it answers.
   Result<catalog_protocol::Reply> call(const catalog_protocol::Request& request);
+  // Its two halves: every request has one answer, in order.
+  Status send(const catalog_protocol::Request& request);
+  Result<catalog_protocol::Reply> receive();
   Status write_items(std::span<const catalog_protocol::Item> items);
   Status read_items(std::span<catalog_protocol::Item> items);
   // Gives the memfd's pages back.
@@ -49,7 +52,6 @@ class HelperProcess {
  private:
   HelperProcess(FileHandle socket, FileHandle memory, std::chrono::milliseconds deadline);
   Status spawn(const Arguments& arguments, int child_socket);
-  Result<catalog_protocol::Reply> receive();
   void collect();
 
   FileHandle socket_;

@@ -24,6 +24,9 @@ class OpenStore final : public SlotStore {
     }
   }
 
+  void add_buffers(std::vector<std::span<std::byte>> buffers) override {
+    core_->add_buffers(std::move(buffers));
+  }
   std::uint32_t usable_slots(std::uint32_t class_index) const override {
     return core_->usable_slots(class_index);
   }
@@ -37,6 +40,7 @@ class OpenStore final : public SlotStore {
   void note_use(SlotPlace place) override { core_->note_use(place); }
   bool cancel(StoreJob job) override { return core_->cancel(job); }
   void hurry(StoreJob job) override { core_->hurry(job); }
+  void save_budget(const SavedBudget& budget) override { core_->save_budget(budget); }
   bool can_write() const override { return core_->can_write(); }
   bool can_read() const override { return core_->can_read(); }
   bool scan_done() const override { return core_->scan_done(); }
@@ -92,9 +96,11 @@ Result<SlotStore::Opened> SlotStore::open(std::unique_ptr<StoreLease> lease, Slo
   KVTIER_RETURN_IF_ERROR(StoreCore::validate(*lease, options));
   const auto core = std::make_shared<StoreCore>(std::move(lease), std::move(options), std::move(on_found));
   Opened opened;
+  core->begin_reading_catalog();
   KVTIER_RETURN_IF_ERROR(core->open_files(opened.report));
   KVTIER_RETURN_IF_ERROR(core->find_blocks(opened));
   KVTIER_RETURN_IF_ERROR(core->start(opened.report));
+  opened.budget = core->read_budget();
   opened.store = std::make_unique<OpenStore>(core);
   return opened;
 }

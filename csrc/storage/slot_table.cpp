@@ -27,6 +27,8 @@ void SlotTable::set_content(const SlotPlace& place, SlotContent content) {
   SlotState& state = at(place);
   uncatalogued_ -= is_uncatalogued(state.content) ? 1 : 0;
   uncatalogued_ += is_uncatalogued(content) ? 1 : 0;
+  used_[place.class_index] -= state.content != SlotContent::unknown ? 1 : 0;
+  used_[place.class_index] += content != SlotContent::unknown ? 1 : 0;
   state.content = content;
 }
 

@@ -43,11 +43,16 @@ static_assert(sizeof(SlotState) == 96);
 // guarded.
 class SlotTable {
  public:
-  explicit SlotTable(std::size_t num_classes) : classes_(num_classes), uses_(num_classes) {}
+  explicit SlotTable(std::size_t num_classes)
+      : classes_(num_classes), used_(num_classes), uses_(num_classes) {}
 
   void grow(std::uint32_t class_index, std::uint32_t num_slots);
   std::uint32_t num_slots(std::uint32_t class_index) const {
     return static_cast<std::uint32_t>(classes_[class_index].size());
+  }
+  // Of them, those that hold nothing, as far as is known.
+  std::uint32_t num_free(std::uint32_t class_index) const {
+    return num_slots(class_index) - used_[class_index];
   }
   SlotState& at(const SlotPlace& place) { return classes_[place.class_index][raw(place.slot)]; }
   const SlotState& at(const SlotPlace& place) const { return classes_[place.class_index][raw(place.slot)]; }
@@ -76,8 +81,9 @@ class SlotTable {
   std::int64_t last_use_s(const SlotPlace& place) const KVTIER_REQUIRES(mutex_);
 
   std::vector<std::vector<SlotState>> classes_;
-  std::vector<NamespaceTag> tags_;  // few: one a tenant
-  std::uint64_t uncatalogued_ = 0;  // slots that are writing, written or doubtful
+  std::vector<std::uint32_t> used_;  // by class: slots whose content is not `unknown`
+  std::vector<NamespaceTag> tags_;   // few: one a tenant
+  std::uint64_t uncatalogued_ = 0;   // slots that are writing, written or doubtful
 
   mutable Mutex mutex_;
   std::vector<Uses> uses_ KVTIER_GUARDED_BY(mutex_);

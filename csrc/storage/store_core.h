@@ -19,6 +19,7 @@
 #include <atomic>
 #include <deque>
 #include <functional>
+#include <future>
 #include <memory>
 #include <optional>
 #include <string>
@@ -39,6 +40,7 @@
 #include "kvtier/core/process.h"
 #include "kvtier/platform/io_queue.h"
 #include "kvtier/storage/slot_store.h"
+#include "kvtier/storage/store_formats.h"
 
 namespace kvtier {
 
@@ -54,6 +56,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   // store_open.cpp. In this order, once.
   static Status validate(const StoreLease& lease, const SlotStoreOptions& options);
+  void begin_reading_catalog();
   Status open_files(OpenReport& report);
   Status find_blocks(SlotStore::Opened& opened);
   Status start(OpenReport& report);
@@ -69,6 +72,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void hurry(StoreJob job) KVTIER_EXCLUDES(mutex_);
   bool can_write() const KVTIER_EXCLUDES(mutex_);
   bool can_read() const KVTIER_EXCLUDES(mutex_);
+  void add_buffers(std::vector<std::span<std::byte>> buffers) KVTIER_EXCLUDES(mutex_);
+  std::optional<SavedBudget> read_budget();
+  void save_budget(const SavedBudget& budget);
   void set_on_grown(OnGrown callback) KVTIER_EXCLUDES(mutex_);
   StoreStats stats() const KVTIER_EXCLUDES(mutex_);
   std::uint32_t usable_slots(std::uint32_t class_index) const { return usable_[class_index].load(); }
@@ -178,6 +184,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void submit_staged();
   void wait_for_completions() KVTIER_EXCLUDES(mutex_);
   TimePoint next_deadline() const;
+  void register_files();
+  void register_next_buffer() KVTIER_EXCLUDES(mutex_);
   void settle_some();
   void settle(const IoCompletion& completion);
   void queue_broke(const Status& why);
@@ -191,6 +199,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   bool start_read(ReadPriority priority) KVTIER_EXCLUDES(mutex_);
   void settle_read(Op& op, int error);
   Verdict verify(const Op& op) const;
+  void note_verdict(Verdict verdict) KVTIER_EXCLUDES(mutex_);
   void end_read(const ReadJob& job, const ReadOutcome& outcome, std::uint64_t bytes) KVTIER_EXCLUDES(mutex_);
   bool start_write() KVTIER_EXCLUDES(mutex_);
   bool begin_writing();
@@ -232,6 +241,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void finish_scan();
 
   // --- store_growth.cpp ---
+  std::uint32_t growth_step(std::uint32_t class_index) const;
+  bool wants_room(std::uint32_t class_index) const;
   void grow_if_due(TimePoint now);
   void grown(std::uint32_t class_index, std::uint32_t slots, const Status& status);
   bool start_prewrite();
@@ -255,8 +266,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   const std::string name_;  // the lease's
   Superblock superblock_;   // as on the drive
   const SlotImages images_;
-  std::vector<std::unique_ptr<BlockFile>> files_;  // by class
-  CatalogKeeper catalog_;                          // the opener's, then the committer's
+  std::vector<std::unique_ptr<BlockFile>> files_;                    // by class
+  CatalogKeeper catalog_;                                            // the opener's, then the committer's
+  std::future<Result<std::vector<CatalogRecord>>> catalog_records_;  // of find_blocks()
   std::vector<std::atomic<std::uint32_t>> usable_;
   std::atomic<bool> growth_stopped_{false};
   std::atomic<bool> scan_done_{true};
@@ -284,9 +296,12 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   // --- the I/O thread's (the opener's before it starts) ---
   std::unique_ptr<IoQueue> queue_;
-  Status queue_status_;   // not ok: the queue is broken
-  bool ending_ = false;   // closing_, as of this round
-  bool revisit_ = false;  // something became due while the queue was filled
+  Status queue_status_;                           // not ok: the queue is broken
+  bool ending_ = false;                           // closing_, as of this round
+  bool revisit_ = false;                          // something became due while the queue was filled
+  std::deque<std::span<std::byte>> new_buffers_;  // that the queue is to be told of
+  bool buffers_refused_ = false;
+  bool unknown_key_told_ = false;
   std::uint32_t depth_ = 0;
   std::uint32_t requests_ = 0;  // that the drive has, staged ones included; at most depth_
   std::vector<Op> ops_;
@@ -306,7 +321,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::uint32_t open_counter_ = 0;  // of this opening, once begun
   std::uint64_t sequence_ = 0;
   Begun begun_ = Begun::no;
-  std::deque<WriteJob> deferred_;  // their slots are busy
+  std::atomic<bool> keeps_budget_{true};  // false: the file is of a newer version, and is left alone
+  std::deque<WriteJob> deferred_;         // their slots are busy
 
   std::vector<Written> unsynced_;
   std::vector<CatalogChange> changes_;

@@ -73,7 +73,8 @@ Status check_path(const std::string& path) {
 class Lease final : public StoreLease {
  public:
   Lease(std::shared_ptr<const SharedDirectory> shared, StoreName name, Directory directory,
-        std::unique_ptr<FileLock> lock, Superblock superblock, bool is_new, std::uint64_t reserved_bytes)
+        std::unique_ptr<FileLock> lock, Superblock superblock, bool is_new, std::uint64_t reserved_bytes,
+        std::int64_t opened_s)
       : shared_(std::move(shared)),
         store_name_(std::move(name)),
         name_(store_name_.text()),
@@ -81,6 +82,7 @@ class Lease final : public StoreLease {
         lock_(std::move(lock)),
         superblock_(std::move(superblock)),
         is_new_(is_new),
+        opened_s_(opened_s),
         reserved_bytes_(reserved_bytes) {}
 
   const Directory& directory() const override { return directory_; }
@@ -106,6 +108,7 @@ class Lease final : public StoreLease {
     StoreUse* own = accounts.find(store_name_);
     if (own == nullptr) return Status::io("the store " + directory_.path() + " was removed", ENOENT);
     own->granted_bytes = std::min(bytes, room.value().value_or(0));
+    own->last_open_s = std::max(own->last_open_s, opened_s_);
     const std::uint64_t granted = own->granted_bytes;
     KVTIER_RETURN_IF_ERROR(accounts.save());
     reserved_bytes_.store(granted, std::memory_order_relaxed);
@@ -121,6 +124,7 @@ class Lease final : public StoreLease {
   const std::unique_ptr<FileLock> lock_;
   Superblock superblock_;
   const bool is_new_;
+  const std::int64_t opened_s_;
   std::atomic<std::uint64_t> reserved_bytes_;
 };
 
@@ -297,9 +301,10 @@ class RealStoreDirectory final : public StoreDirectory {
     use->allocated_bytes = allocated.value();
     use->last_open_s = now_s();
     use->in_use = true;
-    KVTIER_RETURN_IF_ERROR(accounts.save());
-    return std::unique_ptr<StoreLease>(
-        new Lease(shared_, name, std::move(store), std::move(lock), superblock, is_new, granted));
+    // Of a store that was there the owner's first reserve() saves it, which comes at once: two syncs less.
+    if (is_new) KVTIER_RETURN_IF_ERROR(accounts.save());
+    return std::unique_ptr<StoreLease>(new Lease(shared_, name, std::move(store), std::move(lock), superblock,
+                                                 is_new, granted, use->last_open_s));
   }
 
   const std::shared_ptr<const SharedDirectory> shared_;

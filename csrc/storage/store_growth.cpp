@@ -1,6 +1,8 @@
-// Slot files grow in the background: room from the ledger, blocks from the file system (the grower), then
-// zeros over all of it through the drive's queue, last in line. Writes to extents that were never written
-// reached 0.65 to 0.87 of the speed of overwrites, so a slot is usable only once its segment is written.
+// Slot files grow in the background, a step ahead of what is stored: a store takes no more of the directory
+// than it needs, and stores that nobody has open stay as long as there is room. A step is room from the
+// ledger, blocks from the file system (the grower), then zeros over all of it through the drive's queue, last
+// in line. Writes to extents that were never written reached 0.65 to 0.87 of the speed of overwrites, so a
+// slot is usable only once its segment is written.
 #include <algorithm>
 #include <system_error>
 
@@ -17,6 +19,22 @@ constexpr std::chrono::milliseconds kLongestPause{60'000};
 
 }  // namespace
 
+// In slots. A quarter of what there is: what lies idle ahead of need stays a part of what is used.
+std::uint32_t StoreCore::growth_step(std::uint32_t class_index) const {
+  const std::uint64_t stride = options_.classes[class_index].slot_stride_bytes;
+  const std::uint64_t all = stride * file_slots_[class_index];
+  const std::uint64_t bytes = options_.growth == Growth::whole ? all : all / 4;
+  return static_cast<std::uint32_t>(
+      std::clamp<std::uint64_t>(std::clamp(bytes, kFirstSegmentBytes, kLongestSegmentBytes) / stride, 1,
+                                options_.classes[class_index].num_slots));
+}
+
+// A step is kept free, so that writes find a prewritten slot while the next step is made ready.
+bool StoreCore::wants_room(std::uint32_t class_index) const {
+  if (file_slots_[class_index] >= options_.classes[class_index].num_slots) return false;
+  return options_.growth == Growth::whole || table_.num_free(class_index) < growth_step(class_index);
+}
+
 void StoreCore::grow_if_due(TimePoint now) {
   if (growing_ || ending_ || !queue_status_) return;
   if (growth_retry_at_ && now < *growth_retry_at_) return;
@@ -24,12 +42,12 @@ void StoreCore::grow_if_due(TimePoint now) {
     growth_retry_at_.reset();
     return;
   }
-  // The class that is furthest from its bound; each segment as long as what there is, so that it doubles.
+  // Of those that want room, the class that is furthest from its bound.
   std::uint32_t chosen = 0;
   double least = 1.0;
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     const double part = static_cast<double>(file_slots_[c]) / std::max(1U, options_.classes[c].num_slots);
-    if (options_.classes[c].num_slots > file_slots_[c] && part < least) {
+    if (wants_room(c) && part < least) {
       least = part;
       chosen = c;
     }
@@ -40,10 +58,7 @@ void StoreCore::grow_if_due(TimePoint now) {
   }
   const StoreClass& grown_class = options_.classes[chosen];
   const std::uint64_t stride = grown_class.slot_stride_bytes;
-  const std::uint64_t bytes =
-      std::clamp(stride * file_slots_[chosen], kFirstSegmentBytes, kLongestSegmentBytes);
-  const auto wanted = static_cast<std::uint32_t>(
-      std::clamp<std::uint64_t>(bytes / stride, 1, grown_class.num_slots - file_slots_[chosen]));
+  const std::uint32_t wanted = std::min(growth_step(chosen), grown_class.num_slots - file_slots_[chosen]);
   std::uint64_t held = kOverheadBytes + options_.catalog.max_bytes;
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     held += options_.classes[c].slot_stride_bytes * file_slots_[c];

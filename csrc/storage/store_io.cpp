@@ -17,6 +17,7 @@ constexpr unsigned kTurns = 8;
 
 void StoreCore::run() {
   ::pthread_setname_np(::pthread_self(), "kvtier-disk");
+  register_files();
   for (;;) {
     take_messages();
     do_what_is_due();
@@ -64,6 +65,36 @@ void StoreCore::do_what_is_due() {
   if (scan_ != nullptr && scan_->all_judged() && scans_in_flight_ == 0) finish_scan();
   start_batch_if_due(now);
   grow_if_due(now);
+  register_next_buffer();
+}
+
+// --- what the drive's queue knows ---
+
+void StoreCore::register_files() {
+  for (const auto& file : files_) {
+    if (!queue_->register_file(file->fd())) return;  // a little dearer, and no worse
+  }
+}
+
+void StoreCore::add_buffers(std::vector<std::span<std::byte>> buffers) {
+  if (buffers.empty() || images_.encrypts()) return;
+  post([this, buffers = std::move(buffers)] {
+    new_buffers_.insert(new_buffers_.end(), buffers.begin(), buffers.end());
+  });
+}
+
+// One a round: its pages are pinned meanwhile, and nothing else is done.
+void StoreCore::register_next_buffer() {
+  if (new_buffers_.empty() || ending_ || !queue_status_) return;
+  Status status;
+  if (!buffers_refused_) status = queue_->register_buffer(new_buffers_.front());
+  new_buffers_.pop_front();
+  revisit_ = revisit_ || !new_buffers_.empty();
+  if (buffers_refused_) return;
+  buffers_refused_ = !status;
+  MutexLock lock(mutex_);
+  stats_.queue = queue_->description();
+  stats_.buffers_problem = status.message();
 }
 
 // --- the drive's queue ---

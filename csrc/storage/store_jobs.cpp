@@ -148,6 +148,7 @@ void StoreCore::settle_read(Op& op, int error) {
   ReadOutcome outcome;
   if (error == 0) {
     outcome.verdict = verify(op);
+    note_verdict(outcome.verdict);
     health_.read_worked();
   } else if (error != ENODATA) {  // the file ends before it, cut off from outside: nothing is there
     outcome.status = io_failure("reading", op.place, error);
@@ -155,6 +156,18 @@ void StoreCore::settle_read(Op& op, int error) {
   bounce_.give_back(std::move(op.buffer));
   if (!outcome.status) read_trouble(op.place, outcome.status);
   end_read(op.read, outcome, error == 0 ? op.bytes : 0);
+}
+
+// A wrong key looks like a cache that forgets: it is said once.
+void StoreCore::note_verdict(Verdict verdict) {
+  if (verdict != Verdict::unknown_key || unknown_key_told_) return;
+  unknown_key_told_ = true;
+  const std::string what =
+      "holds blocks that are encrypted under a key that was not given (disk_key); they are misses, and their "
+      "slots are used for others";
+  log(what);
+  MutexLock lock(mutex_);
+  stats_.key_problem = what;
 }
 
 Verdict StoreCore::verify(const Op& op) const {

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string_view>
 #include <system_error>
@@ -30,7 +31,19 @@ Result<FoundDirectory> find_directory(const std::string& path) {
   Result<std::vector<std::byte>> version = root->read_file(kVersionFile);
   if (!version) {
     if (version.status().native_code() != ENOENT) return version.status();
-    return Status::invalid_argument(path + " is no kvtier store directory: it has no file " + kVersionFile);
+    Result<std::vector<std::string>> names = root->list();
+    if (names && names->empty()) {
+      return Status::invalid_argument(path + " is empty: no kvtier store directory, which has a file " +
+                                      kVersionFile);
+    }
+    const auto is_of_directory = [](const std::string& name) {
+      return name == kSuperblockFile || name == "slots.0";
+    };
+    const bool is_store = names && std::any_of(names->begin(), names->end(), is_of_directory);
+    return Status::invalid_argument(
+        path + " is no kvtier store directory: it has no file " + kVersionFile +
+        (is_store ? ". It looks like one store of one; allowed: the directory of a Disk, two levels up"
+                  : ""));
   }
   const std::string_view text(reinterpret_cast<const char*>(version->data()), version->size());
   if (text != "kvtier store directory 1\n") {

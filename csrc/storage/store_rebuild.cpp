@@ -73,7 +73,9 @@ Status StoreCore::read_headers(IoQueue& queue, HeaderScan& scan) {
       free_tags.push_back(completion.tag);
       SlotHeader header;
       if (completion.error == 0) {
-        scan.judge(reading.place, images_.read_header(reading.buffer.get(), reading.place, &header), header);
+        const Verdict verdict = images_.read_header(reading.buffer.get(), reading.place, &header);
+        scan.judge(reading.place, verdict, header);
+        note_verdict(verdict);
       } else if (completion.error == ENODATA) {
         scan.judge(reading.place, Verdict::blank, header);
       } else {

@@ -40,6 +40,7 @@ void StoreCore::settle_scan(Op& op, int error) {
     const Verdict verdict =
         error == 0 ? images_.read_header(op.buffer.get(), op.place, &header) : Verdict::blank;
     scan_->judge(op.place, verdict, header);
+    note_verdict(verdict);
   } else {
     scan_->unreadable();
     // Whatever stands there is not known now and may be another time.

@@ -436,6 +436,7 @@ class Engine:
         timeout: typing.SupportsFloat | typing.SupportsIndex | None,
     ) -> Ticket: ...
     def resume_ghosts(self) -> None: ...
+    def set_epoch(self, epoch: bytes) -> None: ...
     def stats(self) -> dict: ...
     def store(
         self,
@@ -536,13 +537,15 @@ class DiskBench:
         """
     def about(self) -> dict: ...
     def close(self) -> None: ...
-    def read(self, order: numpy.typing.NDArray[numpy.uint32]) -> tuple[float, float, int]:
+    def read(self, order: numpy.typing.NDArray[numpy.uint32]) -> tuple[float, float, int, float]:
         """
-        Reads slots and proves them: (seconds, CPU seconds, good blocks).
+        Reads slots and proves them: (seconds, CPU seconds, good blocks, seconds of the flush).
         """
-    def write(self, order: numpy.typing.NDArray[numpy.uint32]) -> tuple[float, float, int]:
+    def write(
+        self, order: numpy.typing.NDArray[numpy.uint32], rounds: typing.SupportsInt | typing.SupportsIndex
+    ) -> tuple[float, float, int, float]:
         """
-        Writes slots and waits until they are durable: (seconds, CPU seconds, blocks written).
+        Writes slots and waits until they are durable: (seconds, CPU seconds, blocks written, seconds of the flush).
         """
 
 class CudaBench:

@@ -37,7 +37,9 @@ class DiskStats:
     Every `bad_` counts images that were read and did not prove to be what was looked for; all were misses.
     `store` is the directory below path/stores. `growth`, `health` and `catalog_health` are "ok", or say why
     its files do not grow, it is out of service or its catalog is; a drive comes back by itself. `opened_from`
-    is "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the drive.
+    is "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the
+    drive, `queue_problem` why not by io_uring, `buffers_problem` why not with registered
+    buffers. `key_problem` says that there are blocks under a `disk_key` that was not given, once one is met.
     """
 
     path: str
@@ -66,6 +68,8 @@ class DiskStats:
     opened_from: str
     queue: str
     queue_problem: str
+    buffers_problem: str
+    key_problem: str
     growth: str
     health: str
     catalog_health: str

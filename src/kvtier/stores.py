@@ -121,15 +121,25 @@ def purge(path: str, namespace: str | None) -> list[dict[str, Any]]:
 
 
 def probe(path: str) -> dict[str, Any]:
-    """What a drive and the kernel offer the disk tier: `queue`, `queue_problem`, `direct`, `alignment`.
+    """What a drive and the kernel offer the disk tier.
+
+    Returns:
+        `queue` and `queue_problem`, how requests reach the drive and why not by io_uring; `buffers_problem`,
+        why 16 MiB could not be registered with it; `direct` and `alignment` of files.
 
     Raises:
         StorageError: The directory cannot be used.
         ResourceError: No queue can be made.
     """
-    queue, problem, _ = _core.probe_queue(depth=8)
+    queue, problem, buffers_problem = _core.probe_queue(depth=8)
     direct, alignment = _core.probe_file(directory_path=path)
-    return {"queue": queue, "queue_problem": problem, "direct": direct, "alignment": alignment}
+    return {
+        "queue": queue,
+        "queue_problem": problem,
+        "buffers_problem": buffers_problem,
+        "direct": direct,
+        "alignment": alignment,
+    }
 
 
 def catalog_helper() -> Path:

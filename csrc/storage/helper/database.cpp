@@ -103,6 +103,11 @@ Failure Database::open(OpenMode mode) {
   if (error == 0) error = mdb_env_set_mapsize(env_, max_bytes_ & ~std::uint64_t{4095});
   if (error == 0) error = mdb_env_set_maxdbs(env_, 3);
   if (error == 0) error = mdb_env_open(env_, protocol::kFileName, MDB_NOSUBDIR, 0600);
+  // All of it will be read, in the order of random keys: page faults would fetch it bit by bit.
+  mdb_filehandle_t file = -1;
+  if (error == 0 && exists && mdb_env_get_fd(env_, &file) == 0) {
+    static_cast<void>(::posix_fadvise(file, 0, 0, POSIX_FADV_WILLNEED));
+  }
   if (error != 0) return failure(error, "opening the catalog");
   Failure opened = open_databases(mode, exists);
   if (!opened.is_ok() || exists) return opened;

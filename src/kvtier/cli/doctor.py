@@ -142,8 +142,10 @@ def _disk(directory: str) -> list[Finding]:
     except (KVTierError, OSError) as error:
         return [Finding("disk", f"{path}: {error}", passed=False)]
     queue = found["queue"]
-    if found["queue_problem"]:
+    if found["queue_problem"]:  # which has no registered buffers either
         queue += f"; not io_uring: {found['queue_problem']}"
+    elif found["buffers_problem"]:
+        queue += f"; ordinary buffers, which are slower: {found['buffers_problem']}"
     direct = "O_DIRECT" if found["direct"] else "buffered: the file system takes no O_DIRECT"
     alignment = f", requests aligned to {found['alignment']} bytes" if found["direct"] else ""
     helper = stores.catalog_helper()
@@ -152,7 +154,7 @@ def _disk(directory: str) -> list[Finding]:
     free = space.f_bavail * space.f_frsize
     memlock = "without limit" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB"
     return [
-        Finding("disk queue", queue, None if found["queue_problem"] else True),
+        Finding("disk queue", queue, None if found["queue_problem"] or found["buffers_problem"] else True),
         Finding("disk files", direct + alignment, True if found["direct"] else None),
         Finding("disk file system", f"{machine.file_system(path)}, {free / 2**30:.1f} GiB free"),
         Finding("disk memlock", f"{memlock}; registered buffers are charged to it, else ordinary ones serve"),

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 
@@ -10,6 +11,7 @@
 #include "support/temp_directory.h"
 
 #include "kvtier/platform/simulated_drive.h"
+#include "kvtier/storage/store_formats.h"
 
 namespace kvtier::support {
 namespace {
@@ -391,6 +393,38 @@ TEST(Disk, once_full_a_block_is_written_at_its_second_use) {
   EXPECT_EQ(world.stats().disk_declined_admission, 1U);  // and the others hang on it
   done(world.store(0, range(100, 104), range(0, 4)));
   EXPECT_GT(flush(world).durable, 0U);
+}
+
+TEST(Disk, the_write_budget_fills_while_nobody_is_there_and_never_beyond_a_day) {
+  constexpr std::uint64_t kDay = std::uint64_t{1} << 20;
+  Drive drive;
+  WorldOptions options = world_on(drive);
+  options.disk.write_bytes_per_day = kDay;
+  std::string file;
+  {
+    World world(options);
+    file = drive.directory.path() + "/disk/stores/" + world.stats().disks[0].store + "/budget";
+    EXPECT_EQ(world.stats().write_budget_left_bytes, kDay) << "a store without one is full";
+    done(world.store(0, range(0, 4), range(0, 4)));
+    EXPECT_EQ(flush(world).durable, 4U);
+    EXPECT_LT(world.stats().write_budget_left_bytes, kDay);
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  }
+  const auto left_after = [&](const SavedBudget& saved) {
+    const std::vector<std::byte> bytes = encode_budget(saved);
+    std::ofstream(file, std::ios::binary)
+        .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+    World world(options);
+    const std::uint64_t left = world.stats().write_budget_left_bytes;
+    EXPECT_TRUE(world.engine->close(in_seconds(30)));
+    return left;
+  };
+  const std::int64_t now = std::time(nullptr);
+  const std::uint64_t half = left_after({kDay, 1000, now - 43200});
+  EXPECT_GE(half, 1000 + kDay / 2);
+  EXPECT_LT(half, 1000 + kDay / 2 + 60 * 13) << "and a minute";
+  EXPECT_EQ(left_after({kDay, 1000, now + 86400}), 1000U) << "a clock that was set back fills nothing";
+  EXPECT_EQ(left_after({64 * kDay, 64 * kDay, now}), kDay) << "it was more a day";
 }
 
 TEST(Disk, without_a_usable_drive_the_engine_runs_on_its_host_tier_and_says_so) {

@@ -169,8 +169,7 @@ TEST(IoQueue, a_refused_registration_is_a_status_and_ordinary_buffers_go_on) {
               Result<std::unique_ptr<IoQueue>> queue = make_uring_queue({.depth = 4});
               if (!queue) return 0;
               const IoBuffer buffer(8 << 20);
-              const std::vector<std::span<std::byte>> buffers{buffer.bytes()};
-              const Status status = queue.value()->register_buffers(buffers);
+              const Status status = queue.value()->register_buffer(buffer.bytes());
               if (status.is_ok()) return 3;
               if (status.code() != StatusCode::resource || status.native_code() != ENOMEM) return 4;
               const FileHandle zero(::open("/dev/zero", O_RDONLY | O_CLOEXEC));

@@ -101,9 +101,10 @@ class GateQueue final : public IoQueue {
     gate_->woken_ = true;
     gate_->changed_.notify_all();
   }
-  Status register_buffers(std::span<const std::span<std::byte>>) override {
+  Status register_buffer(std::span<std::byte>) override {
     return Status::unsupported("a gate knows no buffers");
   }
+  Status register_file(int) override { return Status::unsupported("a gate knows no files"); }
 
  private:
   static int perform(const IoRequest& request) {

@@ -290,7 +290,9 @@ TEST_F(SlotStoreReopen, what_was_used_is_told_by_the_catalog) {
 
 TEST(SlotStoreGrowth, a_store_grows_to_its_bound_and_tells) {
   Home home{3000};  // 47 MiB: more than one segment
-  SlotStore::Opened opened = open(home, options_of(home));
+  SlotStoreOptions options = options_of(home);
+  options.growth = Growth::whole;
+  SlotStore::Opened opened = open(home, std::move(options));
   std::atomic<std::uint32_t> told{0};
   opened.store->on_grown([&](std::uint32_t class_index, std::uint32_t usable) {
     EXPECT_EQ(class_index, 0U);
@@ -304,6 +306,36 @@ TEST(SlotStoreGrowth, a_store_grows_to_its_bound_and_tells) {
   write_durably(*opened.store, 2999, {1, 1});
   EXPECT_TRUE(opened.store->close(soon()));
   EXPECT_EQ(std::filesystem::file_size(home.files.path() + "/slots.0"), 3000 * kStride);
+}
+
+TEST(SlotStoreGrowth, a_store_keeps_one_step_ahead_of_what_is_stored_and_takes_no_more) {
+  constexpr std::uint32_t kStep = 1024;  // 16 MiB
+  Home home{16 * kStep};
+  const auto reserved_slots = [&home] {
+    MutexLock lock(home.mutex);
+    return home.reserved_bytes / kStride;  // and a little for the catalog
+  };
+  {
+    SlotStore::Opened opened = open(home, options_of(home));
+    wait_for_slots(*opened.store, kStep);
+    EXPECT_TRUE(opened.store->flush(soon()));  // a round of its thread later
+    EXPECT_EQ(opened.store->usable_slots(0), kStep);
+    EXPECT_TRUE(opened.store->growing(0)) << "it would, if it had to";
+    write_durably(*opened.store, 0, {0, 1});
+    wait_for_slots(*opened.store, 2 * kStep);
+    EXPECT_TRUE(opened.store->flush(soon()));
+    EXPECT_EQ(opened.store->usable_slots(0), 2 * kStep);
+    EXPECT_EQ(opened.store->stats().bytes_prewritten, 2 * kStep * kStride);
+    EXPECT_LT(reserved_slots(), 3 * kStep);
+    // What is wiped is room again.
+    EXPECT_TRUE(start_wipe(*opened.store, {0})->wait());
+    write_durably(*opened.store, 1, {1, 1});
+    EXPECT_TRUE(opened.store->close(soon()));
+  }
+  SlotStore::Opened opened = open(home, options_of(home));
+  EXPECT_TRUE(opened.store->flush(soon()));
+  EXPECT_EQ(opened.store->usable_slots(0), 2 * kStep) << "an opening takes nothing either";
+  EXPECT_TRUE(serves(*opened.store, 1, {1, 1}));
 }
 
 TEST(SlotStoreGrowth, growth_stops_at_what_the_ledger_grants_and_goes_on_when_there_is_room) {

@@ -202,12 +202,13 @@ TEST(SlotStore, plaintext_never_reaches_the_drive_with_a_cipher) {
 TEST(SlotStore, registered_buffers_are_used_or_said_not_to_be) {
   Home home;
   const Image region(16 * kStride);
-  SlotStoreOptions options = options_of(home);
-  options.buffers = {{region.data(), 16 * kStride}};
-  SlotStore::Opened opened = open(home, std::move(options));
-  const bool registered = opened.report.queue.find("registered") != std::string::npos;
-  EXPECT_EQ(registered, opened.report.buffers_problem.empty()) << opened.report.buffers_problem;
+  SlotStore::Opened opened = open(home, options_of(home));
+  opened.store->add_buffers({{region.data(), 8 * kStride}, {region.data() + 8 * kStride, 8 * kStride}});
   wait_for_slots(*opened.store, 4);
+  EXPECT_TRUE(opened.store->flush(soon()));  // behind the registrations
+  const StoreStats stats = opened.store->stats();
+  const bool registered = stats.queue.find("registered") != std::string::npos;
+  EXPECT_EQ(registered, stats.buffers_problem.empty()) << stats.buffers_problem;
   Told<Status> written;
   SlotWrite write;
   write.place = {0, SlotId{2}};

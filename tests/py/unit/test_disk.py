@@ -168,6 +168,25 @@ def test_what_was_durable_is_loaded_after_a_restart(tmp_path: Path, catalog: str
         assert stats.disks[0].reads_good == 8
 
 
+def test_the_host_tier_is_registered_with_the_drives_or_it_is_said_why_not(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk=[Disk(str(tmp_path / name), "8MiB") for name in "ab"])
+    with opened(config) as engine:
+        engine.wait_until_whole()
+
+        def told() -> bool:
+            disks = engine.stats().disks
+            return all("registered" in d.queue or d.buffers_problem for d in disks)
+
+        until(told, "the drives to be told of the arena")
+        for disk in engine.stats().disks:
+            assert ("registered" in disk.queue) == (disk.buffers_problem == "")
+        data = tensors()
+        keys = keys_of(config)
+        assert store(engine, engine.attach(data), keys).durable_blocks == 8
+    with kvtier.open(config) as engine:
+        assert load(engine, keys, data).valid_blocks == 8  # maybe before the drives are told
+
+
 def test_flush_says_how_many_became_durable(tmp_path: Path) -> None:
     config = config_of(tmp_path, disk_commit_seconds=60)
     with opened(config) as engine:
@@ -360,6 +379,24 @@ def test_two_models_share_a_directory_and_nothing_else(tmp_path: Path) -> None:
         assert load(engine, keys, data).valid_blocks == 8
 
 
+def test_a_store_takes_no_more_than_it_needs_so_that_closed_ones_stay(tmp_path: Path) -> None:
+    first = config_of(tmp_path, "96MiB")
+    second = replace(first, model="m@2")
+    step = (16 << 20) // 8192
+    kept = []
+    for config in (first, second):
+        data = tensors()
+        with opened(config, step) as engine:
+            assert store(engine, engine.attach(data), keys_of(config)).durable_blocks == 8
+            until(lambda engine=engine: engine.stats().disks[0].classes[0].usable == 2 * step, "a step ahead")
+            assert engine.stats().disks[0].growth == "ok"
+            kept.append((config, keys_of(config), data))
+    assert allocated_bytes(first.disks[0].path) < 80 << 20
+    for config, keys, data in kept:
+        with kvtier.open(config) as engine:
+            assert load(engine, keys, data).valid_blocks == 8
+
+
 def test_another_model_takes_the_room_of_a_store_that_nobody_has_open(tmp_path: Path) -> None:
     first = config_of(tmp_path)
     keys, _ = filled(first)
@@ -430,7 +467,9 @@ def slot_bytes(config: Config) -> bytes:
     return b"".join(file.read_bytes() for folder in stores(config) for file in folder.glob("slots.*"))
 
 
-def test_encrypted_blocks_need_their_key(tmp_path: Path, key_files: list[str]) -> None:
+def test_encrypted_blocks_need_their_key(
+    tmp_path: Path, key_files: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     config = config_of(tmp_path, disk_key=key_files[0])
     keys, data = filled(config)
     needle = data[0][0].tobytes()[:64]
@@ -442,7 +481,9 @@ def test_encrypted_blocks_need_their_key(tmp_path: Path, key_files: list[str]) -
         assert result.outcomes.tolist() == [BlockOutcome.MISSED] * 8
         stats = engine.stats()
         assert stats.disks[0].bad_unknown_key == 8
+        assert "under a key that was not given" in stats.disks[0].key_problem
         assert (stats.promote_good, stats.promote_bad) == (0, 8)
+    assert capfd.readouterr().err.count("encrypted under a key that was not given") == 1
 
 
 def test_plain_blocks_do_contain_the_bytes(tmp_path: Path) -> None:
@@ -657,6 +698,47 @@ def test_the_write_budget_declines_what_is_too_much(tmp_path: Path) -> None:
         assert 0 < ticket.durable_blocks <= 8
         assert stats.disk_declined_budget > 0
         assert stats.write_budget_left_bytes <= 64 << 10
+
+
+def test_the_write_budget_outlives_a_restart(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk_write_budget="64KiB")
+    with opened(config) as engine:
+        assert store(engine, engine.attach(tensors()), keys_of(config, 32)).durable_blocks == 8
+        left = engine.stats().write_budget_left_bytes
+    with kvtier.open(config) as engine:
+        # A second fills less than a byte of 64 KiB a day.
+        assert left <= engine.stats().write_budget_left_bytes < 8192
+        other = keys_of(config, 8, seed=1)
+        assert store(engine, engine.attach(tensors()), other).durable_blocks == 0
+    (saved,) = [folder / "budget" for folder in stores(config)]
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    saved.unlink()  # as a store of an older kvtier
+    with kvtier.open(config) as engine:
+        assert engine.stats().write_budget_left_bytes == 64 << 10
+
+
+BUDGET_DRIVER = """
+    import os, signal, sys
+    import numpy as np
+    import kvtier
+    from kvtier import Config, Disk, KVLayout
+    config = Config(groups=[KVLayout(2, 2, 8, "float16", 4)], block_tokens=8, host="1MiB", chunk="1MiB",
+                    model="m@1", disk=Disk(sys.argv[1], "8MiB"), disk_commit_seconds=0.01,
+                    disk_write_budget="64KiB")
+    engine = kvtier.open(config)
+    pages = engine.attach([np.ones((64, 2, 4, 2, 8), np.float16) for _ in range(2)])
+    engine.store(kvtier.block_keys(np.arange(32), config), pages, range(8)).durable.wait(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_finds_no_fuller_budget(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk_write_budget="64KiB")
+    argv = [sys.executable, "-c", textwrap.dedent(BUDGET_DRIVER), config.disks[0].path]
+    subprocess.run(argv, check=False, timeout=60)
+    with kvtier.open(config) as engine:
+        # Four blocks of 8 KiB, and at most a 64th of the whole.
+        assert 31 << 10 <= engine.stats().write_budget_left_bytes <= 32 << 10
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@
 // move blocks: this engine is then the keeper, and the workers of RankWorker copy.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -155,6 +156,9 @@ struct FlushResult {
   std::uint64_t dropped = 0;  // do not: declined by admission, budget or a busy drive, evicted before, failed
 };
 
+// What weights the blocks are of, beside what is in their keys. Zeros: as at the beginning.
+using Epoch = std::array<std::byte, kKeyBytes>;
+
 // Threads: every method from any thread. Blocks: only wait-like methods, as said there.
 // After fork() every method of the child answers StatusCode::closed.
 class Engine {
@@ -203,6 +207,11 @@ class Engine {
   // the drive did not confirm it, so that they may be found again after a restart.
   virtual Result<std::uint64_t> drop(std::span<const BlockKey> keys) = 0;
   virtual Result<std::uint64_t> drop_namespace(std::string_view name_space) = 0;
+
+  // From its return on every call means blocks that were stored under this epoch: those of another one are
+  // misses, and age out of the tiers unless their epoch comes back. Keys are mixed with it (XOR), here and on
+  // the drives. Never waits. Who wants it to outlive a restart keeps it (kvtier/epochs.py). Errors: closed.
+  virtual Status set_epoch(const Epoch& epoch) = 0;
 
   // Ends leases whose time is over. Never waits. Returns the number of running transfers.
   virtual Result<std::uint32_t> poll() = 0;

@@ -45,7 +45,7 @@ struct IoCompletion {
 };
 
 // Threads: wake() from any thread. The others from one thread, the owner: whoever calls submit() or wait()
-// first. The maker may register buffers before that, and may destroy the queue once nothing is in flight. The
+// first. The maker may register buffers and files before that, and may destroy the queue once nothing is in flight. The
 // owner's thread must not end before (the kernel then cancels requests, and tells nobody when they have
 // ended). Blocks: wait(), the destructor.
 class IoQueue {
@@ -70,12 +70,13 @@ class IoQueue {
   virtual Status wait(std::vector<IoCompletion>& completions, std::optional<TimePoint> deadline) = 0;
   virtual void wake() = 0;
 
-  // Makes buffers known to the kernel, so that requests inside one of them are cheaper, instead of those that
-  // it knew. Best effort: after a failure, which says why, none is known, and all else goes on. Requires that
-  // nothing is in flight. At most 1 GiB each. The memory must stay mapped until the next call, which may be
-  // with none, or the destructor. Errors: unsupported; invalid_argument; resource (ENOMEM: the memlock
-  // limit).
-  virtual Status register_buffers(std::span<const std::span<std::byte>> buffers) = 0;
+  // Makes one more buffer known to the kernel, so that requests inside it are cheaper: its pages are pinned
+  // once (some 20 ms for 256 MiB), and not for each request. Also while requests are in flight. Best effort:
+  // after a failure, which says why, all else goes on. At most 1 GiB. The memory must stay mapped until the
+  // destructor. Errors: unsupported; invalid_argument; resource (ENOMEM: the memlock limit).
+  virtual Status register_buffer(std::span<std::byte> buffer) = 0;
+  // The same for an open file; it must stay open until the destructor.
+  virtual Status register_file(int fd) = 0;
 };
 
 struct IoQueueOptions {

@@ -42,6 +42,9 @@ namespace kvtier {
 
 class IoQueue;
 
+// How far the files grow: ahead of what is stored by a step, or to their bounds at once.
+enum class Growth : std::uint8_t { ahead_of_need, whole };
+
 enum class ReadPriority : std::uint8_t { demand, prefetch };
 
 struct SlotWrite {
@@ -77,12 +80,10 @@ enum class StoreJob : std::uint64_t {};
 struct SlotStoreOptions {
   std::vector<StoreClass> classes;
   std::uint32_t queue_depth = 32;
+  Growth growth = Growth::ahead_of_need;
   std::uint32_t max_queued_writes = 1024;  // beyond, can_write() says no
   std::chrono::milliseconds commit_interval{500};
   std::shared_ptr<SlotCipher> cipher;  // null: plain
-  // Memory that images lie in, for registration with the drive's queue: chunks of at most 1 GiB. May be
-  // empty.
-  std::vector<std::span<std::byte>> buffers;
   CatalogOptions catalog;
   bool use_direct_io = true;  // false: buffered, for file systems without it and for tests
   std::chrono::milliseconds first_probe{
@@ -97,10 +98,9 @@ struct SlotStoreOptions {
 struct OpenReport {
   enum class Source : std::uint8_t { fresh, catalog, headers };
   Source source = Source::fresh;
-  std::string why_rebuilt;      // when source is headers
-  std::string queue;            // IoQueue::description()
-  std::string queue_problem;    // why not io_uring; empty for the best choice
-  std::string buffers_problem;  // why buffers are not registered; empty if they are
+  std::string why_rebuilt;    // when source is headers
+  std::string queue;          // IoQueue::description()
+  std::string queue_problem;  // why not io_uring; empty for the best choice
   bool direct_io = false;
   std::uint32_t discarded = 0;  // records or headers that prove nothing, by any cause
 };
@@ -119,7 +119,10 @@ struct StoreStats {
                 allocated_bytes = 0;  // granted by the ledger / st_blocks when last looked at
   std::string health = "ok";          // or why it is out of service; it comes back by itself
   std::string catalog_health = "ok";
-  std::string growth = "ok";  // or why the files have stopped growing; tried again by and by
+  std::string growth = "ok";    // or why the files have stopped growing; tried again by and by
+  std::string queue;            // IoQueue::description(), as of now
+  std::string key_problem;      // that there are blocks under a master key that was not given
+  std::string buffers_problem;  // why add_buffers() has registered no more; empty when all are
 };
 
 // Owns: its lease, files, I/O thread, committer thread, catalog helper. Borrows: image memory of running
@@ -136,9 +139,16 @@ class SlotStore {
                              std::function<void(const CatalogRecord& found)> on_found);
   virtual ~SlotStore() = default;  // close() with no deadline
 
+  // Memory that images lie in, which makes their requests cheaper: each part at most 1 GiB, holding whole
+  // images. The I/O thread makes them known to the drive's queue, one after another, while requests run.
+  // Ordinary buffers serve where that cannot be had (stats().buffers_problem). With encryption images do not
+  // go to the drive themselves, and nothing is done. Never waits. The memory stays mapped until close() has
+  // ended.
+  virtual void add_buffers(std::vector<std::span<std::byte>> buffers) = 0;
+
   virtual std::uint32_t usable_slots(std::uint32_t class_index) const = 0;
-  // Whether more slots of the class are to be expected soon: the file is being made ready, and neither
-  // capacity nor the file system has stopped it.
+  // Whether more slots of the class come as they are needed: the file is below its bound, and neither the
+  // directory's capacity nor the file system has stopped it.
   virtual bool growing(std::uint32_t class_index) const = 0;
   // Called on a thread of the store when usable_slots() has grown, or growing() has ended. Set once, right
   // after open().
@@ -169,6 +179,9 @@ class SlotStore {
   virtual Status flush(std::optional<std::chrono::steady_clock::time_point> deadline) = 0;
   // Whether the background scan after an unclean end is over (true at once when there was none).
   virtual bool scan_done() const = 0;
+  // Writes it down for the next opening, behind what the committer has to do. Never waits; close() does. One
+  // that fails is lost: the next one counts.
+  virtual void save_budget(const SavedBudget& budget) = 0;
   virtual StoreStats stats() const = 0;
   virtual const StoreId& id() const = 0;
 
@@ -184,6 +197,8 @@ struct SlotStore::Opened {
   // Slots that hold images of a newer version, found by a rebuild: left alone, so never to be used. Writes to
   // them (and to such that the background scan finds) fail with `unsupported`, wipes pass them over.
   std::vector<SlotPlace> unusable;
+  // As it was last saved. nullopt: never, or it is damaged.
+  std::optional<SavedBudget> budget;
   OpenReport report;
 };
 

@@ -9,6 +9,7 @@
 //       superblock         store id, fingerprint, size classes, open counter, clean flag
 //       slots.<class>      slot images at multiples of the class's stride
 //       catalog.mdb        see catalog.h
+//       budget             what is left of a day's writes
 //
 // The sum of what all stores occupy never exceeds the capacity that the last opener gave (the ledger), and
 // stores that nobody has open are removed, oldest first, when another needs their room.
@@ -38,6 +39,14 @@ struct Superblock {
   std::vector<std::uint64_t> class_strides;  // at most 64
   std::uint32_t open_counter = 0;            // of the last opening; made durable before the first write
   bool clean = false;                        // the last opening was closed in order: the catalog is complete
+};
+
+// docs/formats/budget.md: what is left of the bytes that may be written in a day.
+struct SavedBudget {
+  std::uint64_t bytes_per_day = 0;
+  std::uint64_t left_bytes = 0;
+  std::int64_t at_s = 0;  // Unix time
+  friend bool operator==(const SavedBudget&, const SavedBudget&) = default;
 };
 
 // What happens to a second process with the same fingerprint.

@@ -1,6 +1,6 @@
-// The two small records of a store directory as bytes: superblock (docs/formats/superblock.md) and ledger
-// (docs/formats/directory.md). Pure. Nothing that is read from a drive is believed: decoding judges, and
-// never reads beyond what it was given.
+// The small records of a store directory as bytes: superblock (docs/formats/superblock.md), ledger
+// (docs/formats/directory.md) and write budget (docs/formats/budget.md). Pure. Nothing that is read from a
+// drive is believed: decoding judges, and never reads beyond what it was given.
 #pragma once
 
 #include <cstddef>
@@ -45,6 +45,11 @@ inline constexpr std::size_t kMaxLedgerEntries = 16384;
 // Requires at most kMaxLedgerEntries entries with names that parse_store_name() takes; sorts them.
 std::vector<std::byte> encode_ledger(const Ledger& ledger);
 RecordVerdict decode_ledger(std::span<const std::byte> bytes, Ledger& ledger);
+
+inline constexpr std::size_t kBudgetBytes = 512;
+
+std::vector<std::byte> encode_budget(const SavedBudget& budget);
+RecordVerdict decode_budget(std::span<const std::byte> bytes, SavedBudget& budget);
 
 // A store's directory is named by the first 8 bytes of its fingerprint in hex and a number. Two fingerprints
 // that begin alike share the prefix and take different numbers.
