@@ -335,8 +335,8 @@ void UringQueue::wake() {
   static_cast<void>(::write(event_.fd(), &one, sizeof one));
 }
 
-// A table with nothing in it, made with the first buffer: entries of a table may be replaced while requests are
-// in flight, and a ring has one table.
+// A table with nothing in it, made with the first buffer: entries of a table may be replaced while requests
+// are in flight, and a ring has one table.
 Status UringQueue::register_buffer(std::span<std::byte> buffer) {
   if (!can_register_) return Status::unsupported("registered buffers need Linux 5.13");
   if (buffer.empty() || buffer.size() > kMaxBufferBytes) {
@@ -359,8 +359,9 @@ Status UringQueue::register_buffer(std::span<std::byte> buffer) {
   }
   if (result < 0) {
     return failure(result == -EINVAL ? StatusCode::unsupported : StatusCode::resource, -result,
-                   result == -ENOMEM ? "cannot register I/O buffers (is the memlock limit, ulimit -l, too low?)"
-                                     : "cannot register I/O buffers");
+                   result == -ENOMEM
+                       ? "cannot register I/O buffers (is the memlock limit, ulimit -l, too low?)"
+                       : "cannot register I/O buffers");
   }
   buffers_.add(buffer);
   return Status::ok();
@@ -368,6 +369,7 @@ Status UringQueue::register_buffer(std::span<std::byte> buffer) {
 
 Status UringQueue::register_file(int fd) {
   if (!can_register_) return Status::unsupported("registered files need Linux 5.13");
+  if (fd < 0) return Status::invalid_argument("a registered file is open, and not " + std::to_string(fd));
   if (files_.size() == kMaxFiles) {
     return Status::resource("more than " + std::to_string(kMaxFiles) + " registered files", ENFILE);
   }

@@ -27,6 +27,7 @@ from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
 from kvtier.control import ControlServer
 from kvtier.disk_keys import read_keys
+from kvtier.epochs import find_epoch, named_epoch, random_epoch, save_epoch
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located, numa_node_of
 from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
@@ -176,8 +177,16 @@ class Engine:
             numa_node=numa_node_of(config),
             numa_required=isinstance(config.host_numa_node, int),
         )
+        drives = [disk for disk in self.stats().disks if disk.store]
+        self._drives = [disk.path for disk in drives]
+        try:
+            if epoch := find_epoch(config, [(disk.path, disk.opened_from == "fresh") for disk in drives]):
+                self._move_to(epoch)
+        except KVTierError:
+            self._native.close(_EXIT_PATIENCE_SECONDS)
+            raise
         self._control: ControlServer | None = None
-        if stores := [Path(disk.path) / "stores" / disk.store for disk in self.stats().disks if disk.store]:
+        if stores := [Path(disk.path) / "stores" / disk.store for disk in drives]:
             # Not bound to us: an engine that nobody refers to any more ends, and its sockets with it.
             engine = weakref.ref(self)
             self._control = ControlServer(stores, lambda namespace: _purge(engine(), namespace))
@@ -360,6 +369,37 @@ class Engine:
         if namespace is not None:
             return self._native.drop_namespace(check_namespace(namespace))
         return self._native.drop(key_array(keys))
+
+    def reset(self, weights_version: str | None = None) -> None:
+        """Says that the model's weights have changed: no call finds what was stored before it.
+
+        Moves to a new epoch, which keys are mixed with from now on, and makes it durable on every drive: a
+        restart finds nothing of before either. Blocks of before are not wiped (drop() does that); they make
+        room as what is used least. Stores that are running end under the old epoch, running loads finish.
+
+        Engines of the same model that share a directory each have to be reset; the last one's epoch is that
+        of the next start. Never waits for copies; waits for the drives (a sync each), with the GIL.
+
+        Args:
+            weights_version: Names the weights from now on. Whoever resets to the same name again, in this
+                process or after a restart, finds what was stored under it. None is a random epoch, which
+                nobody comes back to.
+
+        Raises:
+            ConfigError: Not a str, or an empty one.
+            StorageError: A drive did not take the epoch. This engine finds nothing of before, but that drive
+                may after a restart: call again.
+            ClosedError: The engine is closed.
+        """
+        if weights_version is not None and (not isinstance(weights_version, str) or not weights_version):
+            raise ConfigError(
+                f"weights_version is {weights_version!r}; allowed: None or a str that is not empty"
+            )
+        self._move_to(random_epoch() if weights_version is None else named_epoch(weights_version))
+
+    def _move_to(self, epoch: bytes) -> None:
+        self._native.set_epoch(epoch)  # first: whatever happens, nothing of before is served
+        save_epoch(self.config, epoch, self._drives)
 
     def poll(self) -> int:
         """Ends leases whose time is over. Never waits; nothing needs it to make progress.

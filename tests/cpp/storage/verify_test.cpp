@@ -99,9 +99,9 @@ TEST_F(Verify, counts_good_and_free_slots_and_reads_every_byte) {
 
 TEST_F(Verify, a_flipped_bit_of_header_or_payload_is_corrupt_and_one_of_the_padding_is_not) {
   make_store(7, 5);
-  flip(7, 0 * kStride + 90);                                  // the key
-  flip(7, 2 * kStride + kSlotHeaderBytes + kPayload - 1);     // the last byte
-  flip(7, 3 * kStride + kSlotHeaderBytes + kPayload + 1000);  // behind it
+  flip(7, 0 * kStride + 90);                                 // the key
+  flip(7, 2 * kStride + kSlotHeaderBytes + kPayload - 1);    // the last byte
+  flip(7, 3 * kStride + kSlotHeaderBytes + kPayload + 100);  // behind it
   const StoreSurvey store = survey();
   EXPECT_EQ(store.slots.corrupt, 2U);
   EXPECT_EQ(store.slots.good, 3U);

@@ -298,7 +298,7 @@ def test_what_was_stored_before_a_reset_is_not_found_after_a_restart(tmp_path: P
     second.side.reset()
     second.close()
     assert found_after_restart() == 0
-    (epoch,) = (tmp_path / "disk").glob("vllm-epoch-*")
+    (epoch,) = (tmp_path / "disk").glob("epoch-*")
     assert epoch.stat().st_mode & 0o777 == 0o600
     third = Bench(tmp_path, disk=True)
     third.store(request("b", 3), [1, 2, 3])

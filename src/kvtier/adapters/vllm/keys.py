@@ -1,7 +1,7 @@
 """BlockKeys: kvtier's keys of a request, made of vLLM's own block hashes. Pure.
 
 vLLM's hash of a block covers its tokens, all before it, and what they depend on: LoRA name, image hashes,
-cache_salt. The rest (model, weights, layouts, tenant, the adapter's weights, the epoch) is in a root of 32
+cache_salt. The rest (model, weights, layouts, tenant, the adapter's weights) is in a root of 32
 random-looking bytes, which is added (exclusive or) to every hash. For one root different hashes have
 different keys; for two roots equal keys would need two hashes whose difference is that of two SHA-256 values.
 """

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
-from kvtier.adapters.vllm.epoch import load_epoch, new_epoch
 from kvtier.adapters.vllm.events import Blocks, EventLog
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
@@ -88,7 +87,6 @@ class SchedulerSide:
         self._pins = TimedPins(self._engine)
         self._planner = LoadPlanner(self._engine.hops, options.load)
         self._recompute = RecomputeClock(self._planner.observe_prefill)
-        self._epoch = load_epoch(config)
         try:
             self._keeper = Keeper(self._engine, directory)
         except BaseException:
@@ -289,8 +287,6 @@ class SchedulerSide:
         What requests that are running now have computed may be as old as what is forgotten: they neither
         store nor load any more, and their running loads are reported as failed. Waits for the drives.
         """
-        self._epoch = new_epoch(self._config)
-        self._roots.clear()
         self._pins.clear()
         if self.events is not None:
             self.events.cleared()
@@ -300,6 +296,7 @@ class SchedulerSide:
         for request_id, load in self._loading.items():
             load.stale = True
             self._stale.append(request_id)
+        self._engine.reset()
         for namespace in self._namespaces:
             with contextlib.suppress(StorageError):  # no key of the new epoch finds what is left there
                 self._engine.drop(namespace=namespace)
@@ -322,7 +319,7 @@ class SchedulerSide:
     def _root(self, namespace: str, lora: bytes) -> bytes:
         root = self._roots.get((namespace, lora))
         if root is None:
-            root = root_key(self._config, namespace, self._epoch + lora)
+            root = root_key(self._config, namespace, lora)
             self._roots[namespace, lora] = root
             self._namespaces.add(namespace)
         return root
