@@ -240,7 +240,7 @@ def save(world: World) -> None:
     world.lines.phase("saving the prefix")
     with world.engine(world.longest) as (engine, pages):
         keys = kvtier.block_keys(world.prefix, engine.config)
-        wait_for_room(engine, len(keys))
+        wait_for_room(engine)
         engine.store(keys, pages, np.arange(len(keys))).wait()
         engine.flush(_PATIENCE_SECONDS)
         say(check={"saved_whole_prefix": engine.stats().disk_durable >= len(keys)})

@@ -57,8 +57,8 @@ def _run(life: Life, model: Any, cache: Any, tokens: Any) -> Any:
     return Run(model.module, cache, tokens, life.chunk_tokens, life.copy_threads, lines)
 
 
-def wait_for_room(engine: Any, num_blocks: int) -> None:
-    """Slot files grow in the background; what is stored before they have is not written."""
+def wait_for_room(engine: Any) -> None:
+    """Until the drive takes blocks; its files then grow as they come."""
     from kvtier.errors import StorageError
 
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -66,12 +66,10 @@ def wait_for_room(engine: Any, num_blocks: int) -> None:
         disk = engine.stats().disks[0]
         if disk.health != "ok":
             raise StorageError(0, f"{disk.path}: {disk.health}")
-        if disk.classes[0].usable >= num_blocks:
+        if disk.classes[0].usable:
             return
         if time.monotonic() > deadline:
-            raise StorageError(
-                0, f"{disk.path}: no room for {num_blocks} blocks within {_PATIENCE_SECONDS:.0f} s"
-            )
+            raise StorageError(0, f"{disk.path}: no room within {_PATIENCE_SECONDS:.0f} s")
         time.sleep(0.01)
 
 
@@ -85,7 +83,7 @@ def save(life: Life, model: Any, tokens: Any) -> None:
         run = _run(life, model, cache, tokens)
         run.warm_up()
         run.cold()
-        wait_for_room(engine, run.prefix // life.block_tokens)
+        wait_for_room(engine)
         run.save()
         say(phase="waiting until the prefix is durable")
         engine.flush(_PATIENCE_SECONDS)
