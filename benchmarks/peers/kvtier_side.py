@@ -1,5 +1,6 @@
 """kvtier as a side: the whole engine, from pages to the host tier, or to disk and durable."""
 
+import os
 import time
 
 import numpy as np
@@ -34,10 +35,11 @@ class Kvtier(Store):
         )
         self.tokens, self.blocks, self.on_disk = tokens, blocks, bool(disk)
         self.ids = np.arange(blocks)
+        self.filling = []
         self.shape = (2 * blocks, 32, 2, tokens, 8, 128)
         self._open()
         if self.on_disk and self.engine.stats().disks[0].opened_from == "fresh":
-            self._wait_until_grown()
+            self._grow()
         return {
             "config": f"tier {options['tier']}, default copy threads; disk: admission all, queue depth 32, "
             "commit 0.01 s"
@@ -48,13 +50,18 @@ class Kvtier(Store):
         memory = self.pages.both.view(np.uint16).reshape(self.shape)
         self.attached = self.engine.attach(memory, axes="PLKTHD")
 
-    def _wait_until_grown(self):
-        """A new store's files are written once in the background: not beside what is timed."""
+    def _grow(self):
+        """A new store's files grow ahead of need: they are filled once, and not beside what is timed."""
         until = time.monotonic() + 60
         while any(c.usable < c.capacity for c in self.engine.stats().disks[0].classes):
             if time.monotonic() > until:
                 raise TimeoutError("the disk tier's files did not grow in 60 s")
-            time.sleep(0.01)
+            keys = np.frombuffer(os.urandom(32 * self.blocks), np.uint8).reshape(-1, 32)
+            self.engine.store(keys, self.attached, self.ids).wait()
+            self.engine.flush()
+            self.filling.append(keys)
+        for keys in self.filling:
+            self.engine.drop(keys)
 
     def put(self, keys):
         until = time.monotonic() + 60

@@ -323,12 +323,15 @@ Status EngineImpl::wait_durable(std::uint64_t up_to, Deadline deadline) {
     }
     // What is written needs its sync and the catalog, and those need not wait for their time. A drive that
     // fails says so to each block's tracker.
+    bool all_flushed = true;
     for (const DiskTier::Volume& volume : disk_->volumes) {
       const Status status = volume.store->flush(deadline);
       if (status.code() == StatusCode::timeout) return status;
+      all_flushed = all_flushed && status.is_ok();
     }
     MutexLock lock(mutex_);
     if (!waiting()) return Status::ok();
+    if (all_flushed && !disk_->undurable.empty()) continue;  // written meanwhile: nobody else hurries it
     if (!deadline) {
       idle_.wait(lock);
     } else if (!idle_.wait_until(lock, *deadline) && waiting()) {

@@ -34,7 +34,9 @@ _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
-_MOST_FETCHES = 4  # of one request: host memory that cannot hold its prefix is not to be churned
+_MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
+# Between two of them: right after a start the host tier still grows, and what found no slot finds one soon.
+_FETCH_PAUSE_SECONDS = 0.02
 _CLOSE_SECONDS = 10.0
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
@@ -367,7 +369,11 @@ class SchedulerSide:
         if not self._options.disk or "disk" not in state.options.tiers or ready >= match.ready_blocks:
             return False
         if state.prefetch is None or (state.prefetch.done() and state.fetches < _MOST_FETCHES):
+            now = self._clock()
+            if state.fetches and now - state.fetched_at < _FETCH_PAUSE_SECONDS:
+                return True
             state.fetches += 1
+            state.fetched_at = now
             state.prefetch = self._engine.prefetch(match.keys[ready:], deadline=self._options.max_wait)
         return not state.prefetch.done()
 

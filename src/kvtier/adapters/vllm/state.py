@@ -38,7 +38,8 @@ class RequestState:
         asked_again_since: When it was first told to ask again, monotonic seconds.
         prefetch: Handle of its prefetch, None without.
         found_on_disk: For each of its blocks whether it was on disk alone when it arrived, bool [n].
-        fetches: How often blocks of it were fetched from disk after they had left the host tier again.
+        fetches: How often blocks were fetched from disk that had found no slot, or had left the host tier.
+        fetched_at: When the last of them began.
     """
 
     request: Any
@@ -53,6 +54,7 @@ class RequestState:
     asked_again_since: float | None = None
     prefetch: Any = None
     fetches: int = 0
+    fetched_at: float = 0.0
     found_on_disk: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
     def on_disk(self, first: int, last: int) -> npt.NDArray[np.bool_]:
