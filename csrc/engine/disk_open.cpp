@@ -122,9 +122,10 @@ Status EngineImpl::open_disks() {
     }
     capacity_bytes += disks[d].capacity_bytes;
     // The youngest is that of all; of one time, the least.
-    if (store->budget && (!last_saved || std::pair(-store->budget->at_s, store->budget->left_bytes) <
-                                             std::pair(-last_saved->at_s, last_saved->left_bytes))) {
-      last_saved = store->budget;
+    const std::optional<SavedBudget> saved = store->budget;
+    if (saved && (!last_saved || std::pair(-saved->at_s, saved->left_bytes) <
+                                     std::pair(-last_saved->at_s, last_saved->left_bytes))) {
+      last_saved = saved;
     }
     OpenedDisk next;
     next.volume.path = disks[d].path;

@@ -96,11 +96,11 @@ struct DiskTier {
     std::uint32_t writing = 0;  // write-backs under way
   };
 
-  DiskTier(const TierIndex::Options& options, Admission admission, KeptBudget write_budget,
+  DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,
            std::uint32_t host_slots)
       : index(options),
         admission_policy(admission, index.index().capacity(), options.hash_seed),
-        budget(std::move(write_budget)),
+        budget(write_budget),
         most_writing(std::max(1U, host_slots / kWriteBackShare)),
         most_candidates(2 * std::size_t{host_slots}) {}
 

@@ -170,7 +170,7 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
     const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
     for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
       if (!is_ready(states[g][i])) continue;
-      const bool on_disk = states[g][i] == BlockState::on_disk;
+      const bool on_disk = disk_ != nullptr && states[g][i] == BlockState::on_disk;
       TierIndex& tier = on_disk ? disk_->index : tier_;
       Entry& entry = tier.index().at(found[g][i]);
       if (i < first_needed || i >= lease->num_blocks || closing_) {
