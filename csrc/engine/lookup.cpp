@@ -164,14 +164,15 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
 
   MutexLock lock(mutex_);
   tick();
+  DiskTier* const disk = disk_.get();
   for (std::size_t g = 0; g < num_groups; ++g) {
     const std::size_t window =
         config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
     const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
     for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
       if (!is_ready(states[g][i])) continue;
-      const bool on_disk = disk_ != nullptr && states[g][i] == BlockState::on_disk;
-      TierIndex& tier = on_disk ? disk_->index : tier_;
+      const bool on_disk = disk != nullptr && states[g][i] == BlockState::on_disk;
+      TierIndex& tier = on_disk ? disk->index : tier_;
       Entry& entry = tier.index().at(found[g][i]);
       if (i < first_needed || i >= lease->num_blocks || closing_) {
         tier.unpin(entry);

@@ -16,14 +16,16 @@ from kvtier import testing
 LAYOUT = kvtier.KVLayout(2, 1, 8, "uint8", 4)
 BLOCKS = 4
 PATIENCE = 60.0
-CONFIG = kvtier.Config(groups=[LAYOUT], block_tokens=4, model="m@1", host=2 * BLOCKS * 8192, copy_threads=1)
+CONFIG = kvtier.Config(
+    groups=[LAYOUT], block_tokens=4, model="m@1", host=2 * BLOCKS * 8192, copy_threads=1, host_numa_node=0
+)
 KEYS = kvtier.block_keys(np.arange(BLOCKS * 4, dtype=np.int32), CONFIG)
 SHAPE = (2 * BLOCKS, 2, 4, 1, 8)
 VALUES = np.random.default_rng(1).integers(0, 256, (2, *SHAPE), np.uint8)
 SOURCE, TARGET = np.arange(BLOCKS), np.arange(BLOCKS, 2 * BLOCKS)
 # Seen by the host memory and by the device in every run of the scenario.
 OFTEN = ["create_stream", "create_event", "record", "wait", "synchronize", "copy", "register_host"]
-HOST_MEMORY = ["available_bytes", "create_shared", "map_shared", "populate"]
+HOST_MEMORY = ["available_bytes", "create_shared", "map_shared", "prefer_node", "populate"]
 
 
 def in_use() -> tuple[int, int]:

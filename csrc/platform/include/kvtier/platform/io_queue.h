@@ -45,9 +45,9 @@ struct IoCompletion {
 };
 
 // Threads: wake() from any thread. The others from one thread, the owner: whoever calls submit() or wait()
-// first. The maker may register buffers and files before that, and may destroy the queue once nothing is in flight. The
-// owner's thread must not end before (the kernel then cancels requests, and tells nobody when they have
-// ended). Blocks: wait(), the destructor.
+// first. The maker may register buffers and files before that, and may destroy the queue once nothing is in
+// flight. The owner's thread must not end before (the kernel then cancels requests, and tells nobody when
+// they have ended). Blocks: wait(), the destructor.
 class IoQueue {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
