@@ -200,6 +200,7 @@ TEST_F(ArenaTest, takes_its_pages_from_the_node_that_was_named) {
   ASSERT_TRUE(arena.is_ok());
   EXPECT_EQ(asked, std::vector<int>{0});
   EXPECT_EQ(arena.value()->stats().numa_node, 0);
+  ASSERT_TRUE(arena.value()->wait_until_whole().is_ok());  // one arena at a time asks the hooks
   create();
   EXPECT_EQ(arena_->stats().numa_node, std::nullopt);
 }
