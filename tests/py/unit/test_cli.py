@@ -181,7 +181,7 @@ class TestDemo:
         status, document = run_with_json(argv, tmp_path / "out.json")
         printed = capsys.readouterr().out
         assert status == 0, printed
-        assert {"ttft_disk", "restore_disk", "reopen"} <= names(document)
+        assert {"ttft_disk_after_sigkill", "restore_disk", "reopen"} <= names(document)
         checks = {name for name, passed in document["checks"].items() if passed}
         assert {"disk_saved_whole_prefix", "disk_restored_whole_prefix"} <= checks
         assert {"disk_identical_logits", "disk_cold_identical_logits", "disk_control_differs"} <= checks
