@@ -194,7 +194,7 @@ TEST(Moves, what_a_random_walk_on_the_simulated_device_loads_is_right_and_its_bo
 
 TEST(Moves, what_a_random_walk_on_the_cpu_device_loads_is_right_and_its_books_balance_I1_to_I5) {
   std::uint64_t hits = 0;
-  for (std::uint64_t seed = 1; seed <= 100 && !HasFailure(); ++seed) {
+  for (std::uint64_t seed = 1; seed <= 140 && !HasFailure(); ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Walk walk(seed, false);
     walk.run(60);
