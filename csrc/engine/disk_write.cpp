@@ -223,8 +223,12 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
   if (!volume) return decline(&EngineStats::disk_declined_busy);
   const std::size_t disk_class = disk.index.class_of(host.group, *volume);
   const bool has_free = disk.index.slots(disk_class).has_free();
-  if (!has_free && disk.volumes[*volume].store->growing(static_cast<std::uint32_t>(class_index)) &&
-      disk.candidates.size() < disk.most_candidates) {
+  const SlotStore& store = *disk.volumes[*volume].store;
+  const auto of_store = static_cast<std::uint32_t>(class_index);
+  // In this order: the store's last step ends growing() before on_grown() has told us of its slots.
+  const bool more_slots = !has_free && (store.growing(of_store) ||
+                                        disk.index.slots(disk_class).usable() < store.usable_slots(of_store));
+  if (more_slots && disk.candidates.size() < disk.most_candidates) {
     disk.candidates.push_front(write_back);  // a slot is being made ready: on_grown() comes back here
     return false;
   }
