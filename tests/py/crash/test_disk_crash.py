@@ -25,7 +25,7 @@ CAMPAIGNS: dict[str, dict[str, Any]] = {
     "evicting": {"cycles": 60, "capacity": TIGHT},
     "catalog_damaged": {"cycles": 80, "between": disk_campaign.damage_catalog},
     "slots_damaged": {"cycles": 40, "between": disk_campaign.damage_slots},
-    "slots_damaged_while_running": {"cycles": 40, "during": disk_campaign.damage_slots},
+    "slots_damaged_while_running": {"cycles": 60, "during": disk_campaign.damage_slots},
 }
 AT_ONCE = 3  # they mostly wait for syncs
 
