@@ -25,7 +25,7 @@ using TensorTuple = std::tuple<std::uintptr_t, std::vector<AxisTuple>>;
 Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::uint64_t chunk_bytes,
                 unsigned copy_threads, std::shared_ptr<HostMemory> memory, std::shared_ptr<const Clock> clock,
                 std::optional<std::uint64_t> hash_seed, std::string eviction, std::optional<DiskOptions> disk,
-                bool ghosts, std::optional<int> numa_node, bool numa_required) {
+                bool ghosts, std::optional<int> numa_node, bool numa_required, std::size_t events) {
   auto box = std::make_shared<EngineBox>();
   EngineConfig config;
   config.groups = std::move(groups);
@@ -38,6 +38,7 @@ Box open_engine(std::vector<GroupSpec> groups, std::uint64_t host_bytes, std::ui
   if (numa_node) config.placement = NumaPlacement{.node = *numa_node, .required = numa_required};
   if (disk) config.disk = std::move(*disk);
   config.ghosts = ghosts;
+  config.events = events;
   box->memory = std::move(memory);
   box->copy_threads = copy_threads;
   box->engine = take(without_gil([&] { return Engine::open(std::move(config)); }));
@@ -175,6 +176,25 @@ std::uint64_t cancel_prefetch(const Box& box, const TicketBox& ticket) {
   return take(without_gil([&] { return engine.cancel_prefetch(native); }));
 }
 
+// (keys [n, 32], groups [n], tiers [n], kinds [n], lost)
+py::tuple take_events(const Box& box, std::size_t most) {
+  Engine& engine = box->get();
+  const BlockEvents taken = take(without_gil([&] { return engine.take_events(most); }));
+  const auto n = static_cast<py::ssize_t>(taken.events.size());
+  py::array_t<std::uint8_t> keys({n, static_cast<py::ssize_t>(kKeyBytes)});
+  py::array_t<std::uint16_t> groups(n);
+  py::array_t<std::uint8_t> tiers(n);
+  py::array_t<std::uint8_t> kinds(n);
+  for (py::ssize_t i = 0; i < n; ++i) {
+    const BlockEvent& event = taken.events[static_cast<std::size_t>(i)];
+    std::memcpy(keys.mutable_data(i, 0), event.key.bytes.data(), kKeyBytes);
+    *groups.mutable_data(i) = raw(event.group);
+    *tiers.mutable_data(i) = static_cast<std::uint8_t>(event.tier);
+    *kinds.mutable_data(i) = static_cast<std::uint8_t>(event.kind);
+  }
+  return py::make_tuple(std::move(keys), std::move(groups), std::move(tiers), std::move(kinds), taken.lost);
+}
+
 void bind_group_spec(py::module_& m) {
   py::class_<GroupSpec>(m, "GroupSpec")
       .def(py::init([](std::string name, std::uint32_t num_layers, std::uint32_t num_parts,
@@ -259,7 +279,7 @@ void bind_engine(py::module_& m) {
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
                   py::arg("hash_seed"), py::arg("eviction"), py::arg("disk"), py::arg("ghosts"),
-                  py::arg("numa_node"), py::arg("numa_required"))
+                  py::arg("numa_node"), py::arg("numa_required"), py::arg("events"))
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())
@@ -297,6 +317,7 @@ void bind_engine(py::module_& m) {
            })
       .def("prefetch", &prefetch, py::arg("keys").noconvert(), py::arg("timeout"))
       .def("cancel_prefetch", &cancel_prefetch, py::arg("ticket"))
+      .def("take_events", &take_events, py::arg("most"))
       .def("flush", &flush, py::arg("timeout"))
       .def("wait_until_whole",
            [](const Box& box) {

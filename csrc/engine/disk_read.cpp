@@ -143,7 +143,7 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
       // A drive that is out of service may come back with what it holds.
       const bool out_of_service = !outcome.status && !disk.volumes[promotion->volume].store->can_read();
       if (!cancelled && !out_of_service && on_disk.linked) {
-        disk.index.drop(on_disk);  // `leaving`, since it is pinned by us, until it is wiped
+        disk.index.lose(on_disk);  // `leaving`, since it is pinned by us, until it is wiped
         keep_pinned = true;
         // What a later version wrote is not ours to overwrite: that slot is never used again.
         wipe = !(outcome.status && outcome.verdict == Verdict::newer_version);

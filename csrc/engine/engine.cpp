@@ -1,6 +1,7 @@
 // Opening, attaching, closing; and Engine itself, which owns the inside.
 #include "kvtier/engine/engine.h"
 
+#include <algorithm>
 #include <chrono>
 #include <random>
 
@@ -56,6 +57,7 @@ Status EngineImpl::start() {
   // While the arena is prefaulted, the drives say what they hold.
   KVTIER_RETURN_IF_ERROR(open_disks());
   open_ghosts();
+  open_events();
   offer_buffers();
 
   // A block stored right after open() must find a slot, so the first chunk of each class is waited for.
@@ -151,6 +153,35 @@ Status EngineImpl::wait_until_whole() {
   --calls_;
   idle_.notify_all();
   return status;
+}
+
+void EngineImpl::open_events() {
+  if (config_.events == 0) return;
+  MutexLock lock(mutex_);
+  events_ = std::make_unique<EventFeed>(config_.events);
+  tier_.announce_to(*events_, Tier::host);
+  if (disk_) disk_->index.announce_to(*events_, Tier::disk);
+}
+
+Result<BlockEvents> EngineImpl::take_events(std::size_t most) {
+  BlockEvents all;
+  for (bool more = true; more;) {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    if (events_ == nullptr) {
+      return Status::unsupported("this engine keeps no events; open it with events=N, how many are kept");
+    }
+    BlockEvents part = events_->take(std::min(kKeysPerHold, most - all.events.size()));
+    all.lost += part.lost;
+    all.events.insert(all.events.end(), part.events.begin(), part.events.end());
+    more = !part.events.empty() && all.events.size() < most;
+  }
+  return all;
+}
+
+void EngineImpl::announce_epoch(const Epoch& epoch) {
+  MutexLock lock(mutex_);
+  if (events_ != nullptr) events_->reset({epoch});
 }
 
 Result<EngineStats> EngineImpl::stats() {
@@ -405,6 +436,7 @@ class EngineHandle final : public Engine {
       if (impl_->closed()) return Status::closed("the engine is closed");
       const bool is_none = epoch == Epoch{};
       MutexLock lock(epoch_mutex_);
+      impl_->announce_epoch(epoch);  // first: what is stored under it is told of behind
       epoch_ = is_none ? std::nullopt : std::optional(epoch);
       return Status::ok();
     });
@@ -417,6 +449,9 @@ class EngineHandle final : public Engine {
   }
   Status wait_until_whole() override {
     return impl_->guarded([&] { return impl_->wait_until_whole(); });
+  }
+  Result<BlockEvents> take_events(std::size_t most) override {
+    return impl_->guarded([&] { return impl_->take_events(most); });
   }
   Result<EngineStats> stats() override {
     return impl_->guarded([&] { return impl_->stats(); });

@@ -1,8 +1,8 @@
 // The engine's inside: one mutex, the state it guards, and the operations that run without it.
 //
-// Lock order: attach_mutex_, then mutex_. Devices, arena and tickets are called with mutex_ free.
-// A waiter's thread may call finish_operation() until its Transfers is destroyed, so whatever that touches
-// outlives all Transfers; close() sees to it.
+// Lock order: EngineHandle's epoch_mutex_ or attach_mutex_, then mutex_. Devices, arena and tickets are
+// called with mutex_ free. A waiter's thread may call finish_operation() until its Transfers is destroyed, so
+// whatever that touches outlives all Transfers; close() sees to it.
 #pragma once
 
 #include <atomic>
@@ -140,6 +140,9 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Result<std::uint32_t> poll();
   Result<FlushResult> flush(Deadline deadline);
   Status wait_until_whole();
+  Result<BlockEvents> take_events(std::size_t most);
+  // What is announced from now on has keys of this epoch.
+  void announce_epoch(const Epoch& epoch);
   Result<EngineStats> stats();
   Result<Hops> hops();
   Status pause_ghosts(bool paused);
@@ -296,6 +299,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
 
   bool touch_on_disk(const BlockKey& key, GroupId group) KVTIER_REQUIRES(mutex_);
 
+  void open_events() KVTIER_EXCLUDES(mutex_);
+
   // Ghost caches (ghosts.cpp).
   void open_ghosts() KVTIER_EXCLUDES(mutex_);
   void note_ghosts(const BlockKey& key, GroupId group, void (Ghosts::*what)(std::uint64_t))
@@ -338,6 +343,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   GroupId ghost_group_{0};  // whose blocks the ghosts are of; set by start()
   std::unique_ptr<Ghosts> ghosts_ KVTIER_GUARDED_BY(mutex_);  // null if they are not wanted
   bool ghosts_paused_ KVTIER_GUARDED_BY(mutex_) = false;
+  std::unique_ptr<EventFeed> events_ KVTIER_GUARDED_BY(mutex_);                   // null if nobody wants them
   std::vector<std::shared_ptr<Operation>> prefetches_ KVTIER_GUARDED_BY(mutex_);  // running
   EngineStats counters_ KVTIER_GUARDED_BY(mutex_);
   HopMeter to_device_ KVTIER_GUARDED_BY(mutex_);

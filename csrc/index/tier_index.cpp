@@ -14,6 +14,15 @@ const EvictionChoice& chosen(std::string_view name) {
   return *choice;
 }
 
+EventKind event_of(Departure why) {
+  switch (why) {
+    case Departure::evicted: return EventKind::evicted;
+    case Departure::dropped: return EventKind::dropped;
+    case Departure::failed: return EventKind::failed;
+  }
+  return EventKind::dropped;
+}
+
 }  // namespace
 
 TierIndex::TierIndex(const Options& options)
@@ -74,7 +83,7 @@ Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_s
   entry.depth = depth;
   entry.slot = slot;
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
-  commit(entry);
+  make_ready(entry);
   return &entry;
 }
 
@@ -99,6 +108,12 @@ bool TierIndex::commit(Entry& entry) {
     free_slot(entry);
     return false;
   }
+  make_ready(entry);
+  if (feed_ != nullptr) feed_->push(entry.key, entry.group, tier_, EventKind::stored);
+  return true;
+}
+
+void TierIndex::make_ready(Entry& entry) {
   entry.state = SlotState::ready;
   class_for(entry).slots.step(entry.slot, SlotState::ready);
   const Entry* parent = index_.parent(entry);
@@ -109,7 +124,6 @@ bool TierIndex::commit(Entry& entry) {
                          .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent))});
   // Children may have been reserved, even committed, before their parent's own copy was over.
   if (!evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
-  return true;
 }
 
 void TierIndex::abort(Entry& entry) {
@@ -154,12 +168,11 @@ void TierIndex::touch(Entry& entry) {
   class_for(entry).policy->touch(index_.id(entry));
 }
 
-void TierIndex::drop(Entry& entry) { remove(entry, Departure::dropped); }
-
 void TierIndex::remove(Entry& entry, Departure why) {
   index_.unlink(entry);
   if (entry.state == SlotState::filling) return;  // commit() or abort() frees the slot
   class_for(entry).policy->erase(index_.id(entry), why);
+  if (feed_ != nullptr) feed_->push(entry.key, entry.group, tier_, event_of(why));
   if (entry.pins > 0) {
     entry.state = SlotState::leaving;
     class_for(entry).slots.step(entry.slot, SlotState::leaving);

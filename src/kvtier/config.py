@@ -124,6 +124,7 @@ class Config:
         trace: A file to which every lookup is written as a request, for `kvtier replay`; no tokens and no
             contents (docs/formats/trace.md). It is replaced at open.
         ghosts: Whether stats() estimates what other capacities would give (docs/costs.md).
+        events: How many events Engine.events() keeps for a reader who is late, 36 bytes each; 0 for none.
         gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
         gpu_copy_sms: Multiprocessors that a copy kernel may use.
         gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
@@ -149,6 +150,7 @@ class Config:
     disk_commit_seconds: float = 0.5
     trace: str | None = None
     ghosts: bool = True
+    events: int = 0
     gpu_copy_path: str = "auto"
     gpu_copy_sms: int = 8
     gpu_store_rate: int | str | None = None
@@ -188,6 +190,7 @@ class Config:
         object.__setattr__(self, "trace", trace)
         if not isinstance(self.ghosts, bool):
             raise ConfigError(f"ghosts is {self.ghosts!r}; allowed: true or false")
+        check_extent("events", self.events, 0, _MAX_EVENTS)
         if self.gpu_copy_path not in COPY_PATHS:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
         check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
@@ -344,10 +347,11 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
     return tuple(groups)
 
 
-_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "gpu_copy_sms")
+_INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "events", "gpu_copy_sms")
 _ADMISSIONS = ("all", "second-use", "tiny-lfu")
 _SECOND_PROCESS = ("next", "refuse")
 _MAX_DISKS = 64
+_MAX_EVENTS = 2**24
 
 
 def _disks_of(value: object, source: str) -> list[Disk]:

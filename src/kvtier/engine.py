@@ -30,7 +30,7 @@ from kvtier.disk_keys import read_keys
 from kvtier.epochs import find_epoch, named_epoch, random_epoch, save_epoch
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located, numa_node_of
-from kvtier.handles import BlockState, Lease, Match, Pages, Prefetch, Tier
+from kvtier.handles import BlockState, EventKind, Events, Lease, Match, Pages, Prefetch, Tier
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
 from kvtier.metrics import Hops, Stats
@@ -51,6 +51,8 @@ __all__ = [
     "BlockOutcome",
     "BlockState",
     "Engine",
+    "EventKind",
+    "Events",
     "FlushResult",
     "Lease",
     "LoadResult",
@@ -176,6 +178,7 @@ class Engine:
             ghosts=config.ghosts,
             numa_node=numa_node_of(config),
             numa_required=isinstance(config.host_numa_node, int),
+            events=config.events,
         )
         drives = [disk for disk in self.stats().disks if disk.store]
         self._drives = [disk.path for disk in drives]
@@ -421,6 +424,23 @@ class Engine:
             TimeoutError: The time is over. The stores go on.
         """
         return FlushResult(*self._native.flush(checked_timeout(timeout)))
+
+    def events(self, most: int | None = None) -> Events:
+        """Takes the events since the last call: which blocks came into and left which tier. Never waits.
+
+        Each is told once, so there is one reader. A block in both tiers has events of both. What the drives
+        held at open is not announced; what leaves them is. What is evicted after a reset() of blocks from
+        before it has keys that nobody knows.
+
+        Args:
+            most: At most so many, the oldest; None for all.
+
+        Raises:
+            UnsupportedError: Config.events is 0.
+            ClosedError: The engine is closed.
+        """
+        limit = 2**63 - 1 if most is None else check_extent("most", most, 0, 2**63 - 1)
+        return Events(*self._native.take_events(limit))
 
     def wait_until_whole(self) -> None:
         """Waits, without the GIL, until the whole host tier is prefaulted. For benchmarks."""

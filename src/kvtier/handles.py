@@ -1,5 +1,6 @@
-"""What an engine hands out beside tickets: Pages, Match, Lease. Thin faces of the core's objects."""
+"""What an engine hands out beside tickets: Pages, Match, Lease, Events. Thin faces of the core's objects."""
 
+from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
 from typing import Any, Protocol
@@ -35,6 +36,39 @@ class Tier(IntEnum):
 
 # The core's states: miss, pending, ready in the host tier, ready on disk.
 _TIER_OF_STATE: States = np.array([Tier.NONE, Tier.NONE, Tier.HOST, Tier.DISK], dtype=np.uint8)
+
+
+class EventKind(IntEnum):
+    """What became of a block in one tier."""
+
+    STORED = 0  # a lookup can hit it there from now on: stored, written to a drive, or read from one
+    EVICTED = 1  # it made room for another
+    DROPPED = 2  # Engine.drop()
+    FAILED = 3  # what was read of it did not prove to be it
+    RESET = 4  # Engine.reset(): no call finds what was announced before; names no block
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """Which blocks came into and left the tiers, oldest first; row i of each array is one event.
+
+    Attributes:
+        keys: Key of the block, uint8 [n, 32].
+        groups: Index into Config.groups, uint16 [n].
+        tiers: Tier.HOST or Tier.DISK, uint8 [n].
+        kinds: EventKind, uint8 [n].
+        lost: Events before the first of these that nobody came for in time. If there are any, what was
+            learned from events is no longer all: only lookup() knows.
+    """
+
+    keys: Keys
+    groups: npt.NDArray[np.uint16]
+    tiers: npt.NDArray[np.uint8]
+    kinds: npt.NDArray[np.uint8]
+    lost: int
+
+    def __len__(self) -> int:
+        return len(self.kinds)
 
 
 class NativeLease(Protocol):

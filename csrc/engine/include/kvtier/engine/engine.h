@@ -33,6 +33,7 @@
 #include "kvtier/engine/stats.h"
 #include "kvtier/engine/ticket.h"
 #include "kvtier/index/admission.h"
+#include "kvtier/index/event_feed.h"
 #include "kvtier/index/eviction.h"
 #include "kvtier/memory/arena.h"
 #include "kvtier/platform/device.h"
@@ -74,7 +75,8 @@ struct EngineConfig {
   std::optional<std::uint64_t> hash_seed;  // nullopt: random
   std::string eviction{kDefaultEviction};  // of the host tier: one of eviction_choices()
   DiskOptions disk;
-  bool ghosts = true;  // EngineStats::ghost_host, ghost_disk
+  bool ghosts = true;      // EngineStats::ghost_host, ghost_disk
+  std::size_t events = 0;  // that take_events() keeps; 0: none
 
   Status validate() const;
   // How host_bytes is shared out: equal numbers of blocks for every group, groups of equal slots together.
@@ -220,6 +222,11 @@ class Engine {
   virtual Result<FlushResult> flush(Deadline deadline) = 0;
   // Blocks until the whole arena is prefaulted (benchmarks; nobody else needs to wait).
   virtual Status wait_until_whole() = 0;
+  // Which blocks came into and left the tiers, oldest first, each told once; at most `most` of them. Who
+  // comes late finds the last EngineConfig::events, and how many were lost: what he knows is then wrong until
+  // he has asked lookup() again. A block in both tiers is told of twice; what stood on the drives at open()
+  // is not. Never waits. Errors: unsupported without EngineConfig::events; closed.
+  virtual Result<BlockEvents> take_events(std::size_t most) = 0;
   virtual Result<EngineStats> stats() = 0;
   // Between the two the ghosts note nothing. For benchmarks: what do they cost?
   virtual Status pause_ghosts() = 0;

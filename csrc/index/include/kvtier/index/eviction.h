@@ -31,6 +31,7 @@ struct BlockFacts {
 enum class Departure : std::uint8_t {
   evicted,  // it was the victim(): a policy may remember it
   dropped,  // by the caller: it is not coming back under this key
+  failed,   // its bytes did not prove to be it
 };
 
 // 64 bits that stand for a block that is not resident. `seed` keeps a caller from choosing collisions.

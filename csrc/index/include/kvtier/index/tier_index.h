@@ -20,6 +20,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kvtier/index/event_feed.h"
 #include "kvtier/index/index.h"
 
 namespace kvtier {
@@ -82,7 +83,15 @@ class TierIndex {
   // Requires a linked, ready entry.
   void touch(Entry& entry);
   // Unfindable at once. The slot is freed now, or with the last pin, or when its filling ends.
-  void drop(Entry& entry);
+  void drop(Entry& entry) { remove(entry, Departure::dropped); }
+  // As drop(): what was read of it did not prove to be it.
+  void lose(Entry& entry) { remove(entry, Departure::failed); }
+
+  // From now on says what becomes ready and what leaves, as of `tier`. restore() is not told.
+  void announce_to(EventFeed& feed, Tier tier) {
+    feed_ = &feed;
+    tier_ = tier;
+  }
 
   // The time of what follows, and what waiting requests want: see EvictionPolicy.
   void advance(std::int64_t now_us);
@@ -117,6 +126,7 @@ class TierIndex {
     std::unique_ptr<EvictionPolicy> policy;
   };
   bool evict_one(Class& tier_class);
+  void make_ready(Entry& entry);
   void remove(Entry& entry, Departure why);
   void free_slot(Entry& entry);
   // Whether the policy knows it, and whether it may name it as a victim (else it is held).
@@ -135,6 +145,8 @@ class TierIndex {
   std::uint64_t orphans_ = 0;
   std::uint64_t pins_ = 0;
   std::uint32_t pinned_blocks_ = 0;
+  EventFeed* feed_ = nullptr;  // null: nobody wants to know
+  Tier tier_ = Tier::host;
 };
 
 }  // namespace kvtier
