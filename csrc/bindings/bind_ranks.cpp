@@ -63,13 +63,16 @@ py::tuple grant_tuple(const std::shared_ptr<EngineBox>& box, Grant grant) {
 
 py::tuple grant_store(const std::shared_ptr<EngineBox>& box, std::uint16_t group, std::uint32_t num_parts,
                       const KeyArray& keys, std::uint32_t first_block, const std::optional<py::bytes>& parent,
-                      const std::string& name_space) {
+                      const std::string& name_space, std::optional<Priority> priority,
+                      std::optional<std::int64_t> ttl_us) {
   Engine& engine = box->get();
   StoreRequest request;
   request.keys = keys_of(keys);
   request.first_block = first_block;
   if (parent) request.parent = key_of(*parent);
   request.name_space = name_space;
+  request.priority = priority;
+  request.ttl_us = ttl_us;
   return grant_tuple(
       box, take(without_gil([&] { return engine.grant_store(GroupId{group}, request, num_parts); })));
 }
@@ -215,7 +218,8 @@ std::vector<std::tuple<std::uint64_t, StatusTuple, bool>> take_ended(const Worke
 void bind_ranks(py::module_& m) {
   m.def("arena_of", &arena_of, py::arg("engine"));
   m.def("grant_store", &grant_store, py::arg("engine"), py::arg("group"), py::arg("num_parts"),
-        py::arg("keys").noconvert(), py::arg("first_block"), py::arg("parent"), py::arg("name_space"));
+        py::arg("keys").noconvert(), py::arg("first_block"), py::arg("parent"), py::arg("name_space"),
+        py::arg("priority"), py::arg("ttl_us"));
   m.def("grant_load", &grant_load, py::arg("engine"), py::arg("group"), py::arg("num_parts"),
         py::arg("keys").noconvert(), py::arg("first_block"));
   m.def("finish_part", &finish_part, py::arg("engine"), py::arg("grant_id"), py::arg("status"),

@@ -121,7 +121,8 @@ std::shared_ptr<LeaseBox> pin(const Box& box, const KeyArray& keys, std::size_t 
 
 std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const KeyArray& keys,
                                  const PageArray& page_ids, std::uintptr_t stream, std::uint32_t first_block,
-                                 const std::optional<py::bytes>& parent, const std::string& name_space) {
+                                 const std::optional<py::bytes>& parent, const std::string& name_space,
+                                 std::optional<Priority> priority, std::optional<std::int64_t> ttl_us) {
   Engine& engine = box->get();
   StoreRequest request;
   request.keys = keys_of(keys);
@@ -130,6 +131,8 @@ std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const Ke
   request.first_block = first_block;
   if (parent) request.parent = key_of(*parent);
   request.name_space = name_space;
+  request.priority = priority;
+  request.ttl_us = ttl_us;
   Pages& native = pages.get();
   return std::make_shared<TicketBox>(box, take(without_gil([&] { return engine.store(native, request); })));
 }
@@ -245,6 +248,10 @@ EngineBox::~EngineBox() {
 }
 
 void bind_engine(py::module_& m) {
+  py::enum_<Priority>(m, "Priority")
+      .value("low", Priority::low)
+      .value("normal", Priority::normal)
+      .value("high", Priority::high);
   bind_group_spec(m);
 
   py::class_<PagesBox, std::shared_ptr<PagesBox>>(m, "Pages")
@@ -285,7 +292,8 @@ void bind_engine(py::module_& m) {
       .def("lookup", &lookup, py::arg("keys").noconvert())
       .def("pin", &pin, py::arg("keys").noconvert(), py::arg("max_blocks"), py::arg("ttl_us"))
       .def("store", &store, py::arg("pages"), py::arg("keys").noconvert(), py::arg("page_ids").noconvert(),
-           py::arg("stream"), py::arg("first_block"), py::arg("parent"), py::arg("name_space"))
+           py::arg("stream"), py::arg("first_block"), py::arg("parent"), py::arg("name_space"),
+           py::arg("priority"), py::arg("ttl_us"))
       .def("load", &load, py::arg("pages"), py::arg("keys").noconvert(), py::arg("page_ids").noconvert(),
            py::arg("stream"), py::arg("first_block"), py::arg("layers_per_batch"))
       .def("touch", &over_keys<&Engine::touch>, py::arg("keys").noconvert())

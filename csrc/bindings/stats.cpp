@@ -123,6 +123,7 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(disk_declined_busy);
   KVTIER_FIELD(disk_declined_full);
   KVTIER_FIELD(disk_declined_parent);
+  KVTIER_FIELD(disk_declined_ttl);
   KVTIER_FIELD(disk_gone);
   KVTIER_FIELD(disk_failed);
   KVTIER_FIELD(disk_evictions);
@@ -134,6 +135,7 @@ py::dict stats_dict(const EngineStats& s) {
   KVTIER_FIELD(bytes_loaded);
   KVTIER_FIELD(evictions);
   KVTIER_FIELD(orphans);
+  KVTIER_FIELD(expirations);
   KVTIER_FIELD(drops);
   KVTIER_FIELD(health);
   KVTIER_FIELD(arena_problem);

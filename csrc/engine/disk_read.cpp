@@ -53,7 +53,8 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
   Entry* above = disk_->index.index().parent(*on_disk);
   Entry* parent = above == nullptr ? nullptr : tier_.index().find(above->key, above->group);
   disk_->index.pin(*on_disk);
-  const TierIndex::Reservation place = tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent);
+  const TierIndex::Reservation place = tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent,
+                                                     /*volume=*/0, on_disk->priority);
   if (place.outcome != ReserveOutcome::reserved) {
     disk_->index.unpin(*on_disk);
     ++counters_.promote_declined;
@@ -264,6 +265,7 @@ void EngineImpl::release_hold(const std::shared_ptr<Operation>& operation) {
 }
 
 Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> keys, Deadline deadline) {
+  expire_blocks();
   const std::size_t num_groups = config_.groups.size();
   const std::shared_ptr<Operation> operation =
       make_operation(Direction::load, GroupId{0}, keys.size() * num_groups);

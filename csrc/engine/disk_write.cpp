@@ -92,6 +92,10 @@ void EngineImpl::track_store(const Operation& operation) {
 
 void EngineImpl::add_candidate(Entry& entry, const std::shared_ptr<DurableTracker>& tracker) {
   DiskTier& disk = *disk_;
+  if (entry.expires) {  // a drive does not know of times, and would have it again after a restart
+    ++counters_.disk_declined_ttl;
+    return;
+  }
   if (Entry* on_disk = disk.index.index().find(entry.key, entry.group)) {
     const auto found = disk.undurable.find(raw(disk.index.index().id(*on_disk)));
     if (found != disk.undurable.end() && found->second->key == entry.key) {
@@ -232,16 +236,18 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
     disk.candidates.push_front(write_back);  // a slot is being made ready: on_grown() comes back here
     return false;
   }
-  const Entry* victim = has_free ? nullptr : disk.index.next_victim(disk_class);
-  if (!disk.admission_policy.admit(host.key, victim == nullptr ? nullptr : &victim->key)) {
+  const Entry* victim = has_free ? nullptr : disk.index.next_victim(disk_class, host.priority);
+  const bool admitted = disk.admission_policy.admit(host.key, victim == nullptr ? nullptr : &victim->key);
+  if (!admitted && host.priority != Priority::high) {
     return decline(&EngineStats::disk_declined_admission);
   }
+  if (!has_free && victim == nullptr) return decline(&EngineStats::disk_declined_full);
   const GroupSpec& spec = config_.groups[raw(host.group)];
   if (!disk.budget.take(spec.slot_stride_bytes(), clock_->now_us())) {
     return decline(&EngineStats::disk_declined_budget);
   }
   const TierIndex::Reservation place =
-      disk.index.reserve(host.key, host.group, host.name_space, host.depth, parent, *volume);
+      disk.index.reserve(host.key, host.group, host.name_space, host.depth, parent, *volume, host.priority);
   if (place.outcome != ReserveOutcome::reserved) return decline(&EngineStats::disk_declined_full);
 
   tier_.pin(host);

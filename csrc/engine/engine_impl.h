@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 #include <map>
 #include <memory>
 #include <set>
@@ -30,6 +31,9 @@ namespace kvtier {
 // Keys that lookup() and its like handle per hold of the mutex: about 100 us, so that a completion never
 // waits long for them.
 inline constexpr std::size_t kKeysPerHold = 4096;
+
+inline constexpr std::int64_t kLongestTtlUs = std::int64_t{1}
+                                              << 60;  // any clock's now and this do not overflow
 
 class EngineImpl;
 
@@ -318,6 +322,16 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   NamespaceId intern(std::string_view name_space) KVTIER_REQUIRES(mutex_);
   NamespaceId intern_tag(const NamespaceTag& tag) KVTIER_REQUIRES(mutex_);
   void expire_leases() KVTIER_REQUIRES(mutex_);
+  // Drops the blocks whose time to live is over. One load of an atomic where none has one.
+  void expire_blocks() KVTIER_EXCLUDES(mutex_);
+  void note_next_expiry() KVTIER_REQUIRES(mutex_);
+  // A store names the block, which it reserved or found.
+  struct Wish {
+    std::optional<Priority> priority;
+    std::optional<std::int64_t> expires_us;
+  };
+  const Entry* below(const BlockKey& key, GroupId group, const Wish& wish) KVTIER_REQUIRES(mutex_);
+  void grant_wish(Entry& entry, const Wish& wish) KVTIER_REQUIRES(mutex_);
   void end_lease(LeaseState& lease) KVTIER_REQUIRES(mutex_);
   std::size_t ready_prefix(const std::vector<std::vector<BlockState>>& states, std::size_t num_keys) const;
   bool wait_idle(Deadline deadline) KVTIER_EXCLUDES(mutex_);
@@ -351,6 +365,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   std::unordered_map<std::uint64_t, std::shared_ptr<Operation>> grants_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Pages>> all_pages_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<LeaseState>> leases_ KVTIER_GUARDED_BY(mutex_);
+  static constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+  std::atomic<std::int64_t> next_expiry_us_{kNever};  // written with mutex_
   std::map<std::string, NamespaceId, std::less<>> namespaces_ KVTIER_GUARDED_BY(mutex_);
   std::map<NamespaceTag, NamespaceId> namespace_of_tag_ KVTIER_GUARDED_BY(mutex_);
   std::vector<NamespaceTag> namespace_tags_ KVTIER_GUARDED_BY(mutex_);  // by NamespaceId

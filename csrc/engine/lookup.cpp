@@ -7,8 +7,6 @@
 namespace kvtier {
 namespace {
 
-constexpr std::int64_t kLongestTtlUs = std::int64_t{1} << 60;  // any clock's now and this do not overflow
-
 // How many of the first `limit` states are ready without a gap. Eight at a time: a lookup of 64K keys would
 // spend a twentieth of its time here.
 std::size_t ready_run(const std::vector<BlockState>& states, std::size_t limit) {
@@ -58,6 +56,7 @@ std::size_t EngineImpl::ready_prefix(const std::vector<std::vector<BlockState>>&
 }
 
 Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
+  expire_blocks();
   Match match;
   match.num_keys = keys.size();
   match.states.reserve(config_.groups.size());
@@ -124,6 +123,7 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
 
 Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> keys, std::size_t max_blocks,
                                                     std::optional<std::int64_t> ttl_us) {
+  expire_blocks();
   keys = keys.first(std::min(keys.size(), max_blocks));
   const std::size_t num_groups = config_.groups.size();
   std::vector<std::vector<BlockState>> states(num_groups,
@@ -229,7 +229,27 @@ void EngineImpl::expire_leases() {
   }
 }
 
+void EngineImpl::note_next_expiry() { next_expiry_us_ = tier_.next_expiry_us().value_or(kNever); }
+
+void EngineImpl::expire_blocks() {
+  if (next_expiry_us_.load(std::memory_order_relaxed) == kNever) return;
+  const std::int64_t now = clock_->now_us();
+  while (next_expiry_us_.load(std::memory_order_relaxed) <= now) {
+    MutexLock lock(mutex_);
+    if (closing_) return;
+    for (std::size_t n = 0; n < kKeysPerHold; ++n) {
+      Entry* const due = tier_.due(now);
+      if (due == nullptr) break;
+      note_ghosts(due->key, due->group, &Ghosts::erase);
+      tier_.expire(*due);
+      ++counters_.expirations;
+    }
+    note_next_expiry();
+  }
+}
+
 Result<std::uint32_t> EngineImpl::poll() {
+  expire_blocks();
   expire_prefetches();
   MutexLock lock(mutex_);
   KVTIER_RETURN_IF_ERROR(check_open());
@@ -239,6 +259,7 @@ Result<std::uint32_t> EngineImpl::poll() {
 
 Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
   std::uint64_t touched = 0;
+  expire_blocks();
   for (std::size_t end = keys.size(); end > 0;) {  // the last part first: tail first over all
     const std::size_t begin = end - std::min(kKeysPerHold, end);
     MutexLock lock(mutex_);

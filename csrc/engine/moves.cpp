@@ -87,7 +87,11 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
   std::vector<EntryId>& present = operation.present;  // pinned, so that no reservation behind evicts them
   std::optional<EntryId> parent;
   NamespaceId name_space{};
+  Wish wish{request.priority, std::nullopt};
   bool declined = false;
+  expire_blocks();
+  if (request.ttl_us)
+    wish.expires_us = clock_->now_us() + std::clamp<std::int64_t>(*request.ttl_us, 0, kLongestTtlUs);
   present.reserve(request.keys.size() + 1);
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
     MutexLock lock(mutex_);
@@ -117,22 +121,29 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
         continue;
       }
       Entry* above = parent ? &tier_.index().at(*parent) : nullptr;
-      const TierIndex::Reservation found =
-          tier_.reserve(request.keys[i], operation.group, name_space,
-                        request.first_block + static_cast<std::uint32_t>(i), above);
+      const Entry* on_disk = below(request.keys[i], operation.group, wish);
+      const Priority otherwise = on_disk == nullptr ? Priority::normal : on_disk->priority;
+      const TierIndex::Reservation found = tier_.reserve(
+          request.keys[i], operation.group, name_space, request.first_block + static_cast<std::uint32_t>(i),
+          above, /*volume=*/0, request.priority.value_or(otherwise));
       switch (found.outcome) {
         case ReserveOutcome::reserved:
           operation.entries.push_back(tier_.index().id(*found.entry));
           operation.blocks.push_back(static_cast<std::uint32_t>(i));
           operation.slots.push_back(found.entry->slot);
+          if (wish.expires_us && on_disk == nullptr) tier_.let_expire(*found.entry, *wish.expires_us);
           break;
         case ReserveOutcome::present:
           operation.outcomes[i] = BlockOutcome::present;
           tier_.pin(*found.entry);
           present.push_back(tier_.index().id(*found.entry));
           if (disk_) operation.seen.emplace_back(present.back(), found.entry->generation);
+          grant_wish(*found.entry, wish);
           break;
-        case ReserveOutcome::pending: operation.outcomes[i] = BlockOutcome::pending; break;
+        case ReserveOutcome::pending:
+          operation.outcomes[i] = BlockOutcome::pending;
+          grant_wish(*found.entry, wish);
+          break;
         case ReserveOutcome::declined:
           operation.outcomes[i] = BlockOutcome::declined;
           declined = true;
@@ -143,11 +154,26 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
           found.outcome == ReserveOutcome::reserved || found.outcome == ReserveOutcome::present;
       parent = holds ? std::optional(tier_.index().id(*found.entry)) : std::nullopt;
     }
+    if (wish.expires_us) note_next_expiry();
     if (request.keys.empty()) break;
   }
   release_present(operation);
   note_use(request.keys, operation.group);
   return Status::ok();
+}
+
+// What is known of a new block's copy on a drive, where that matters.
+const Entry* EngineImpl::below(const BlockKey& key, GroupId group, const Wish& wish) {
+  if (!disk_ || (!wish.expires_us && !disk_->index.has_priorities())) return nullptr;
+  return disk_->index.index().find(key, group);
+}
+
+void EngineImpl::grant_wish(Entry& entry, const Wish& wish) {
+  tier_.lengthen(entry, wish.expires_us);
+  if (!wish.priority) return;
+  tier_.set_priority(entry, *wish.priority);
+  Entry* on_disk = disk_ ? disk_->index.index().find(entry.key, entry.group) : nullptr;
+  if (on_disk != nullptr) disk_->index.set_priority(*on_disk, *wish.priority);
 }
 
 void EngineImpl::release_present(Operation& operation) {
@@ -174,6 +200,7 @@ void EngineImpl::take_off(Operation& operation) {
 Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const LoadRequest& request,
                               Reads* reads) {
   Operation& operation = *shared;
+  expire_blocks();
   const std::uint64_t readable = reads != nullptr ? readable_volumes() : 0;
   bool failed = false;
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
@@ -556,7 +583,7 @@ Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& ou
 std::uint64_t EngineImpl::disk_dropped() const {
   const EngineStats& c = counters_;
   return c.disk_declined_admission + c.disk_declined_budget + c.disk_declined_busy + c.disk_declined_full +
-         c.disk_declined_parent + c.disk_gone + c.disk_failed;
+         c.disk_declined_parent + c.disk_declined_ttl + c.disk_gone + c.disk_failed;
 }
 
 Result<FlushResult> EngineImpl::flush(Deadline deadline) {

@@ -50,8 +50,20 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
   }
   ++size_;
   Entry& entry = entries_[id];
-  entry = Entry{key,       group, SlotState::filling,   true,  0, NamespaceId{0}, 0, 0,
-                SlotId{0}, 0,     entry.generation + 1, kEmpty};
+  entry = Entry{.key = key,
+                .group = group,
+                .state = SlotState::filling,
+                .linked = true,
+                .volume = 0,
+                .name_space = NamespaceId{0},
+                .depth = 0,
+                .children = 0,
+                .slot = SlotId{0},
+                .pins = 0,
+                .priority = Priority::normal,
+                .expires = false,
+                .generation = entry.generation + 1,
+                .parent = kEmpty};
 
   const std::uint64_t h = hash(key, group);
   std::size_t at = home(h);

@@ -1,5 +1,6 @@
 #include "kvtier/index/tier_index.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include "kvtier/core/status.h"
@@ -19,9 +20,14 @@ EventKind event_of(Departure why) {
     case Departure::evicted: return EventKind::evicted;
     case Departure::dropped: return EventKind::dropped;
     case Departure::failed: return EventKind::failed;
+    case Departure::expired: return EventKind::expired;
   }
   return EventKind::dropped;
 }
+
+// The queues of Class::others.
+constexpr std::uint32_t kNumQueues = 2;
+std::uint32_t queue_of(Priority priority) { return priority == Priority::low ? 0 : 1; }
 
 }  // namespace
 
@@ -36,23 +42,25 @@ TierIndex::TierIndex(const Options& options)
     if (!options.block_bytes.empty()) {
       policy.block_bytes = options.block_bytes[classes_.size() % classes_per_volume_];
     }
-    classes_.push_back({SlotPool(slots), chosen(options.eviction).make(policy)});
+    classes_.push_back({SlotPool(slots), chosen(options.eviction).make(policy), nullptr});
   }
 }
 
 TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, NamespaceId name_space,
-                                          std::uint32_t depth, Entry* parent, std::uint32_t volume) {
+                                          std::uint32_t depth, Entry* parent, std::uint32_t volume,
+                                          Priority priority) {
   if (Entry* found = index_.find(key, group)) {
     return {found->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending, found};
   }
   Class& tier_class = classes_[class_of(group, volume)];
+  make_queues(tier_class, priority);
   std::optional<SlotId> slot = tier_class.slots.take();
   if (!slot) {
     // The parent has no child yet to hold it, and must not be the victim of its own child.
     const bool hold_parent = parent != nullptr && tracked(*parent) && evictable(*parent);
-    if (hold_parent) class_for(*parent).policy->hold(index_.id(*parent));
-    if (evict_one(tier_class)) slot = tier_class.slots.take();
-    if (hold_parent) class_for(*parent).policy->let_go(index_.id(*parent));
+    if (hold_parent) hold(*parent);
+    if (evict_one(tier_class, priority)) slot = tier_class.slots.take();
+    if (hold_parent) let_go(*parent);
   }
   if (!slot) return {ReserveOutcome::declined, nullptr};
 
@@ -61,12 +69,13 @@ TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, Na
   entry.depth = depth;
   entry.slot = *slot;
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
+  entry.priority = priority;
   if (parent != nullptr) link_parent(entry, *parent);
   return {ReserveOutcome::reserved, &entry};
 }
 
 void TierIndex::link_parent(Entry& child, Entry& parent) {
-  if (leaf_first_ && tracked(parent) && evictable(parent)) class_for(parent).policy->hold(index_.id(parent));
+  if (leaf_first_ && tracked(parent) && evictable(parent)) hold(parent);
   index_.set_parent(child, parent);
 }
 
@@ -87,19 +96,115 @@ Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_s
   return &entry;
 }
 
-const Entry* TierIndex::next_victim(std::size_t class_index) {
-  const std::optional<EntryId> victim = classes_[class_index].policy->victim();
-  return victim ? &index_.at(*victim) : nullptr;
+const Entry* TierIndex::next_victim(std::size_t class_index, Priority priority) {
+  const std::optional<EntryId> found = victim(classes_[class_index], priority);
+  return found ? &index_.at(*found) : nullptr;
 }
 
-bool TierIndex::evict_one(Class& tier_class) {
-  const std::optional<EntryId> victim = tier_class.policy->victim();
-  if (!victim) return false;
-  KVTIER_CHECK(index_.at(*victim).state == SlotState::ready && index_.at(*victim).pins == 0);
-  orphans_ += index_.at(*victim).children;
-  remove(index_.at(*victim), Departure::evicted);
+std::optional<EntryId> TierIndex::victim(Class& tier_class, Priority newcomer) {
+  AgeQueues* const others = tier_class.others.get();
+  if (others != nullptr) {
+    if (const std::optional<EntryId> low = others->oldest(queue_of(Priority::low))) return low;
+  }
+  if (newcomer == Priority::low) return std::nullopt;
+  if (const std::optional<EntryId> normal = tier_class.policy->victim()) return normal;
+  if (newcomer == Priority::normal || others == nullptr) return std::nullopt;
+  return others->oldest(queue_of(Priority::high));
+}
+
+bool TierIndex::evict_one(Class& tier_class, Priority newcomer) {
+  const std::optional<EntryId> found = victim(tier_class, newcomer);
+  if (!found) return false;
+  Entry& entry = index_.at(*found);
+  KVTIER_CHECK(entry.state == SlotState::ready && entry.pins == 0);
+  orphans_ += entry.children;
+  remove(entry, Departure::evicted);
   ++evictions_;
   return true;
+}
+
+void TierIndex::set_priority(Entry& entry, Priority priority) {
+  KVTIER_CHECK(entry.linked);
+  if (entry.priority == priority) return;
+  make_queues(class_for(entry), priority);                 // may throw, and nothing has changed
+  if (tracked(entry)) untrack(entry, Departure::dropped);  // by one policy; the block stays
+  entry.priority = priority;
+  if (tracked(entry)) track(entry);
+}
+
+void TierIndex::make_queues(Class& tier_class, Priority priority) {
+  if (priority == Priority::normal || tier_class.others) return;
+  tier_class.others = std::make_unique<AgeQueues>(index_.capacity(), kNumQueues);
+  has_priorities_ = true;
+}
+
+void TierIndex::let_expire(Entry& entry, std::int64_t at_us) {
+  KVTIER_CHECK(entry.linked);
+  expiries_.set(index_.id(entry), at_us);
+  entry.expires = true;
+}
+
+void TierIndex::lengthen(Entry& entry, std::optional<std::int64_t> at_us) {
+  if (!entry.expires) return;
+  if (!at_us) {
+    expiries_.erase(index_.id(entry));
+    entry.expires = false;
+  } else if (*at_us > *expiries_.of(index_.id(entry))) {
+    expiries_.set(index_.id(entry), *at_us);
+  }
+}
+
+Entry* TierIndex::due(std::int64_t now_us) {
+  const std::optional<std::int64_t> next = expiries_.next_us();
+  return next && *next <= now_us ? &index_.at(*expiries_.first()) : nullptr;
+}
+
+void TierIndex::track(Entry& entry) {
+  Class& tier_class = class_for(entry);
+  if (entry.priority != Priority::normal) {
+    tier_class.others->push(index_.id(entry), queue_of(entry.priority));
+  } else {
+    const Entry* parent = index_.parent(entry);
+    if (parent != nullptr && parent->priority != Priority::normal)
+      parent = nullptr;  // the policy has no such
+    tier_class.policy->insert(
+        index_.id(entry), {.key = entry.key,
+                           .group = entry.group,
+                           .depth = entry.depth,
+                           .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent))});
+  }
+  // Children may have been reserved, even committed, before their parent's own copy was over.
+  if (!evictable(entry)) hold(entry);
+}
+
+void TierIndex::untrack(Entry& entry, Departure why) {
+  if (entry.priority != Priority::normal) {
+    class_for(entry).others->erase(index_.id(entry));
+  } else {
+    class_for(entry).policy->erase(index_.id(entry), why);
+  }
+}
+
+void TierIndex::hold(Entry& entry) {
+  if (entry.priority != Priority::normal) {
+    class_for(entry).others->hold(index_.id(entry));
+  } else {
+    class_for(entry).policy->hold(index_.id(entry));
+  }
+}
+
+void TierIndex::let_go(Entry& entry) {
+  if (entry.priority != Priority::normal) {
+    class_for(entry).others->let_go(index_.id(entry));
+  } else {
+    class_for(entry).policy->let_go(index_.id(entry));
+  }
+}
+
+void TierIndex::unlink(Entry& entry) {
+  if (entry.expires) expiries_.erase(index_.id(entry));
+  entry.expires = false;
+  index_.unlink(entry);
 }
 
 bool TierIndex::commit(Entry& entry) {
@@ -116,25 +221,18 @@ bool TierIndex::commit(Entry& entry) {
 void TierIndex::make_ready(Entry& entry) {
   entry.state = SlotState::ready;
   class_for(entry).slots.step(entry.slot, SlotState::ready);
-  const Entry* parent = index_.parent(entry);
-  class_for(entry).policy->insert(
-      index_.id(entry), {.key = entry.key,
-                         .group = entry.group,
-                         .depth = entry.depth,
-                         .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent))});
-  // Children may have been reserved, even committed, before their parent's own copy was over.
-  if (!evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
+  track(entry);
 }
 
 void TierIndex::abort(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::filling);
-  if (entry.linked) index_.unlink(entry);
+  if (entry.linked) unlink(entry);
   free_slot(entry);
 }
 
 void TierIndex::quarantine(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::filling);
-  if (entry.linked) index_.unlink(entry);
+  if (entry.linked) unlink(entry);
   entry.state = SlotState::leaving;
   class_for(entry).slots.step(entry.slot, SlotState::leaving);
 }
@@ -146,7 +244,7 @@ void TierIndex::release_quarantined(Entry& entry) {
 
 void TierIndex::pin(Entry& entry) {
   KVTIER_CHECK(entry.state == SlotState::ready);
-  if (tracked(entry) && evictable(entry)) class_for(entry).policy->hold(index_.id(entry));
+  if (tracked(entry) && evictable(entry)) hold(entry);
   if (entry.pins++ == 0) ++pinned_blocks_;
   ++pins_;
 }
@@ -159,19 +257,23 @@ void TierIndex::unpin(Entry& entry) {
   if (entry.state == SlotState::leaving) {
     free_slot(entry);
   } else if (tracked(entry) && evictable(entry)) {
-    class_for(entry).policy->let_go(index_.id(entry));
+    let_go(entry);
   }
 }
 
 void TierIndex::touch(Entry& entry) {
   KVTIER_CHECK(entry.linked && entry.state == SlotState::ready);
-  class_for(entry).policy->touch(index_.id(entry));
+  if (entry.priority != Priority::normal) {
+    class_for(entry).others->move(index_.id(entry), queue_of(entry.priority));
+  } else {
+    class_for(entry).policy->touch(index_.id(entry));
+  }
 }
 
 void TierIndex::remove(Entry& entry, Departure why) {
-  index_.unlink(entry);
+  unlink(entry);
   if (entry.state == SlotState::filling) return;  // commit() or abort() frees the slot
-  class_for(entry).policy->erase(index_.id(entry), why);
+  untrack(entry, why);
   if (feed_ != nullptr) feed_->push(entry.key, entry.group, tier_, event_of(why));
   if (entry.pins > 0) {
     entry.state = SlotState::leaving;
@@ -186,7 +288,7 @@ void TierIndex::free_slot(Entry& entry) {
   entry.state = SlotState::free;
   Entry* parent = index_.erase(entry);  // non-null: it was its last child
   if (leaf_first_ && parent != nullptr && tracked(*parent) && evictable(*parent)) {
-    class_for(*parent).policy->let_go(index_.id(*parent));
+    let_go(*parent);
   }
 }
 
@@ -208,8 +310,12 @@ void TierIndex::expect_no_more(const BlockKey& key, GroupId group) {
 
 double TierIndex::bytes_per_block() const {
   double bytes = index_.bytes_per_entry() + sizeof(SlotState) + sizeof(SlotId);
-  for (const Class& each : classes_) bytes += each.policy->bytes_per_record();
-  return bytes;
+  for (const Class& each : classes_) {
+    bytes += each.policy->bytes_per_record();
+    if (each.others) bytes += AgeQueues::kBytesPerRecord;
+  }
+  const auto expiries = static_cast<double>(expiries_.size() * Expiries::kBytesPerEntry);
+  return bytes + expiries / static_cast<double>(std::max<std::size_t>(1, index_.capacity()));
 }
 
 }  // namespace kvtier

@@ -54,11 +54,13 @@ Tiers::Prefix Tiers::look_up() {
 }
 
 bool Tiers::admitted(const BlockKey& key, SimulationResult& result) {
-  const Entry* victim = disk_->slots(0).has_free() ? nullptr : disk_->next_victim(0);
+  const bool has_free = disk_->slots(0).has_free();
+  const Entry* victim = has_free ? nullptr : disk_->next_victim(0);
   if (!admission_.admit(key, victim == nullptr ? nullptr : &victim->key)) {
     ++result.declined_admission;
     return false;
   }
+  if (!has_free && victim == nullptr) return false;
   if (budget_ && !budget_->take(block_bytes_, now_us_)) {
     ++result.declined_budget;
     return false;

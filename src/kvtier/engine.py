@@ -30,7 +30,7 @@ from kvtier.disk_keys import read_keys
 from kvtier.epochs import find_epoch, named_epoch, random_epoch, save_epoch
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located, numa_node_of
-from kvtier.handles import BlockState, EventKind, Events, Lease, Match, Pages, Prefetch, Tier
+from kvtier.handles import BlockState, EventKind, Events, Lease, Match, Pages, Prefetch, Tier, checked_ttl_us
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
 from kvtier.metrics import Hops, Stats
@@ -100,6 +100,20 @@ def native_device(device: Any) -> _core.Device | None:
     if native is None or isinstance(native, _core.Device):
         return native
     raise ConfigError(f"device is {device!r}; allowed: None or a device of kvtier.testing")
+
+
+def native_priority(priority: str | None) -> _core.Priority | None:
+    """The core's word for a caller's priority.
+
+    Raises:
+        ConfigError: Not one of those there are.
+    """
+    if priority is None:
+        return None
+    if priority not in ("low", "normal", "high"):
+        raise ConfigError(f'priority is {priority!r}; allowed: None, "low", "normal" or "high"')
+    native: _core.Priority = getattr(_core.Priority, priority)
+    return native
 
 
 def disk_options(config: Config) -> _core.DiskOptions | None:
@@ -262,6 +276,8 @@ class Engine:
         first_block: int = 0,
         parent: Any = None,
         namespace: str = "",
+        priority: str | None = None,
+        ttl: float | None = None,
     ) -> StoreTicket:
         """Copies blocks from pages into the tier, behind what `stream` has been given so far.
 
@@ -277,6 +293,12 @@ class Engine:
             first_block: Index of keys[0] in its sequence.
             parent: Key of the block before keys[0], where it is known. Parents outlive their descendants.
             namespace: The tenant, for drop(namespace=...).
+            priority: "low", "normal" or "high": blocks of a lower one are evicted first, whatever the policy,
+                and no block takes the place of one of a higher one: it is declined. Also of blocks that are
+                there already; the last word counts. None leaves those as they are, and new ones "normal".
+            ttl: Seconds from now after which the blocks are gone, as if dropped; until then they are in the
+                host tier alone. Of several stores the longest counts, and None is for ever: a block that was
+                stored without, or is on a drive, gets none.
 
         Raises:
             ConfigError: An argument is not allowed; nothing was done.
@@ -285,7 +307,15 @@ class Engine:
         array, ids = self._transfer_arguments(keys, pages, page_ids, first_block)
         above = None if parent is None else key_bytes(parent, "parent")
         native = self._native.store(
-            pages._native, array, ids, stream_handle(stream), first_block, above, check_namespace(namespace)
+            pages._native,
+            array,
+            ids,
+            stream_handle(stream),
+            first_block,
+            above,
+            check_namespace(namespace),
+            native_priority(priority),
+            checked_ttl_us(ttl),
         )
         return StoreTicket(native, _core.Moment, self.config.block_tokens)
 

@@ -38,6 +38,17 @@ class Tier(IntEnum):
 _TIER_OF_STATE: States = np.array([Tier.NONE, Tier.NONE, Tier.HOST, Tier.DISK], dtype=np.uint8)
 
 
+def checked_ttl_us(ttl: float | None) -> int | None:
+    """Microseconds of a time to live in seconds; None is for ever.
+
+    Raises:
+        ConfigError: Not a number of 0 or more.
+    """
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not ttl >= 0):
+        raise ConfigError(f"ttl is {ttl!r}; allowed: None or seconds of 0 or more")
+    return None if ttl is None else int(min(ttl, 2.0**42) * 1e6)
+
+
 class EventKind(IntEnum):
     """What became of a block in one tier."""
 
@@ -45,7 +56,8 @@ class EventKind(IntEnum):
     EVICTED = 1  # it made room for another
     DROPPED = 2  # Engine.drop()
     FAILED = 3  # what was read of it did not prove to be it
-    RESET = 4  # Engine.reset(): no call finds what was announced before; names no block
+    EXPIRED = 4  # its time to live was over
+    RESET = 5  # Engine.reset(): no call finds what was announced before; names no block
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,10 +225,7 @@ class Match:
             ConfigError: `ttl` is not a number of 0 or more.
             ClosedError: The engine is closed.
         """
-        if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not ttl >= 0):
-            raise ConfigError(f"ttl is {ttl!r}; allowed: None or seconds of 0 or more")
-        ttl_us = None if ttl is None else int(min(ttl, 2.0**42) * 1e6)
-        return Lease(self._engine.pin(self.keys, self.ready_blocks, ttl_us), self.keys)
+        return Lease(self._engine.pin(self.keys, self.ready_blocks, checked_ttl_us(ttl)), self.keys)
 
 
 class Prefetch:

@@ -215,6 +215,7 @@ class Stats:
     disk_declined_busy: int
     disk_declined_full: int
     disk_declined_parent: int
+    disk_declined_ttl: int
     disk_gone: int
     disk_failed: int
     disk_evictions: int
@@ -227,6 +228,7 @@ class Stats:
     bytes_loaded: int
     evictions: int
     orphans: int
+    expirations: int
     drops: int
 
     health: str

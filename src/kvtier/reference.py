@@ -12,6 +12,8 @@ The rules, each stated once:
 * load, pin, touch and (for what was there already) store make blocks young, tail first too; lookup does not.
 * A slot is made free by evicting the oldest block that is not pinned, has no resident child and is not the
   parent of the block that the slot is for. Being passed over is no use: what may not go keeps its age.
+* Of blocks that may go those of the lowest priority go first; a block takes the place of none of a higher one.
+* A block whose time to live is over is dropped by the next call. The longest of its stores counts.
 * A dropped block is gone for lookups at once. Its slot is free once nobody fills or reads it.
 
 A copy takes time: begin_store() and begin_load() return an operation that holds its slots or pins until
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from kvtier.config import Config
 from kvtier.errors import ClosedError, ConfigError
 
+_PRIORITIES = ("low", "normal", "high")
 _SLOT_ALIGNMENT = 4096
 _SLOT_HEADER_BYTES = 4096
 
@@ -41,6 +44,8 @@ class _Block:
     linked: bool = True  # findable
     children: int = 0
     pins: int = 0
+    priority: int = 1
+    expires_us: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,7 @@ class ReferenceCache:
     def lookup(self, keys: Sequence[bytes]) -> ReferenceMatch:
         """Says which blocks are there; changes counters only."""
         self._check_open()
+        self._expire_blocks()
         asked = len(keys) * self.num_groups
         self.counters["lookup_blocks"] += asked
         states = [[self._state(key, group) for key in keys] for group in range(self.num_groups)]
@@ -242,6 +248,7 @@ class ReferenceCache:
     ) -> ReferenceLease:
         """Pins the ready prefix of `keys`, and makes it young."""
         self._check_open()
+        self._expire_blocks()
         keys = keys if max_blocks is None else keys[:max_blocks]
         states = [[self._state(key, group) for key in keys] for group in range(self.num_groups)]
         prefix = self._ready_prefix(states, len(keys))
@@ -257,8 +264,9 @@ class ReferenceCache:
         return lease
 
     def poll(self) -> None:
-        """Ends the leases whose time is over."""
+        """Ends the leases and drops the blocks whose time is over."""
         self._check_open()
+        self._expire_blocks()
         self._expire_leases()
 
     # --- stores and loads ---
@@ -271,6 +279,8 @@ class ReferenceCache:
         group: int = 0,
         parent: bytes | None = None,
         namespace: str = "",
+        priority: str | None = None,
+        ttl_us: int | None = None,
     ) -> ReferenceOperation:
         """Reserves a slot for every block that is not there.
 
@@ -280,9 +290,14 @@ class ReferenceCache:
             group: The cache group that they belong to.
             parent: Key of the block before keys[0], None when there is none or it is not known.
             namespace: Whom they belong to.
+            priority: Of all of them from now on; None leaves it, and is "normal" for new ones.
+            ttl_us: Until when they live, from now; None is for ever.
         """
         self._check_open()
+        self._expire_blocks()
         self._expire_leases()
+        expires_us = None if ttl_us is None else self.now_us + ttl_us
+        rank = None if priority is None else _PRIORITIES.index(priority)
         operation = ReferenceOperation(["running"] * len(keys), [None] * len(keys), self._finish_store)
         touched: list[_Block] = []  # in use until the end, so that no reservation evicts them
         above = self._found.get((parent, group)) if parent is not None else None
@@ -297,6 +312,10 @@ class ReferenceCache:
                 operation.outcomes[i] = "declined"
                 continue
             there = self._found.get((key, group))
+            if there is not None:
+                there.priority = there.priority if rank is None else rank
+                if there.expires_us is not None:
+                    there.expires_us = None if expires_us is None else max(there.expires_us, expires_us)
             if there is not None and there.state == "ready":
                 operation.outcomes[i] = "present"
                 there.pins += 1
@@ -305,11 +324,12 @@ class ReferenceCache:
             elif there is not None:
                 operation.outcomes[i] = "pending"
                 above = None  # its fate is not known, so nothing may hang on it
-            elif not self._has_room(self._class_of_group[group], above):
+            elif not self._has_room(self._class_of_group[group], above, 1 if rank is None else rank):
                 operation.outcomes[i] = "declined"
                 declined = True
             else:
-                block = _Block(key, group, namespace, contents[i], above)
+                block = _Block(key, group, namespace, contents[i], above, expires_us=expires_us)
+                block.priority = block.priority if rank is None else rank
                 if above is not None:
                     above.children += 1
                 self._held[self._class_of_group[group]].append(block)
@@ -326,6 +346,7 @@ class ReferenceCache:
     def begin_load(self, keys: Sequence[bytes], *, group: int = 0) -> ReferenceOperation:
         """Pins what is ready and makes it young; finish() delivers the bytes and ends the pins."""
         self._check_open()
+        self._expire_blocks()
         operation = ReferenceOperation(["running"] * len(keys), [None] * len(keys), self._finish_load)
         for i, key in enumerate(keys):
             state = self._state(key, group)
@@ -366,6 +387,7 @@ class ReferenceCache:
     def touch(self, keys: Sequence[bytes]) -> int:
         """Makes the ready blocks of `keys` young, in every group; returns how many."""
         self._check_open()
+        self._expire_blocks()
         touched = 0
         for key in reversed(keys):
             for group in range(self.num_groups):
@@ -425,11 +447,13 @@ class ReferenceCache:
 
         return max(prefix for prefix in range(num_keys + 1) if usable(prefix))
 
-    def _has_room(self, class_index: int, spared: _Block | None) -> bool:
+    def _has_room(self, class_index: int, spared: _Block | None, priority: int) -> bool:
         """Makes room in a size class if it can. `spared` is the parent of what the slot is for."""
         if len(self._held[class_index]) < self._capacity[class_index]:
             return True
-        for block in self._by_age[class_index]:  # oldest first
+        for block in sorted(self._by_age[class_index], key=lambda block: block.priority):  # else oldest first
+            if block.priority > priority:
+                break
             if block.pins == 0 and block.children == 0 and block is not spared:
                 self._unlink(block)
                 self.counters["evictions"] += 1
@@ -503,6 +527,12 @@ class ReferenceCache:
             if lease.expires_us is not None and lease.expires_us <= self.now_us:
                 lease.release()
 
+    def _expire_blocks(self) -> None:
+        for block in list(self._found.values()):
+            if block.expires_us is not None and block.expires_us <= self.now_us:
+                self._unlink(block)
+                self.counters["expirations"] += 1
+
     def _end_lease(self, lease: ReferenceLease) -> None:
         if not lease.active:
             return
@@ -532,5 +562,6 @@ _COUNTERS = (
     "bytes_stored",
     "bytes_loaded",
     "evictions",
+    "expirations",
     "drops",
 )

@@ -19,8 +19,10 @@ from kvtier.engine import (
     finish_part,
     grant_load,
     grant_store,
+    native_priority,
 )
 from kvtier.errors import ClosedError, ConfigError, KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError
+from kvtier.handles import checked_ttl_us
 from kvtier.keys import Keys, key_bytes
 from kvtier.layout import check_extent
 from kvtier.ranks.instruction import Instruction
@@ -100,7 +102,15 @@ class Keeper:
                 raise TimeoutError(f"ranks {missing} have not joined within {timeout} s")
 
     def store(
-        self, keys: Any, group: int = 0, *, first_block: int = 0, parent: Any = None, namespace: str = ""
+        self,
+        keys: Any,
+        group: int = 0,
+        *,
+        first_block: int = 0,
+        parent: Any = None,
+        namespace: str = "",
+        priority: str | None = None,
+        ttl: float | None = None,
     ) -> StoreOrder:
         """Reserves slots for blocks that are not there yet. Does not wait.
 
@@ -112,6 +122,8 @@ class Keeper:
             first_block: Index of keys[0] in its sequence.
             parent: Key of the block before keys[0], where it is known.
             namespace: The tenant.
+            priority: As of Engine.store().
+            ttl: As of Engine.store().
 
         Returns:
             The instruction for every rank, and a ticket: the blocks are visible, and it is done, when every
@@ -125,6 +137,7 @@ class Keeper:
         above = None if parent is None else key_bytes(parent, "parent")
         if not isinstance(namespace, str):
             raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
+        rank, ttl_us = native_priority(priority), checked_ttl_us(ttl)
         parts = 1 if spec.replicated else self._config.world_size
         with self._changed:
             self._check_open()
@@ -132,7 +145,7 @@ class Keeper:
                 granted = _nothing(len(array), BlockOutcome.DECLINED)
             else:
                 granted = grant_store(
-                    self._engine._native, group, parts, array, first_block, above, namespace
+                    self._engine._native, group, parts, array, first_block, above, namespace, rank, ttl_us
                 )
             instruction = self._instruct(granted, group, parts, first_block, is_store=True)
         return StoreOrder(instruction, StoreTicket(granted[3], NativeMoment, self._config.block_tokens))

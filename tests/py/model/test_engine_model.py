@@ -311,12 +311,19 @@ class EngineModel(RuleBasedStateMachine):
     running_is_few = precondition(lambda self: len(self.running) < MAX_RUNNING - 1)  # a store may need two
 
     def _store(
-        self, call: Call | int, into: tuple[int, ...], linked: bool, stream: int, fault: str | None
+        self,
+        call: Call | int,
+        into: tuple[int, ...],
+        linked: bool,
+        stream: int,
+        fault: str | None,
+        priority: str | None,
+        ttl: float | None,
     ) -> None:
         chosen = self.chosen(call)
         self.stored = [chosen, *self.stored[:-1]]
         for group in into:
-            self.store_one(chosen, group, linked, stream, fault)
+            self.store_one(chosen, group, linked, stream, fault, priority, ttl)
 
     store_arguments: ClassVar[dict[str, Any]] = {
         "call": calls,
@@ -324,13 +331,24 @@ class EngineModel(RuleBasedStateMachine):
         "linked": st.booleans(),
         "stream": st.integers(0, 1),
         "fault": faults,
+        "priority": st.sampled_from([None, None, None, "low", "normal", "high"]),
+        "ttl": st.sampled_from([None, None, None, 0.0, 1.0, 2.0]),
     }
     # Three times, for rules are chosen alike often, and without pressure nothing is evicted.
     store = running_is_few(rule(**store_arguments)(_store))
     store_more = running_is_few(rule(**store_arguments)(_store))
     store_yet_more = running_is_few(rule(**store_arguments)(_store))
 
-    def store_one(self, call: Call, group: int, linked: bool, stream: int, fault: str | None) -> None:
+    def store_one(
+        self,
+        call: Call,
+        group: int,
+        linked: bool,
+        stream: int,
+        fault: str | None,
+        priority: str | None,
+        ttl: float | None,
+    ) -> None:
         keys = self.keys_of(call)
         contents = self.new_contents(group, len(keys))
         namespace = NAMESPACES[call.namespace]
@@ -349,8 +367,18 @@ class EngineModel(RuleBasedStateMachine):
             first_block=call.begin,
             parent=parent,
             namespace=namespace,
+            priority=priority,
+            ttl=ttl,
         )
-        operation = self.model.begin_store(keys, contents, group=group, parent=parent, namespace=namespace)
+        operation = self.model.begin_store(
+            keys,
+            contents,
+            group=group,
+            parent=parent,
+            namespace=namespace,
+            priority=priority,
+            ttl_us=None if ttl is None else int(ttl * 1e6),
+        )
         self.add(Running(ticket, operation, self.fault_strikes(fault, operation)))
 
     @running_is_few

@@ -133,6 +133,13 @@ struct StoreRequest {
   std::uint32_t first_block = 0;   // depth of keys[0] in its sequence
   std::optional<BlockKey> parent;  // of keys[0]; nullopt at the beginning of a sequence, or when not known
   std::string_view name_space;
+  // Of all these blocks, those that are there already too; nullopt leaves them as they are, and new ones
+  // normal. A store takes the place of no block of a higher priority.
+  std::optional<Priority> priority = std::nullopt;
+  // From now. Then they are gone, as if dropped; until then they are not written to a drive. Of several
+  // stores the longest counts, nullopt being for ever: a block that has no such time, or is on a drive, gets
+  // none.
+  std::optional<std::int64_t> ttl_us = std::nullopt;
 };
 
 struct LoadRequest {

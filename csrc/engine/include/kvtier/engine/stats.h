@@ -144,6 +144,7 @@ struct EngineStats {
   std::uint64_t disk_declined_busy = 0;    // no drive takes writes now
   std::uint64_t disk_declined_full = 0;    // no slot could be freed
   std::uint64_t disk_declined_parent = 0;  // the block before it is not on disk
+  std::uint64_t disk_declined_ttl = 0;     // it has a time to live
   std::uint64_t disk_gone = 0;             // evicted or dropped before it was written
   std::uint64_t disk_failed = 0;           // the drive said no
   std::uint64_t disk_evictions = 0;
@@ -156,6 +157,7 @@ struct EngineStats {
   std::uint64_t bytes_loaded = 0;
   std::uint64_t evictions = 0;
   std::uint64_t orphans = 0;  // blocks that lost their parent to an eviction; never with leaf-first policies
+  std::uint64_t expirations = 0;  // blocks whose time to live was over
   std::uint64_t drops = 0;
 
   std::string arena_problem;  // why the host tier is smaller than configured; empty if it is not

@@ -16,7 +16,8 @@ enum class EventKind : std::uint8_t {
   evicted = 1,  // it made room
   dropped = 2,  // by the caller
   failed = 3,   // what was read of it did not prove to be it
-  reset = 4,    // no call finds what was announced before; names no block
+  expired = 4,  // its time to live was over
+  reset = 5,    // no call finds what was announced before; names no block
 };
 
 struct BlockEvent {

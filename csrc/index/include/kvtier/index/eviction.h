@@ -20,6 +20,10 @@ namespace kvtier {
 enum class EntryId : std::uint32_t {};
 constexpr std::uint32_t raw(EntryId id) { return static_cast<std::uint32_t>(id); }
 
+// The caller's word on which blocks go before others, above every policy. The numbers are part of the Python
+// API.
+enum class Priority : std::uint8_t { low = 0, normal = 1, high = 2 };
+
 // What a policy is told of a block when it became ready.
 struct BlockFacts {
   const BlockKey& key;  // valid during the call; keep block_digest() of it
@@ -32,6 +36,7 @@ enum class Departure : std::uint8_t {
   evicted,  // it was the victim(): a policy may remember it
   dropped,  // by the caller: it is not coming back under this key
   failed,   // its bytes did not prove to be it
+  expired,  // its time to live was over
 };
 
 // 64 bits that stand for a block that is not resident. `seed` keeps a caller from choosing collisions.

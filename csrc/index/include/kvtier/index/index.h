@@ -31,7 +31,9 @@ struct alignas(64) Entry {
   std::uint32_t depth;     // blocks before it in its sequence
   std::uint32_t children;  // resident entries whose parent this is
   SlotId slot;
-  std::uint32_t pins;
+  std::uint32_t pins : 29;
+  Priority priority : 2;
+  bool expires : 1;          // it has a time to live
   std::uint32_t generation;  // of this record: odd while in use, then one more
   std::uint32_t parent;      // raw EntryId, valid while its generation is parent_generation(); see Index
 };

@@ -20,7 +20,9 @@
 #include <string_view>
 #include <vector>
 
+#include "kvtier/index/age_queues.h"
 #include "kvtier/index/event_feed.h"
+#include "kvtier/index/expiries.h"
 #include "kvtier/index/index.h"
 
 namespace kvtier {
@@ -56,9 +58,10 @@ class TierIndex {
     ReserveOutcome outcome;
     Entry* entry;  // null when declined
   };
-  // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null.
+  // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null. It takes the place
+  // of no block of a higher priority.
   Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
-                      Entry* parent, std::uint32_t volume = 0);
+                      Entry* parent, std::uint32_t volume = 0, Priority priority = Priority::normal);
   // A block that stood in its slot before this process: ready at once, the most recently used. Null when the
   // slot is not free or not usable, or the key is there already. link_parent() may follow, once.
   Entry* restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
@@ -82,6 +85,23 @@ class TierIndex {
   void unpin(Entry& entry);
   // Requires a linked, ready entry.
   void touch(Entry& entry);
+  // Blocks of a lower priority go first, whatever the policy says; among those of `low`, and of `high`, the
+  // least recently used. Leaf first, if the policy wants it, stands above it: a prefix goes behind what hangs
+  // on it. Requires a linked entry.
+  void set_priority(Entry& entry, Priority priority);
+  // Whether any block ever had a priority.
+  bool has_priorities() const { return has_priorities_; }
+
+  // Times to live, as Clock's times. Requires a linked entry. From a new one on, it only grows: nullopt is
+  // for ever, and stays so.
+  void let_expire(Entry& entry, std::int64_t at_us);
+  void lengthen(Entry& entry, std::optional<std::int64_t> at_us);
+  // When the first is over; nullopt if none has one.
+  std::optional<std::int64_t> next_expiry_us() const { return expiries_.next_us(); }
+  // A block whose time is over, or null. It can be found until expire(), which is as drop().
+  Entry* due(std::int64_t now_us);
+  void expire(Entry& entry) { remove(entry, Departure::expired); }
+
   // Unfindable at once. The slot is freed now, or with the last pin, or when its filling ends.
   void drop(Entry& entry) { remove(entry, Departure::dropped); }
   // As drop(): what was read of it did not prove to be it.
@@ -98,8 +118,8 @@ class TierIndex {
   void expect(const BlockKey& key, GroupId group);
   void expect_no_more(const BlockKey& key, GroupId group);
 
-  // Who would be evicted next to make room in a class; null if nobody may be.
-  const Entry* next_victim(std::size_t class_index);
+  // Who would be evicted next to make room in a class for a block of this priority; null if nobody may be.
+  const Entry* next_victim(std::size_t class_index, Priority priority = Priority::normal);
 
   Index& index() { return index_; }
   std::size_t class_of(GroupId group, std::uint32_t volume = 0) const {
@@ -117,15 +137,25 @@ class TierIndex {
   std::uint64_t orphans() const { return orphans_; }
   std::uint32_t pinned_blocks() const { return pinned_blocks_; }
   std::uint64_t pins() const { return pins_; }
-  // Bytes of bookkeeping per slot of capacity: index, slot states and the policy's links.
+  // Bytes of bookkeeping per slot of capacity: index, slot states, the policy's links, and what priorities
+  // and times to live take.
   double bytes_per_block() const;
 
  private:
   struct Class {
     SlotPool slots;
-    std::unique_ptr<EvictionPolicy> policy;
+    std::unique_ptr<EvictionPolicy> policy;  // of the blocks of normal priority
+    std::unique_ptr<AgeQueues> others;       // of those of low and of high; null before the first
   };
-  bool evict_one(Class& tier_class);
+  static std::optional<EntryId> victim(Class& tier_class, Priority newcomer);
+  bool evict_one(Class& tier_class, Priority newcomer);
+  void make_queues(Class& tier_class, Priority priority);
+  // What the policy, or what stands in its place for other priorities, is told.
+  void track(Entry& entry);
+  void untrack(Entry& entry, Departure why);
+  void hold(Entry& entry);
+  void let_go(Entry& entry);
+  void unlink(Entry& entry);
   void make_ready(Entry& entry);
   void remove(Entry& entry, Departure why);
   void free_slot(Entry& entry);
@@ -145,6 +175,8 @@ class TierIndex {
   std::uint64_t orphans_ = 0;
   std::uint64_t pins_ = 0;
   std::uint32_t pinned_blocks_ = 0;
+  bool has_priorities_ = false;
+  Expiries expiries_;
   EventFeed* feed_ = nullptr;  // null: nobody wants to know
   Tier tier_ = Tier::host;
 };
