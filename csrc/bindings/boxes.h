@@ -68,5 +68,6 @@ class Held {
 using TicketBox = Held<Ticket>;
 using PagesBox = Held<Pages>;
 using LeaseBox = Held<Lease>;
+using ExpectationBox = Held<Expectation>;
 
 }  // namespace kvtier::bindings

@@ -173,6 +173,12 @@ std::shared_ptr<TicketBox> prefetch(const Box& box, const KeyArray& keys, std::o
   return std::make_shared<TicketBox>(box, take(without_gil([&] { return engine.prefetch(view, deadline); })));
 }
 
+std::shared_ptr<ExpectationBox> expect(const Box& box, const KeyArray& keys) {
+  Engine& engine = box->get();
+  const std::span<const BlockKey> view = keys_of(keys);
+  return std::make_shared<ExpectationBox>(box, take(without_gil([&] { return engine.expect(view); })));
+}
+
 std::uint64_t cancel_prefetch(const Box& box, const TicketBox& ticket) {
   Engine& engine = box->get();
   const std::shared_ptr<Ticket> native = ticket.shared();
@@ -272,6 +278,12 @@ void bind_engine(py::module_& m) {
         without_gil([&] { native.release(); });
       });
 
+  py::class_<ExpectationBox, std::shared_ptr<ExpectationBox>>(m, "Expectation")
+      .def("end", [](const ExpectationBox& expectation) {
+        Expectation& native = expectation.get();
+        without_gil([&] { native.end(); });
+      });
+
   m.def(
       "bytes_for_blocks",
       [](std::vector<GroupSpec> groups, std::uint64_t blocks) {
@@ -324,6 +336,7 @@ void bind_engine(py::module_& m) {
              return take(without_gil([&] { return engine.poll(); }));
            })
       .def("prefetch", &prefetch, py::arg("keys").noconvert(), py::arg("timeout"))
+      .def("expect", &expect, py::arg("keys").noconvert())
       .def("cancel_prefetch", &cancel_prefetch, py::arg("ticket"))
       .def("take_events", &take_events, py::arg("most"))
       .def("flush", &flush, py::arg("timeout"))

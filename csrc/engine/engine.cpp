@@ -333,6 +333,25 @@ class LeaseHandle final : public Lease {
   std::size_t num_blocks_;
 };
 
+class ExpectationHandle final : public Expectation {
+ public:
+  ExpectationHandle(std::weak_ptr<EngineImpl> engine, std::span<const BlockKey> keys)
+      : engine_(std::move(engine)), keys_(keys.begin(), keys.end()) {}
+  ~ExpectationHandle() override { end(); }
+
+  void end() final {
+    if (ended_.exchange(true)) return;
+    const std::shared_ptr<EngineImpl> engine = engine_.lock();
+    if (!engine || engine->in_forked_child()) return;
+    engine->contained([&] { static_cast<void>(engine->tell_expected(keys_, &TierIndex::expect_no_more)); });
+  }
+
+ private:
+  std::weak_ptr<EngineImpl> engine_;
+  std::vector<BlockKey> keys_;  // of the epoch in which they were expected
+  std::atomic<bool> ended_{false};
+};
+
 // Keys as the index and the drives have them. Borrows the caller's where the epoch changes nothing.
 class EpochKeys {
  public:
@@ -415,6 +434,14 @@ class EngineHandle final : public Engine {
   }
   Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) override {
     return impl_->guarded([&] { return impl_->finish_part(grant_id, outcome); });
+  }
+  Result<std::shared_ptr<Expectation>> expect(std::span<const BlockKey> keys) override {
+    return impl_->guarded([&]() -> Result<std::shared_ptr<Expectation>> {
+      const EpochKeys mixed(keys, epoch());
+      auto expectation = std::make_shared<ExpectationHandle>(impl_, mixed);
+      KVTIER_RETURN_IF_ERROR(impl_->tell_expected(mixed, &TierIndex::expect));
+      return std::shared_ptr<Expectation>(std::move(expectation));
+    });
   }
   Result<std::uint64_t> touch(std::span<const BlockKey> keys) override {
     return impl_->guarded([&] { return impl_->touch(EpochKeys(keys, epoch())); });

@@ -136,6 +136,9 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Result<Grant> grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts);
   Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts);
   Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome);
+  // `what` is TierIndex::expect or expect_no_more.
+  Status tell_expected(std::span<const BlockKey> keys,
+                       void (TierIndex::*what)(const BlockKey& key, GroupId group));
   Result<std::uint64_t> touch(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop_namespace(std::string_view name_space);

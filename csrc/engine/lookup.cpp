@@ -257,6 +257,23 @@ Result<std::uint32_t> EngineImpl::poll() {
   return running_;
 }
 
+Status EngineImpl::tell_expected(std::span<const BlockKey> keys,
+                                 void (TierIndex::*what)(const BlockKey& key, GroupId group)) {
+  for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
+    MutexLock lock(mutex_);
+    KVTIER_RETURN_IF_ERROR(check_open());
+    tick();
+    for (const BlockKey& key : keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin))) {
+      for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+        const GroupId group{static_cast<std::uint16_t>(g)};
+        (tier_.*what)(key, group);
+        if (disk_) (disk_->index.*what)(key, group);
+      }
+    }
+  }
+  return Status::ok();
+}
+
 Result<std::uint64_t> EngineImpl::touch(std::span<const BlockKey> keys) {
   std::uint64_t touched = 0;
   expire_blocks();

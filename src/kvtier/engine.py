@@ -30,7 +30,18 @@ from kvtier.disk_keys import read_keys
 from kvtier.epochs import find_epoch, named_epoch, random_epoch, save_epoch
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located, numa_node_of
-from kvtier.handles import BlockState, EventKind, Events, Lease, Match, Pages, Prefetch, Tier, checked_ttl_us
+from kvtier.handles import (
+    BlockState,
+    EventKind,
+    Events,
+    Expected,
+    Lease,
+    Match,
+    Pages,
+    Prefetch,
+    Tier,
+    checked_ttl_us,
+)
 from kvtier.keys import Keys, check_namespace, key_bytes
 from kvtier.layout import KVLayout, check_extent
 from kvtier.metrics import Hops, Stats
@@ -53,6 +64,7 @@ __all__ = [
     "Engine",
     "EventKind",
     "Events",
+    "Expected",
     "FlushResult",
     "Lease",
     "LoadResult",
@@ -372,6 +384,24 @@ class Engine:
         """
         native = self._native.prefetch(key_array(keys), checked_timeout(deadline))
         return Prefetch(self._native, native, _core.Moment.ready, len(self.config.groups))
+
+    def expect(self, keys: Any) -> Expected:
+        """Says that a request waits which will want these blocks. Never waits.
+
+        To be called when it is queued, and ended when it is scheduled. What is on disk alone is brought into
+        the host tier as by prefetch(). Until the end, a policy that looks ahead ("return-hazard") lets these
+        blocks go only when nothing else is left; to the others it is no more than the prefetch.
+
+        Args:
+            keys: Keys [n, 32] in prompt order.
+
+        Raises:
+            ConfigError: Not keys.
+            ClosedError: The engine is closed.
+        """
+        array = key_array(keys)
+        native = self._native.expect(array)
+        return Expected(native, self.prefetch(array))
 
     def touch(self, keys: Any) -> int:
         """Makes blocks the most recently used, the last key the oldest of them.

@@ -264,3 +264,29 @@ class Prefetch:
             Blocks, summed over groups, that are not read.
         """
         return self._engine.cancel_prefetch(self._native)
+
+
+class Expected:
+    """A request that waits, and the blocks that it will want. Made by Engine.expect(). Threads: any.
+
+    Ends with end(), with the `with` block, or when it is dropped.
+
+    Attributes:
+        prefetch: What of it is on its way from disk.
+    """
+
+    def __init__(self, native: Any, prefetch: Prefetch) -> None:
+        self._native = native
+        self.prefetch = prefetch
+
+    def end(self) -> None:
+        """The request runs, or was given up. Idempotent; what is being read goes on."""
+        self._native.end()
+
+    def __enter__(self) -> "Expected":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()

@@ -12,7 +12,7 @@ The rules, each stated once:
 * load, pin, touch and (for what was there already) store make blocks young, tail first too; lookup does not.
 * A slot is made free by evicting the oldest block that is not pinned, has no resident child and is not the
   parent of the block that the slot is for. Being passed over is no use: what may not go keeps its age.
-* Of blocks that may go those of the lowest priority go first; a block takes the place of none of a higher one.
+* Of blocks that may go those of the lowest priority go first. None goes for a block of a lower one.
 * A block whose time to live is over is dropped by the next call. The longest of its stores counts.
 * A dropped block is gone for lookups at once. Its slot is free once nobody fills or reads it.
 

@@ -8,6 +8,7 @@ block for block.
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from kvtier import _core
 from kvtier.config import EVICTIONS, Config, Disk, parse_size
-from kvtier.engine import Engine, Tier, group_spec
+from kvtier.engine import Engine, Expected, Tier, group_spec
 from kvtier.errors import ConfigError
 from kvtier.layout import KVLayout
 from kvtier.traces import Trace
@@ -133,6 +134,9 @@ class Replay:
         disk_blocks_written: Blocks written to disk.
         seconds: What the replay took.
         wrong_blocks: Of a real replay: loaded blocks whose bytes were not what was stored. Must be 0.
+        look_ahead: Of a real replay: requests that were known before they ran.
+        reads_hidden: Of a real replay: blocks that were on disk alone when their request became known, and in
+            the host tier when it ran. hits_disk are those that were not.
     """
 
     tiers: Tiers
@@ -147,6 +151,8 @@ class Replay:
     disk_blocks_written: int
     seconds: float
     wrong_blocks: int = 0
+    look_ahead: int = 0
+    reads_hidden: int = 0
 
     @property
     def hit_rate_host(self) -> float:
@@ -162,6 +168,12 @@ class Replay:
     def hit_rate(self) -> float:
         """0 to 1: of both tiers."""
         return (self.hits_host + self.hits_disk) / max(1, self.references)
+
+    @property
+    def disk_reads_hidden(self) -> float | None:
+        """0 to 1: of the blocks that came from disk, those that no request waited for. None: none came."""
+        reads = self.reads_hidden + self.hits_disk
+        return self.reads_hidden / reads if reads else None
 
     @property
     def references_per_s(self) -> float:
@@ -268,18 +280,22 @@ def replay_real(
     tiers: Tiers,
     directory: str | None = None,
     *,
+    look_ahead: int = 0,
     seed: int = _SEED,
     progress: Progress | None = None,
 ) -> Replay:
     """Replays a trace through an engine of its own on the CPU device, one request after the other.
 
-    Each request waits until its blocks are where they belong, on disk too, so that the outcome is that of the
-    simulation. Every loaded block's bytes are checked. The engine's clock says the times of the trace.
+    Each request waits until its blocks are where they belong, on disk too, so that the outcome without
+    look-ahead is that of the simulation. With it, reads go on beside the requests, which follow each other
+    as fast as they can: no model slows them down. Every loaded block's bytes are checked. The engine's clock
+    says the times of the trace.
 
     Args:
         trace: From load_trace().
         tiers: `bytes_per_block` is needed, a multiple of 8; `plain` is not for engines.
         directory: An absolute directory, empty or not there yet, for the disk tier's blocks.
+        look_ahead: So many requests behind the one that runs wait and are known: Engine.expect().
         seed: Of the index and the admission's sketch.
         progress: Told after each request; what it raises ends the replay.
 
@@ -294,7 +310,7 @@ def replay_real(
     begun = time.perf_counter()
     with Engine(config, clock=clock, hash_seed=seed) as engine:
         engine.wait_until_whole()
-        run = _RealRun(engine, trace, pages)
+        run = _RealRun(engine, trace, pages, look_ahead)
         for number in range(trace.num_requests):
             clock.advance_us(int(trace.at_us[number] - (trace.at_us[number - 1] if number else 0)))
             run.request(number)
@@ -314,13 +330,15 @@ def replay_real(
         disk_blocks_written=stats.disk_durable,
         seconds=time.perf_counter() - begun,
         wrong_blocks=run.wrong,
+        look_ahead=look_ahead,
+        reads_hidden=run.hidden,
     )
 
 
 class _RealRun:
     """The requests of one real replay."""
 
-    def __init__(self, engine: Engine, trace: Trace, memory: npt.NDArray[np.uint64]) -> None:
+    def __init__(self, engine: Engine, trace: Trace, memory: npt.NDArray[np.uint64], look_ahead: int) -> None:
         self._engine = engine
         self._trace = trace
         self._memory = memory
@@ -328,8 +346,27 @@ class _RealRun:
         self.host = np.zeros(trace.num_requests, np.uint32)
         self.disk = np.zeros(trace.num_requests, np.uint32)
         self.wrong = 0
+        self.hidden = 0
+        # Of each request that waits: what ends it, and which of its keys were on disk alone.
+        self._waiting: deque[tuple[Expected, npt.NDArray[np.bool_]]] = deque()
+        self._look_ahead = look_ahead
+        for waiting in range(min(look_ahead, trace.num_requests)):
+            self._expect(waiting)
+
+    def _expect(self, number: int) -> None:
+        keys = _core.replay_keys(self._trace.request(number))
+        match = self._engine.lookup(keys)
+        on_disk = match.tiers() == Tier.DISK
+        on_disk[match.ready_blocks :] = False
+        self._waiting.append((self._engine.expect(keys[: match.ready_blocks]), on_disk))
 
     def request(self, number: int) -> None:
+        was_on_disk = None
+        if self._look_ahead:
+            expected, was_on_disk = self._waiting.popleft()
+            expected.end()
+            if number + self._look_ahead < self._trace.num_requests:
+                self._expect(number + self._look_ahead)
         blocks = self._trace.request(number)
         keys = _core.replay_keys(blocks)
         ids = np.arange(len(blocks), dtype=np.uint32)
@@ -345,6 +382,8 @@ class _RealRun:
         on_disk = match.tiers()[:loaded] == Tier.DISK
         self.disk[number] = int(on_disk.sum())
         self.host[number] = loaded - int(on_disk.sum())
+        if was_on_disk is not None:
+            self.hidden += int((was_on_disk[:loaded] & ~on_disk).sum())
         self._memory[: len(blocks)] = blocks[:, None]
         self._engine.store(keys, self._pages, ids).result()
         self._engine.flush(_LONGEST_WAIT)

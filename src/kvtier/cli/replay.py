@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--real", action="store_true", help="through an engine, with --bytes-per-block as its blocks"
     )
     parser.add_argument(
+        "--look-ahead",
+        metavar="N",
+        type=int,
+        default=0,
+        help="with --real: N requests behind the one that runs wait, and what they want is read ahead",
+    )
+    parser.add_argument(
         "--dir", metavar="DIR", help="with --real and --disk: where; default a temporary folder"
     )
     speeds = parser.add_argument_group("time to first token and GPU seconds, from rates measured elsewhere")
@@ -97,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("TRACE is missing; allowed: the path of a trace, or --list-policies alone")
     with Report("replay", args.json) as report:
         _check_plot(args.plot)
+        if args.look_ahead < 0 or (args.look_ahead and not args.real):
+            raise ConfigError(f"--look-ahead is {args.look_ahead}; allowed: 0 or more, and only with --real")
         setups = _setups(args)
         with Progress(sys.stderr, total=1000 * (len(setups) + 1)) as progress:
             trace = _load(args, progress)
@@ -198,9 +207,9 @@ def _replay(args: argparse.Namespace, trace: Trace, tiers: replay.Tiers, progres
         done = replay.simulate(trace, tiers, progress=tell)
     elif tiers.disk_blocks:
         with tempfile.TemporaryDirectory(prefix="kvtier-replay-", dir=args.dir) as folder:
-            done = replay.replay_real(trace, tiers, folder, progress=tell)
+            done = replay.replay_real(trace, tiers, folder, look_ahead=args.look_ahead, progress=tell)
     else:
-        done = replay.replay_real(trace, tiers, progress=tell)
+        done = replay.replay_real(trace, tiers, look_ahead=args.look_ahead, progress=tell)
     belady = None if args.no_belady else replay.belady_hit_rate(trace, tiers.host_blocks + tiers.disk_blocks)
     per_day = replay.written_per_day(trace, done)
     capacity = tiers.disk_blocks * (tiers.bytes_per_block or 0)
@@ -251,6 +260,8 @@ def _results(row: _Row, prefix: str) -> list[Result]:
         ("drive_writes_per_day", row.drive_writes_per_day, ""),
         ("gpu_seconds_saved", row.gpu_seconds_saved, "gpu s"),
     ]
+    if done.look_ahead:
+        values += [("disk_reads_hidden", done.disk_reads_hidden, ""), ("look_ahead", done.look_ahead, "")]
     for name, times in (("ttft", row.ttft), ("ttft_uncached", row.ttft_cold)):
         values += [(f"{name}_p{p}", t, "s") for p, t in zip(_PERCENTILES, times or (), strict=False)]
     return [Result(prefix + name, value, unit) for name, value, unit in values if value is not None]
@@ -277,6 +288,9 @@ def _table(rows: Sequence[_Row]) -> str:
         "DWPD",
         "Mref/s",
     ]
+    ahead = any(row.replay.look_ahead for row in rows)
+    if ahead:
+        header.append("hidden %")
     timed = any(row.ttft is not None for row in rows)
     if timed:
         header += [f"TTFT p{p} s" for p in _PERCENTILES] + ["GPU s saved"]
@@ -296,6 +310,8 @@ def _table(rows: Sequence[_Row]) -> str:
             "-" if row.drive_writes_per_day is None else f"{row.drive_writes_per_day:.2f}",
             f"{done.references_per_s / 1e6:.2f}",
         ]
+        if ahead:
+            line.append("-" if done.disk_reads_hidden is None else f"{100 * done.disk_reads_hidden:.2f}")
         if timed:
             line += [f"{t:.3f}" for t in row.ttft or ()] + [f"{row.gpu_seconds_saved or 0:.0f}"]
         lines.append(line)

@@ -13,6 +13,7 @@ from kvtier import replay
 from kvtier.cli import main
 from kvtier.cli.results import problems
 from kvtier.config import EVICTIONS
+from kvtier.engine import Engine, Expected
 from kvtier.errors import ConfigError
 from kvtier.replay import Speeds, Tiers, belady_hit_rate, replay_real, simulate, times_to_first_token
 from kvtier.traces import Trace, load_trace, make_trace
@@ -149,6 +150,26 @@ def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> No
     assert real.disk_blocks_written > 0
 
 
+def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect = Engine.expect
+
+    def expect_and_wait(engine: Engine, keys: Any) -> Expected:  # the drive is as fast as one could wish
+        expected = expect(engine, keys)
+        expected.prefetch.wait(30.0)
+        return expected
+
+    monkeypatch.setattr(Engine, "expect", expect_and_wait)
+    trace = conversations(5, 90)
+    tiers = Tiers(60, 150, policy="return-hazard", admission="all", bytes_per_block=64)
+    real = replay_real(trace, tiers, str(tmp_path / "ahead"), look_ahead=4)
+    assert (real.wrong_blocks, real.look_ahead) == (0, 4)
+    assert real.reads_hidden > 50
+    assert real.disk_reads_hidden == real.reads_hidden / (real.reads_hidden + real.hits_disk)
+    behind = replay_real(trace, tiers, str(tmp_path / "behind"))
+    assert (behind.reads_hidden, behind.disk_reads_hidden) == (0, 0.0)
+    assert real.hits_disk < behind.hits_disk / 2
+
+
 def test_what_is_not_allowed_is_said() -> None:
     trace = make_trace([(0, [1])])
     for tiers, message in [
@@ -240,6 +261,13 @@ def test_the_command_replays_for_real(tmp_path: Path) -> None:
     assert results_of(argv, tmp_path / "out.json")["hit_rate_host"] == pytest.approx(5 / 14)
 
 
+def test_the_command_says_what_look_ahead_hid(tmp_path: Path) -> None:
+    argv = ["replay", str(SMALL), "--host", "4blocks", "--disk", "100blocks", "--bytes-per-block", "64"]
+    values = results_of([*argv, "--real", "--look-ahead", "2"], tmp_path / "out.json")
+    assert values["look_ahead"] == 2
+    assert 0 <= values["disk_reads_hidden"] <= 1
+
+
 def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--list-policies"]) == 0
     assert capsys.readouterr().out.split() == list(EVICTIONS)
@@ -254,6 +282,7 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
         ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
         ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
         ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),
+        ([str(SMALL), "--look-ahead", "4"], "--look-ahead is 4; allowed: 0 or more, and only with --real"),
         ([str(SMALL), "--plot", "rates.txt"], "--plot is 'rates.txt'; allowed: a file ending in .png"),
         ([str(SMALL), "--block-tokens", "0"], "block_tokens is 0; allowed: at least 1"),
     ],

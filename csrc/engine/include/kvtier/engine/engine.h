@@ -116,6 +116,13 @@ class Lease {
   virtual void release() = 0;
 };
 
+// That a request waits which will want some blocks. Ended by end() or by the destructor. Threads: any.
+class Expectation {
+ public:
+  virtual ~Expectation() = default;
+  virtual void end() = 0;
+};
+
 // Attached pages of one group on one device. Made by attach(); shared.
 class Pages {
  public:
@@ -208,6 +215,10 @@ class Engine {
   virtual Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline) = 0;
   // Gives up the reads of a prefetch that have not begun and that nobody else waits for. Returns how many.
   virtual Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket) = 0;
+
+  // A request waits that will want these blocks, resident or not: until it runs or is given up, policies that
+  // look ahead let them go last. No use of them. prefetch() brings those that are on disk. Never waits.
+  virtual Result<std::shared_ptr<Expectation>> expect(std::span<const BlockKey> keys) = 0;
 
   // Refreshes the blocks that are there, last key oldest. Returns how many, summed over groups.
   virtual Result<std::uint64_t> touch(std::span<const BlockKey> keys) = 0;
