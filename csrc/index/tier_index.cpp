@@ -146,17 +146,19 @@ void TierIndex::let_expire(Entry& entry, std::int64_t at_us) {
 
 void TierIndex::lengthen(Entry& entry, std::optional<std::int64_t> at_us) {
   if (!entry.expires) return;
+  const std::optional<std::int64_t> before = expiries_.of(index_.id(entry));
   if (!at_us) {
     expiries_.erase(index_.id(entry));
     entry.expires = false;
-  } else if (*at_us > *expiries_.of(index_.id(entry))) {
+  } else if (!before || *at_us > *before) {
     expiries_.set(index_.id(entry), *at_us);
   }
 }
 
 Entry* TierIndex::due(std::int64_t now_us) {
   const std::optional<std::int64_t> next = expiries_.next_us();
-  return next && *next <= now_us ? &index_.at(*expiries_.first()) : nullptr;
+  const std::optional<EntryId> first = expiries_.first();
+  return next && first && *next <= now_us ? &index_.at(*first) : nullptr;
 }
 
 void TierIndex::track(Entry& entry) {
@@ -252,7 +254,8 @@ void TierIndex::pin(Entry& entry) {
 void TierIndex::unpin(Entry& entry) {
   KVTIER_CHECK(entry.pins > 0);
   --pins_;
-  if (--entry.pins > 0) return;
+  --entry.pins;
+  if (entry.pins > 0) return;
   --pinned_blocks_;
   if (entry.state == SlotState::leaving) {
     free_slot(entry);

@@ -18,6 +18,7 @@ __all__: list[str] = [
     "DiskBench",
     "DiskOptions",
     "Engine",
+    "Expectation",
     "FaultPlan",
     "GroupSpec",
     "HostMemory",
@@ -25,6 +26,7 @@ __all__: list[str] = [
     "ManualClock",
     "Moment",
     "Pages",
+    "Priority",
     "RankWorker",
     "SecondProcess",
     "SimulatedDevice",
@@ -334,6 +336,42 @@ class StoresInUse:
     @property
     def value(self) -> int: ...
 
+class Priority:
+    """
+    Members:
+
+      low
+
+      normal
+
+      high
+    """
+
+    __members__: typing.ClassVar[dict[str, Priority]]
+    high: typing.ClassVar[Priority]
+    low: typing.ClassVar[Priority]
+    normal: typing.ClassVar[Priority]
+    @typing.overload
+    def __eq__(self, other: Priority) -> bool: ...
+    @typing.overload
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
+    @typing.overload
+    def __ne__(self, other: Priority) -> bool: ...
+    @typing.overload
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 class GroupSpec:
     def __init__(
         self,
@@ -370,6 +408,9 @@ class Lease:
     @property
     def num_blocks(self) -> int: ...
 
+class Expectation:
+    def end(self) -> None: ...
+
 class Engine:
     @staticmethod
     def open(
@@ -386,6 +427,7 @@ class Engine:
         ghosts: bool,
         numa_node: typing.SupportsInt | typing.SupportsIndex | None,
         numa_required: bool,
+        events: typing.SupportsInt | typing.SupportsIndex,
     ) -> Engine: ...
     def attach(
         self,
@@ -410,6 +452,7 @@ class Engine:
     def detach(self, pages: Pages, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> None: ...
     def drop(self, keys: numpy.typing.NDArray[numpy.uint8]) -> int: ...
     def drop_namespace(self, name_space: str) -> int: ...
+    def expect(self, keys: numpy.typing.NDArray[numpy.uint8]) -> Expectation: ...
     def flush(self, timeout: typing.SupportsFloat | typing.SupportsIndex | None) -> tuple[int, int, int]: ...
     def hops(self) -> dict: ...
     def load(
@@ -447,7 +490,10 @@ class Engine:
         first_block: typing.SupportsInt | typing.SupportsIndex,
         parent: bytes | None,
         name_space: str,
+        priority: Priority | None,
+        ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
     ) -> Ticket: ...
+    def take_events(self, most: typing.SupportsInt | typing.SupportsIndex) -> tuple: ...
     def touch(self, keys: numpy.typing.NDArray[numpy.uint8]) -> int: ...
     def wait_until_whole(self) -> None: ...
     @property
@@ -690,6 +736,8 @@ def grant_store(
     first_block: typing.SupportsInt | typing.SupportsIndex,
     parent: bytes | None,
     name_space: str,
+    priority: Priority | None,
+    ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
 ) -> tuple: ...
 def host_memory() -> HostMemory: ...
 def namespace_tag(name: str) -> bytes: ...

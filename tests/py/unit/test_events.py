@@ -35,7 +35,7 @@ def config_of(path: Path | None, blocks: int = 6, events: int = 4096) -> Config:
         host=blocks * 2 * 8192,
         model="m@1",
         copy_threads=1,
-        disk=() if path is None else Disk(str(path / "disk"), "4MiB"),
+        disk=() if path is None else Disk(str(path / "disk"), "8MiB"),
         disk_admission="all",
         disk_write_budget="unlimited",
         disk_commit_seconds=0.01,
