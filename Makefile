@@ -28,7 +28,8 @@ test-py: build  ## Python tests (PYTEST_ARGS="-k name")
 	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 test-vllm: .venv-vllm/.built  ## the connector against the real vLLM on the CPU: the tests that CI runs
 	$(pytest_vllm) -m smoke $(PYTEST_ARGS)
-test-vllm-full: .venv-vllm/.built  ## all of them, a soak included (KVTIER_SOAK_SECONDS=600; PYTEST_ARGS="-k name")
+test-vllm-full: .venv-vllm/.built  ## all of them, a soak and vLLM's own included (KVTIER_SOAK_SECONDS=600; PYTEST_ARGS="-k name")
+	scripts/vllm-sources.sh
 	$(pytest_vllm) $(PYTEST_ARGS)
 test-deep: build  ## the model tests with many more examples (minutes)
 	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
