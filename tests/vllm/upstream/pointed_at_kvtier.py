@@ -1,4 +1,4 @@
-"""A pytest plugin: vLLM's own connector tests, from its source distribution, with our classes in place of its.
+"""A pytest plugin: vLLM's own connector tests, of its source distribution, with our classes in place of its.
 
 Where they name a connector they get KVTierConnector. Where they say by a mock what a connector promises, ours
 is behind the mock and gets every call that the test does not answer itself: so it is granted loads that it

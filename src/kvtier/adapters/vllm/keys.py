@@ -6,15 +6,15 @@ random-looking bytes, which is added (exclusive or) to every hash. For one root 
 different keys; for two roots equal keys would need two hashes whose difference is that of two SHA-256 values.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtier.errors import ConfigError
 from kvtier.keys import KEY_BYTES, Keys
 
-_PIECE = 2048
+_PIECE = 1024
 
 
 class BlockKeys:
@@ -27,7 +27,7 @@ class BlockKeys:
             root: 32 bytes.
             hashes_per_block: Consecutive vLLM hashes that make one block; the last one names it.
         """
-        self._root = np.frombuffer(root, np.uint64)
+        self._roots = _repeated(root)
         self._each = hashes_per_block
         self._keys: Keys = np.empty((0, KEY_BYTES), np.uint8)
         self._count = 0
@@ -51,31 +51,36 @@ class BlockKeys:
         ):
             self._count = 0  # vLLM rewrote the request's tokens (a streaming session)
         if count > self._count:
-            self._append(block_hashes[(self._count + 1) * self._each - 1 : count * self._each : self._each])
+            self._append(block_hashes, count)
         return self._count
 
-    def _append(self, hashes: Sequence[bytes]) -> None:
-        end = self._count + len(hashes)
+    def _append(self, hashes: Sequence[bytes], end: int) -> None:
+        """Takes over the keys of blocks up to `end`."""
         if end > len(self._keys):
             grown = np.empty((max(end, 2 * len(self._keys)), KEY_BYTES), np.uint8)
             grown[: self._count] = self._keys[: self._count]
             self._keys = grown
-        rows = self._keys[self._count : end].view(np.uint64)
-        for begin in range(0, len(hashes), _PIECE):  # pieces that stay in the processor's cache
-            piece = hashes[begin : begin + _PIECE]
-            words = _joined(piece)
-            for word, of_root in enumerate(self._root):  # long columns: five times quicker than short rows
-                np.bitwise_xor(words[:, word], of_root, out=rows[begin : begin + _PIECE, word])
+        each = self._each
+        for begin in range(self._count, end, _PIECE):  # pieces that stay in the processor's cache
+            last = min(begin + _PIECE, end)
+            rows = _joined(hashes[(begin + 1) * each - 1 : last * each : each])
+            np.bitwise_xor(rows, self._roots[: last - begin], out=self._keys[begin:last])
         self._count = end
-        self._last = bytes(hashes[-1])
+        self._last = bytes(hashes[end * each - 1])
 
     def rows(self, begin: int, end: int) -> Keys:
         """Keys of blocks [begin, end), [end - begin, 32]; valid until the next update()."""
         return self._keys[begin : min(end, self._count)]
 
 
-def _joined(hashes: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """Hashes of one length, filled up with zeros, [len(hashes), 4]."""
+@functools.lru_cache(maxsize=64)
+def _repeated(root: bytes) -> Keys:
+    """The root for each block of a piece: whole arrays are combined several times quicker than rows."""
+    return np.tile(np.frombuffer(root, np.uint8), (_PIECE, 1))
+
+
+def _joined(hashes: Sequence[bytes]) -> Keys:
+    """Hashes of one length, filled up with zeros, [len(hashes), 32]."""
     length = len(hashes[0])
     joined = b"".join(hashes)
     if length > KEY_BYTES or len(joined) != length * len(hashes):
@@ -84,5 +89,5 @@ def _joined(hashes: Sequence[bytes]) -> npt.NDArray[np.uint64]:
         )
     plain = np.frombuffer(joined, np.uint8).reshape(-1, length)
     if length < KEY_BYTES:
-        plain = np.pad(plain, ((0, 0), (0, KEY_BYTES - length)))
-    return plain.view(np.uint64)
+        return np.pad(plain, ((0, 0), (0, KEY_BYTES - length)))
+    return plain
