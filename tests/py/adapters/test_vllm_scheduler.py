@@ -280,6 +280,33 @@ def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
         second.close()
 
 
+def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        again = request("b", 3)
+        answers: list[Any] = []
+        look_up = second.side._engine.lookup
+
+        def slow(keys: Any) -> Any:  # match() gets what was true before the reads, which are over by then
+            answers.append(look_up(keys))
+            if len(answers) == 2:
+                second.side._requests["b"].prefetch.wait(30)
+            return answers[0] if len(answers) == 2 else answers[-1]
+
+        monkeypatch.setattr(second.side._engine, "lookup", slow)
+        second.side.on_new_request(again)
+        assert second.side.match(again, 0) is None
+        assert second.side.match(again, 0) == 3 * T
+        assert second.side._requests["b"].fetches == 0
+    finally:
+        second.close()
+
+
 def test_what_was_stored_before_a_reset_is_not_found_after_a_restart(tmp_path: Path) -> None:
     def found_after_restart() -> int:
         again = Bench(tmp_path, disk=True)

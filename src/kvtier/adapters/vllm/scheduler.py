@@ -5,6 +5,7 @@ It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLL
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,7 @@ _log = logging.getLogger(__name__)
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
-# Between two of them: right after a start the host tier still grows, and what found no slot finds one soon.
-_FETCH_PAUSE_SECONDS = 0.02
+_FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
@@ -133,6 +133,8 @@ class SchedulerSide:
             last = min(last, first + state.options.max_load_tokens // block_tokens)
         if not state.may_load or last <= first or computed_tokens % block_tokens:
             return 0
+        # Before the lookup: reads that end behind it are seen by the next one.
+        reading = state.prefetch is not None and not state.prefetch.done()
         match = self._engine.lookup(state.keys.rows(first, last))
         # What comes from disk is served from host memory too, once it is there.
         ready = servable_blocks(match, self._plan.groups) if "host" in state.options.tiers else 0
@@ -140,7 +142,7 @@ class SchedulerSide:
         state.plan = self._plan_load(match, ready, state, request.num_tokens, computed_tokens)
         wanted = match.ready_blocks if state.plan is None else state.plan.decision.load_blocks
         left = match.ready_blocks - max(wanted, ready)  # of what is on disk
-        if wanted > ready and self._fetching(match, ready, state):
+        if wanted > ready and (reading or self._fetch_again(match, ready, state)):
             pending = max(pending, match.ready_blocks - ready)
         if pending and self._worth_waiting(state, pending * block_tokens):
             self.counters.add("ask_again")
@@ -364,27 +366,29 @@ class SchedulerSide:
             found += pairs(begin, begin + num_tokens)
         return found
 
-    def _fetching(self, match: Match, ready: int, state: RequestState) -> bool:
-        """Whether blocks behind the servable ones are on their way from disk; begins that where it is due."""
+    def _fetch_again(self, match: Match, ready: int, state: RequestState) -> bool:
+        """Fetches what no read is on its way for; whether that is worth another look.
+
+        It had left the host tier again, or found no slot there: right after a start that still grows.
+        """
         if not self._options.disk or "disk" not in state.options.tiers or ready >= match.ready_blocks:
             return False
-        if state.prefetch is None or (state.prefetch.done() and state.fetches < _MOST_FETCHES):
-            now = self._clock()
-            if state.fetches and now - state.fetched_at < _FETCH_PAUSE_SECONDS:
-                return True
+        if state.fetches >= _MOST_FETCHES:
+            return False
+        now = self._clock()
+        if not state.fetches or now - state.fetched_at >= _FETCH_PAUSE_SECONDS:
             state.fetches += 1
             state.fetched_at = now
             state.prefetch = self._engine.prefetch(match.keys[ready:], deadline=self._options.max_wait)
-        return not state.prefetch.done()
+        return True
 
     def _worth_waiting(self, state: RequestState, tokens: int) -> bool:
+        """Whether to ask again; decided by what was to be waited for at first, not by the last of it."""
         now = self._clock()
-        if state.asked_again_since is None:
-            state.asked_again_since = now
-        if state.options.prefetch_only:
-            return now - state.asked_again_since < self._options.max_wait
-        patience = min(self._options.max_wait, self._recompute.seconds(tokens))
-        return now - state.asked_again_since < patience
+        if state.gives_up_at is None:
+            longest = math.inf if state.options.prefetch_only else self._recompute.seconds(tokens)
+            state.gives_up_at = now + min(self._options.max_wait, longest)
+        return now < state.gives_up_at
 
     def _count_lookup(
         self, match: Match, ready: int, pending: int, left: int, state: RequestState, first: int

@@ -35,7 +35,7 @@ class RequestState:
         lease: On what was promised to vLLM in this step, None if nothing is.
         first_block: Index of the lease's first block.
         plan: How much of what was found is loaded, from match() to grant(); None if there is nothing to it.
-        asked_again_since: When it was first told to ask again, monotonic seconds.
+        gives_up_at: When it is no longer told to ask again, monotonic seconds; None if it never was told to.
         prefetch: Handle of its prefetch, None without.
         found_on_disk: For each of its blocks whether it was on disk alone when it arrived, bool [n].
         fetches: How often blocks were fetched from disk that had found no slot, or had left the host tier.
@@ -51,7 +51,7 @@ class RequestState:
     lease: Lease | None = None
     first_block: int = 0
     plan: Plan | None = None
-    asked_again_since: float | None = None
+    gives_up_at: float | None = None
     prefetch: Any = None
     fetches: int = 0
     fetched_at: float = 0.0
