@@ -118,8 +118,8 @@ def test_request_options() -> None:
         ({"pin": 0}, "pin is 0; allowed: seconds, above 0 and up to 86400"),
         ({"pin": True}, "pin is True; allowed: seconds"),
         ({"pin": 1e9}, "pin is 1000000000.0; allowed: seconds"),
-        ({"priority": 3}, "priority is 3; not offered: .*; allowed: tiers, .*pin"),
-        ({"ttl": 60}, "ttl is 60; not offered: blocks are kept until they are evicted"),
+        ({"priority": 3}, "priority is 3; allowed: low, normal, high"),
+        ({"ttl": 0}, "ttl is 0; allowed: seconds, above 0 and up to 31622400"),
     ],
 )
 def test_bad_request_options_are_named(values: Any, message: str) -> None:

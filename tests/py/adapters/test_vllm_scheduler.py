@@ -377,6 +377,28 @@ def test_a_request_pins_its_blocks_for_a_time(tmp_path: Path) -> None:
         bench.close()
 
 
+def test_a_request_says_how_long_its_blocks_live_and_which_go_first(bench: Bench) -> None:
+    def store(name: str, blocks: int, seed: int, **wishes: Any) -> None:
+        bench.store(request(name, blocks, seed, kv_transfer_params={"kvtier": wishes}), [1] * blocks)
+
+    def found(name: str, blocks: int, seed: int) -> int | None:
+        again = request(name, blocks, seed)
+        bench.side.on_new_request(again)
+        return bench.side.match(again, 0)
+
+    store("short", 3, 1, ttl=0.05)
+    store("dear", 3, 2, priority="high")
+    store("plain", 3, 3)
+    time.sleep(0.1)
+    assert found("short again", 3, 1) == 0
+    bench.step()
+    slots = bench.side._engine.stats().host[0].capacity
+    for n in range(slots // 50 + 1):  # once over all slots
+        store(f"other {n}", 50, 10 + n)
+    assert found("plain again", 3, 3) == 0
+    assert found("dear again", 3, 2) == 3 * T
+
+
 def test_pins_wait_for_the_last_stores_and_end_with_a_reset(bench: Bench) -> None:
     one = request("a", 3, kv_transfer_params={"kvtier": {"pin": 100.0}})
     bench.side.on_new_request(one)

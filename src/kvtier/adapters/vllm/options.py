@@ -15,13 +15,10 @@ PARAMS = "kv_transfer_params"
 REQUEST_KEY = "kvtier"
 STORE_CHOICES = ("all", "prompt")
 TIERS = ("host", "disk")
-# What others offer for a request and the engine does not have: said, rather than left without effect.
-NOT_OFFERED = {
-    "priority": "blocks are evicted by their use alone",
-    "ttl": "blocks are kept until they are evicted",
-}
+PRIORITIES = ("low", "normal", "high")
 _MAX_TOKENS = 2**31 - 1
 _MAX_PIN_SECONDS = 86400
+_MAX_TTL_SECONDS = 366 * 86400
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,8 @@ class RequestOptions:
             until they are (max_wait at most) and stores nothing, and the reading goes on when it is aborted.
         pin: Seconds for which its blocks stay in host memory after it has finished, None for no longer
             than they are used.
+        priority: "low", "normal" or "high" for what it stores (Engine.store()), None for the policy's choice.
+        ttl: Seconds after which what it stores is gone, None for never.
     """
 
     tiers: tuple[str, ...] = TIERS
@@ -144,6 +143,8 @@ class RequestOptions:
     namespace: str = ""
     prefetch_only: bool = False
     pin: float | None = None
+    priority: str | None = None
+    ttl: float | None = None
 
 
 def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
@@ -159,11 +160,7 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     known = [field.name for field in fields(RequestOptions)]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} is {values!r}; allowed: an object with {', '.join(known)}")
-    for key, value in values.items():
-        if key in NOT_OFFERED:
-            raise ConfigError(
-                f"{source}: {key} is {value!r}; not offered: {NOT_OFFERED[key]}; allowed: {', '.join(known)}"
-            )
+    for key in values:
         if key not in known:
             raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(known)}")
     tiers = values.get("tiers", TIERS)
@@ -176,20 +173,23 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     prefetch_only = values.get("prefetch_only", False)
     if not isinstance(prefetch_only, bool):
         raise ConfigError(f"{source}: prefetch_only is {prefetch_only!r}; allowed: true or false")
+    priority = values.get("priority")
+    if priority is not None and priority not in PRIORITIES:
+        raise ConfigError(f"{source}: priority is {priority!r}; allowed: {', '.join(PRIORITIES)}")
     return RequestOptions(
         tiers=tuple(tiers),
         namespace=check_namespace(values.get("namespace", "")),
         prefetch_only=prefetch_only,
-        pin=_parse_pin(values.get("pin"), source),
+        pin=_parse_seconds("pin", values.get("pin"), _MAX_PIN_SECONDS, source),
+        priority=priority,
+        ttl=_parse_seconds("ttl", values.get("ttl"), _MAX_TTL_SECONDS, source),
         **limits,
     )
 
 
-def _parse_pin(value: object, source: str) -> float | None:
+def _parse_seconds(name: str, value: object, most: int, source: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MAX_PIN_SECONDS:
-        raise ConfigError(
-            f"{source}: pin is {value!r}; allowed: seconds, above 0 and up to {_MAX_PIN_SECONDS}"
-        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise ConfigError(f"{source}: {name} is {value!r}; allowed: seconds, above 0 and up to {most}")
     return float(value)

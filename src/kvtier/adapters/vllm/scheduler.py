@@ -426,7 +426,13 @@ class SchedulerSide:
             if not len(here):
                 continue
             instruction, ticket = self._keeper.store(
-                keys[here], g, first_block=first, parent=parent, namespace=state.options.namespace
+                keys[here],
+                g,
+                first_block=first,
+                parent=parent,
+                namespace=state.options.namespace,
+                priority=state.options.priority,
+                ttl=state.options.ttl,
             )
             running = instruction.outcomes == BlockOutcome.RUNNING
             if instruction.grant:
