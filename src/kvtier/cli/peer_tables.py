@@ -10,6 +10,7 @@ from kvtier.cli.results import Report, Result, table
 from kvtier.errors import ConfigError
 
 _SUFFIX = "/ratio"
+COPIED = "_copied"  # ours with the blocks' bytes, beside a peer's index work, which moves none
 
 
 def print_tables(report: Report) -> None:
@@ -41,7 +42,7 @@ def behind(report: Report) -> list[str]:
 def _ratio_row(report: Report, ratio: Result) -> tuple[str, ...]:
     _, what, size, peer, _ = ratio.name.split("/")
     of = {r.name: r for r in report.results}
-    theirs, ours = of[f"{peer}/{what}/{size}"], of[ratio.name.removesuffix(_SUFFIX)]
+    theirs, ours = of[f"{peer}/{what.removesuffix(COPIED)}/{size}"], of[ratio.name.removesuffix(_SUFFIX)]
     return (
         f"{what} {size}",
         peer,

@@ -18,6 +18,7 @@ from kvtier.cli.results import Report, Result, problems
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "benchmarks" / "peers"
 MIB = 8
+STEPS = ("lookup", "store_evicting_16", "store_evicting_at_once")
 
 # A peer that keeps values in a dict and files, and does wrong what it is told to.
 FAKE = f"""
@@ -64,7 +65,8 @@ class Fake(Store):
         begin = time.perf_counter()
         found = sum(key in self.present for key in list(self.present))
         assert found == len(self.present)
-        return {{"lookup": time.perf_counter() - begin}}
+        took = time.perf_counter() - begin
+        return {{"lookup": took, "store_evicting_16": 10 + took, "store_evicting_at_once": 20 + took}}
 
 serve(Fake)
 """
@@ -79,7 +81,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name: Peer(name, f"a fake that {name}", "kvtier", (str(script),), options={name: True})
         for name in ("works", "lies", "dies", "hangs")
     }
-    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=("lookup",))
+    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=STEPS)
     fake["absent"] = Peer(
         "absent", "needs what is not there", "kvtier", (str(script),), program="no-such-program"
     )
@@ -116,6 +118,12 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
         ratio = of[f"kvtier/{what}/works/ratio"]
         assert ours["limit"] == theirs["value"] > 0
         assert ratio["min"] <= ratio["value"] == ours["ratio"] <= ratio["max"]
+    # Ours with the bytes copied stands beside the peer's index work, and under its own name.
+    for what in STEPS[1:]:
+        theirs = of[f"works/{what}/1024"]["value"]
+        assert of[f"kvtier/{what}/1024/works"]["limit"] == theirs
+        assert of[f"kvtier/{what}_copied/1024/works"]["limit"] == theirs
+        assert f"works/{what}_copied/1024" not in of
     assert document["machine"]["skipped"] == document["machine"]["wrong_bytes"] == {}
     # kvtier beside itself alone: nothing is lost, nothing wrong is served, and the cap holds.
     for end in ("killed", "closed"):
@@ -132,6 +140,7 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
     }
     text = capsys.readouterr().out
     assert "3 of 3 served wrong" in text
+    assert "store_evicting_16_copied 1024" in text
     assert str(fakes) not in (fakes / "out.json").read_text()
 
 
