@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.cli import machine, peer_tables
+from kvtier.cli.peer_limits import plain_rates
 from kvtier.cli.peer_list import KVTIER, PEERS, Peer, default_cache, environment_folder, python_of
 from kvtier.cli.peer_side import Side, SideError
 from kvtier.cli.progress import Progress
@@ -31,7 +32,8 @@ SIZES = {"2MiB": 2 << 20, "32MiB": 32 << 20}
 METHOD = {
     "sides": "a process each; pages and staging memory in transparent huge pages; values contiguous",
     "disk": "puts end with syncfs(), gets begin with the page cache dropped; kvtier's puts are durable",
-    "limit": "of a kvtier row: the peer's median in the same rounds; of its /ratio: none",
+    "limit": "of a kvtier row: the peer's median in the same rounds; of a peer's put or get: what the "
+    "machine did with as many bytes (machine/...): a plain copy, or O_DIRECT writes and fdatasync, or reads",
 }
 _KEYS = 65_536
 _EVICTING = ("store_evicting_16", "store_evicting_at_once")
@@ -248,6 +250,7 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
     rates: dict[str, dict[str, list[float]]] = {
         what: {KVTIER.name: [], peer.name: []} for what in ("put", "get")
     }
+    plain: dict[str, list[float]] = {what: [] for what in rates}
     with contextlib.ExitStack() as stack:
         sides = []
         for each in (ours, peer):
@@ -255,9 +258,11 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
             configs = run.report.machine["peers"].setdefault(each.name, {})
             configs[f"{each.tier} {size_name}"] = opened["about"]
             sides.append((each, side))
+        machine_itself = stack.enter_context(plain_rates(peer.tier, stack.enter_context(run.folder()), moved))
         for number in range(run.args.rounds + 1):
             turns = sides if number % 2 == 0 else sides[::-1]
             for what in rates:
+                plain[what].append(machine_itself[what]())
                 for each, side in turns:
                     took = _pass(run, each, side, what, number, size)
                     if took is None:
@@ -271,7 +276,7 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
             side.ask("close")
     for what in peer.moves:
         of = rates[what]
-        _record(run, f"{what}/{size_name}", peer, of[KVTIER.name], of[peer.name], "GB/s")
+        _record(run, f"{what}/{size_name}", peer, of[KVTIER.name], of[peer.name], "GB/s", plain[what][1:])
 
 
 def _pass(run: Run, peer: Peer, side: Side, what: str, number: int, size: int) -> float | None:
@@ -288,13 +293,28 @@ def _pass(run: Run, peer: Peer, side: Side, what: str, number: int, size: int) -
     return float(answer["seconds"])
 
 
-def _record(run: Run, name: str, peer: Peer, ours: list[float], theirs: list[float], unit: str) -> None:
+def _record(
+    run: Run,
+    name: str,
+    peer: Peer,
+    ours: list[float],
+    theirs: list[float],
+    unit: str,
+    plain: list[float] | None = None,
+) -> None:
+    """Adds both sides' rows and the ratio; `plain` is what the machine itself did in the same rounds."""
     row = measured(f"{KVTIER.name}/{name}/{peer.name}", ours, unit, theirs)
     pairs = zip(ours, theirs, strict=True)
     ratios = [b / a if unit == "ms" else a / b for a, b in pairs]
     if peer_tables.COPIED not in name:  # that one stands beside the peer's row of index work alone
-        run.report.add(measured(f"{peer.name}/{name}", theirs, unit))
+        run.report.add(measured(f"{peer.name}/{name}", theirs, unit, plain))
     run.report.add(row, measured(f"{row.name}/ratio", ratios, "x"))
+    if plain is not None:
+        shares = [a / b for a, b in zip(ours, plain, strict=True)]
+        run.report.add(
+            measured(f"machine/{name}/{peer.name}", plain, unit),
+            measured(f"{row.name}/of_machine", shares, "x"),
+        )
 
 
 # --- index work ---

@@ -38,7 +38,7 @@ from kvtier.cli.bench_ttft_plan import (
     schedule,
 )
 from kvtier.cli.demo_life import wait_for_room
-from kvtier.cli.limits import DriveRead, Energy, HostCopy
+from kvtier.cli.limits import DriveFile, Energy, HostCopy
 from kvtier.cli.lives import Lines, end, say
 from kvtier.cli.shapes import Latent, Shape
 
@@ -249,7 +249,7 @@ def save(world: World) -> None:
 class Tiers:
     """Restores at one length, tier after tier in every round, beside the limits."""
 
-    def __init__(self, world: World, tokens: int, expected: Any, drive: DriveRead) -> None:
+    def __init__(self, world: World, tokens: int, expected: Any, drive: DriveFile) -> None:
         self.world, self.tokens, self.expected, self.drive = world, tokens, expected, drive
         self.samples = {tier: Samples() for tier in ("device", "host", "disk")}
         self.right = dict.fromkeys(self.samples, True)
@@ -260,7 +260,7 @@ class Tiers:
         world, tokens = self.world, self.tokens
         self._check("device", world.first_token(tokens, self.samples["device"]))
         with world.engine(tokens) as on:
-            self.samples["disk"].bandwidth.append(self.drive.rate())
+            self.samples["disk"].bandwidth.append(self.drive.read_rate())
             self._check("disk", world.restored(on, kvtier.Tier.DISK, tokens, self.samples["disk"]))
             # What came from disk is in the host tier now.
             self.samples["host"].bandwidth.append(self.copy())
@@ -315,7 +315,7 @@ def first(life: Life) -> None:
     expected = recompute(world, plan, model)
     world.decoder.fill(max(expected), world.longest, life.seed)
     save(world)
-    drive = DriveRead(Path(life.folder), world.limit_bytes(world.longest))
+    drive = DriveFile(Path(life.folder), world.limit_bytes(world.longest))
     say(facts={"disk_limit_past_page_cache": drive.direct})
     for tokens, rounds in plan.rounds.items():
         tiers = Tiers(world, tokens, expected.get(tokens), drive)
@@ -358,14 +358,14 @@ def second(life: Life, rounds: dict[int, int], steps: dict[int, float]) -> None:
     world = World(life)
     world.lines.phase("warm-up in the new process")
     world.decoder.prefill(world.prefix[: world.layer.chunk], 0)
-    drive = DriveRead(Path(life.folder), world.limit_bytes(world.longest))
+    drive = DriveFile(Path(life.folder), world.limit_bytes(world.longest))
     for tokens, count in rounds.items():
         samples, right = Samples(), True
         expected = torch.from_numpy(np.load(world.logits_file(tokens)))
         for i in range(count):
             world.lines.phase(f"{tokens} tokens from disk in a new process: round {i + 1} of {count}")
             with world.engine(tokens) as on:
-                samples.bandwidth.append(drive.rate())
+                samples.bandwidth.append(drive.read_rate())
                 logits = world.restored(on, kvtier.Tier.DISK, tokens, samples)
                 right = right and logits is not None and torch.equal(logits, expected)
             world.lines.step(steps[tokens])

@@ -1,7 +1,7 @@
-"""What the machine itself can do, in plain calls: copies, reads of a drive, energy.
+"""What the machine itself can do, in plain calls: copies, reads and writes of a drive, energy.
 
-Measured beside what is held against it, in the same round. A drive is read with `preadv` and O_DIRECT by
-threads, 2 MiB at a time, into buffers in huge pages where the kernel gives them.
+Measured beside what is held against it, in the same round. A drive is read and written with `preadv`,
+`pwritev` and O_DIRECT by threads, 2 MiB at a time, in buffers in huge pages where the kernel gives them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtier.engine import copy_limit
 
-_READ_BYTES = 2 << 20
-_READERS = 16
+_REQUEST_BYTES = 2 << 20
+_THREADS = 16
 _HUGE_PAGE = 2 << 20
 _RAPL = Path("/sys/class/powercap")
 
@@ -58,8 +59,8 @@ class HostCopy:
         return self.size / took
 
 
-class DriveRead:
-    """Plain reads of one file on a drive, past the page cache.
+class DriveFile:
+    """Plain reads and writes of one file on a drive, past the page cache.
 
     Args:
         folder: On the drive; the file in it is removed by `close`.
@@ -67,12 +68,12 @@ class DriveRead:
     """
 
     def __init__(self, folder: Path, size: int) -> None:
-        self._requests = max(1, size // _READ_BYTES)
-        self.size = self._requests * _READ_BYTES
+        self._requests = max(1, size // _REQUEST_BYTES)
+        self.size = self._requests * _REQUEST_BYTES
         self._path = folder / "limit"
-        count = min(_READERS, self._requests)
-        self._buffers = np.split(huge_buffer(count * _READ_BYTES), count)
-        noise = np.random.default_rng(0).integers(0, 256, _READ_BYTES, np.uint8).tobytes()
+        count = min(_THREADS, self._requests)
+        self._buffers = np.split(huge_buffer(count * _REQUEST_BYTES), count)
+        noise = np.random.default_rng(0).integers(0, 256, _REQUEST_BYTES, np.uint8).tobytes()
         with self._path.open("wb") as file:
             for _ in range(self._requests):
                 file.write(noise)
@@ -81,30 +82,39 @@ class DriveRead:
         self._handle = _open_direct(self._path)
         self.direct = self._handle[1]
 
-    def rate(self) -> float:
+    def read_rate(self) -> float:
         """Bytes per second of reading the whole file once."""
+        return self._rate("read", os.preadv)
+
+    def write_rate(self) -> float:
+        """Bytes per second of writing the whole file once, in place, and of one fdatasync."""
+        return self._rate("wrote", os.pwritev)
+
+    def _rate(self, word: str, call: Callable[[int, Any, int], int]) -> float:
         left = iter(range(self._requests))
         lock, failures = threading.Lock(), []
 
-        def read(buffer: npt.NDArray[np.uint8]) -> None:
+        def move(buffer: npt.NDArray[np.uint8]) -> None:
             while True:
                 with lock:
                     request = next(left, None)
                 if request is None:
                     return
-                got = os.preadv(self._handle[0], [buffer.data], request * _READ_BYTES)
-                if got != _READ_BYTES:
-                    failures.append(got)
+                done = call(self._handle[0], [buffer.data], request * _REQUEST_BYTES)
+                if done != _REQUEST_BYTES:
+                    failures.append(done)
 
-        threads = [threading.Thread(target=read, args=(buffer,)) for buffer in self._buffers]
+        threads = [threading.Thread(target=move, args=(buffer,)) for buffer in self._buffers]
         begin = time.perf_counter()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if call is os.pwritev:
+            os.fdatasync(self._handle[0])
         took = time.perf_counter() - begin
         if failures:
-            raise OSError(0, f"{self._path}: read {failures[0]} of {_READ_BYTES} bytes")
+            raise OSError(0, f"{self._path}: {word} {failures[0]} of {_REQUEST_BYTES} bytes")
         return self.size / took
 
     def close(self) -> None:
@@ -116,9 +126,9 @@ class DriveRead:
 def _open_direct(path: Path) -> tuple[int, bool]:
     """A descriptor, and whether it is past the page cache (tmpfs and others refuse O_DIRECT)."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+        return os.open(path, os.O_RDWR | os.O_DIRECT), True
     except OSError:
-        return os.open(path, os.O_RDONLY), False
+        return os.open(path, os.O_RDWR), False
 
 
 class Energy:

@@ -17,7 +17,16 @@ def print_tables(report: Report) -> None:
     """Ratios with minimum and maximum; then what was seen after ends, flipped bits and past the cap."""
     rows = [_ratio_row(report, r) for r in ratios(report)]
     if rows:
-        header = ("what", "peer", "peer's median (min-max)", "kvtier's", "kvtier is", "min-max", "n")
+        header = (
+            "what",
+            "peer",
+            "peer's median (min-max)",
+            "kvtier's",
+            "kvtier is",
+            "min-max",
+            "of machine",
+            "n",
+        )
         print(f"\n{table(header, rows)}", file=report.out)
         print("\nbehind: " + (", ".join(behind(report)) or "nowhere"), file=report.out)
     if seen := _behaviour_rows(report):
@@ -50,8 +59,14 @@ def _ratio_row(report: Report, ratio: Result) -> tuple[str, ...]:
         _short(ours),
         f"{ratio.value:.2f} x",
         f"{ratio.min:.2f}-{ratio.max:.2f}",
+        _of_machine(theirs, of.get(f"{ours.name}/of_machine")),
         str(ratio.n),
     )
+
+
+def _of_machine(theirs: Result, ours: Result | None) -> str:
+    """Both shares of what the machine itself did: the peer's, ours."""
+    return "" if theirs.ratio is None or ours is None else f"{theirs.ratio:.2f}, {ours.value:.2f}"
 
 
 def _short(r: Result) -> str:

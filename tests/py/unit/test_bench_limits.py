@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvtier.cli import limits, lives, progress
-from kvtier.cli.limits import DriveRead, Energy, HostCopy, huge_buffer
+from kvtier.cli.limits import DriveFile, Energy, HostCopy, huge_buffer
 from kvtier.cli.progress import Progress
 from kvtier.errors import StorageError
 
@@ -28,17 +28,28 @@ def test_a_plain_copy_copies() -> None:
 
 
 def test_a_plain_read_reads_the_whole_file_and_leaves_none(tmp_path: Path) -> None:
-    drive = DriveRead(tmp_path, 5 << 20)
+    drive = DriveFile(tmp_path, 5 << 20)
     assert drive.size == 4 << 20  # whole requests
-    assert drive.rate() > 0
+    assert drive.read_rate() > 0
     written = (tmp_path / "limit").read_bytes()
     # One thread may have been so quick as to read both requests.
     assert any(written[: 2 << 20] == buffer.tobytes() for buffer in drive._buffers)
     (tmp_path / "limit").write_bytes(b"short")
     with pytest.raises(OSError, match="of 2097152 bytes"):
-        drive.rate()
+        drive.read_rate()
     drive.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_write_writes_the_whole_file(tmp_path: Path) -> None:
+    drive = DriveFile(tmp_path, 4 << 20)
+    for i, buffer in enumerate(drive._buffers):
+        buffer[:] = i + 1
+    assert drive.write_rate() > 0
+    written = (tmp_path / "limit").read_bytes()
+    assert len(written) == drive.size
+    assert {written[0], written[-1]} <= {1, 2}  # whichever thread had it
+    drive.close()
 
 
 class TestEnergy:

@@ -118,6 +118,11 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
         ratio = of[f"kvtier/{what}/works/ratio"]
         assert ours["limit"] == theirs["value"] > 0
         assert ratio["min"] <= ratio["value"] == ours["ratio"] <= ratio["max"]
+    for what in ("put/2MiB", "get/2MiB"):  # both beside the machine's own
+        plain = of[f"machine/{what}/works"]["value"]
+        assert of[f"works/{what}"]["limit"] == plain > 0
+        share = of[f"kvtier/{what}/works"]["value"] / plain
+        assert of[f"kvtier/{what}/works/of_machine"]["value"] == pytest.approx(share)  # one round
     # Ours with the bytes copied stands beside the peer's index work, and under its own name.
     for what in STEPS[1:]:
         theirs = of[f"works/{what}/1024"]["value"]
