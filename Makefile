@@ -59,7 +59,8 @@ format: setup  ## formats Python and C++ in place
 	ruff format .
 	clang-format -i $(cpp_files)
 
-bench: build  ## all benchmarks that this machine can run in an hour, into benchmarks/results/, and the report (BENCH_ARGS="--without vllm")
+# Where vLLM is installed, its copy of the package is made again: what is measured is what is here.
+bench: build $(if $(wildcard .venv-vllm/.ready),.venv-vllm/.built)  ## all benchmarks that this machine can run in an hour, into benchmarks/results/, and the report (BENCH_ARGS="--without vllm")
 	kvtier bench all $(BENCH_ARGS)
 
 gpu-check:  ## on a machine with a GPU, network or none: builds, GPU tests, GPU benchmarks into benchmarks/results/

@@ -15,15 +15,16 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvtier.cli import machine, peer_tables
 from kvtier.cli.peer_limits import plain_rates
 from kvtier.cli.peer_list import KVTIER, PEERS, Peer, default_cache, environment_folder, python_of
-from kvtier.cli.peer_side import Side, SideError
+from kvtier.cli.peer_side import HangError, Side, SideError
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured
 from kvtier.errors import ConfigError, ResourceError
@@ -66,6 +67,7 @@ class Run:
     cache: Path
     pythons: dict[str, str] = field(default_factory=dict)
     sides: dict[str, Side] = field(default_factory=dict)
+    hung: set[str] = field(default_factory=set)
     count: int = 0
 
     @contextlib.contextmanager
@@ -190,11 +192,9 @@ def _everything(run: Run, chosen: list[Peer]) -> None:
             continue
         run.report.machine["peers"][peer.name] = {"about": peer.about}
         for size in SIZES if peer.moves else ():
-            with _part(run, peer, size):
-                throughput(run, peer, size)
+            _part(run, peer, size, partial(throughput, run, peer, size))
         if peer.steps:
-            with _part(run, peer, "lookup"):
-                index_work(run, peer)
+            _part(run, peer, "lookup", partial(index_work, run, peer))
         behaviour(run, peer)
         run.kill()
 
@@ -207,12 +207,17 @@ def _behaviours(peer: Peer) -> int:
     return 2 * peer.survives + 2 * (peer.bounded and peer.tier == "disk")
 
 
-@contextlib.contextmanager
-def _part(run: Run, peer: Peer, what: str) -> Iterator[None]:
+def _part(run: Run, peer: Peer, what: str, measure: Callable[[], None]) -> None:
+    """Runs one part of a peer. Once it hung, nothing else of it is tried: that would be over late."""
     run.progress.phase(f"{peer.name}: {what}")
     try:
-        yield
+        if peer.name in run.hung:
+            run.skip(f"{peer.name}/{what}", "it hung before")
+        else:
+            measure()
     except SideError as error:
+        if isinstance(error, HangError):
+            run.hung.add(peer.name)
         run.skip(f"{peer.name}/{what}", str(error))
         run.kill()
     run.progress.step(2 if what in SIZES else 1)
@@ -357,14 +362,11 @@ def index_work(run: Run, peer: Peer) -> None:
 def behaviour(run: Run, peer: Peer) -> None:
     """What becomes of a flipped bit, how far files grow, what is left after an end."""
     if peer.bounded and peer.tier == "disk":
-        with _part(run, peer, "bitflip"):
-            _bitflip(run, peer)
-        with _part(run, peer, "cap"):
-            _cap(run, peer)
+        _part(run, peer, "bitflip", partial(_bitflip, run, peer))
+        _part(run, peer, "cap", partial(_cap, run, peer))
     if peer.survives:
         for end in ("killed", "closed"):
-            with _part(run, peer, f"restart/{end}"):
-                _restart(run, peer, end)
+            _part(run, peer, f"restart/{end}", partial(_restart, run, peer, end))
 
 
 def _restart(run: Run, peer: Peer, end: str) -> None:
@@ -418,6 +420,8 @@ def _cap(run: Run, peer: Peer) -> None:
         for number in range(_CAP_ROUNDS):
             try:
                 side.ask("put", number=number)
+            except HangError:
+                raise
             except SideError as error:
                 refused = str(error)
             most = max(most, side.ask("usage")["bytes"])

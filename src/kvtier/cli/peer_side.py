@@ -29,6 +29,10 @@ class SideError(KVTierError):
     """A side could not do what it was asked, did not answer in time, or ended; the message says why."""
 
 
+class HangError(SideError):
+    """It did not answer in time and was killed."""
+
+
 class Side:
     """A running side; a context manager that kills it, and what it started, in the end.
 
@@ -56,7 +60,8 @@ class Side:
         """Asks for an operation of the harness and waits for the answer.
 
         Raises:
-            SideError: It failed, did not answer in time or ended.
+            SideError: It failed or ended.
+            HangError: It did not answer in time.
         """
         pipe = self._process.stdin
         if pipe is None:
@@ -82,7 +87,7 @@ class Side:
                 left = until - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     self.kill()
-                    raise SideError(f"{op}: no answer in {self._patience:.0f} s, killed")
+                    raise HangError(f"{op}: no answer in {self._patience:.0f} s, killed")
                 if not (more := os.read(pipe.fileno(), 1 << 16)):
                     raise SideError(f"{op}: it ended: {self._last_words()}")
                 self._rest += more

@@ -168,6 +168,26 @@ def test_what_fails_is_left_out_with_its_reason(fakes: Path) -> None:
     assert document["checks"]["completed"]
 
 
+@pytest.mark.usefixtures("brief")
+def test_of_what_hangs_nothing_else_is_tried(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    ask = Side.ask
+
+    def hurried(side: Side, op: str, **arguments: Any) -> dict[str, Any]:
+        if op == "put" and "fake_side" in str(side._process.args):
+            side._patience = 2
+        asked.append(op)
+        return ask(side, op, **arguments)
+
+    monkeypatch.setattr(Side, "ask", hurried)
+    _, document = run(fakes, "--only", "hangs")
+    skipped = document["machine"]["skipped"]
+    assert skipped["hangs/2MiB"].startswith("put: no answer in 2 s")
+    assert {skipped[f"hangs/restart/{end}"] for end in ("killed", "closed")} == {"it hung before"}
+    assert asked.count("open") == 2  # ours and the peer's, once
+    assert document["checks"]["completed"]
+
+
 def test_wrong_bytes_of_our_own_fail_the_run(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = fakes / "fake_side.py"
     monkeypatch.setattr(

@@ -238,13 +238,41 @@ def test_what_takes_too_long_is_stopped_and_keeps_what_was_finished(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     forever = ("bench", "index", "--blocks", "2000", "--batch", "512", "--rounds", "100000")
     steps(monkeypatch, Step("index", forever, 0.01))
-    argv = ["bench", "all", "--results", str(tmp_path), "--machine", "box", "--minutes", "0.1"]
+    argv = [
+        "bench",
+        "all",
+        "--results",
+        str(tmp_path),
+        "--machine",
+        "box",
+        "--minutes",
+        "1.1",
+    ]  # a minute is kept for its end
     assert main([*argv, "--json", str(tmp_path / "all.out")]) == 1
     summary = json.loads((tmp_path / "all.out").read_text())
     assert summary["checks"]["index"] is False
-    assert "the time was over" in summary["machine"]["left_out"]["index"]
+    assert "stopped after" in summary["machine"]["left_out"]["index"]
     (found,) = tmp_path.glob("index-box-*.json")
     assert json.loads(found.read_text())["checks"]["completed"] is False
+
+
+def test_a_step_that_hangs_takes_no_time_of_those_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, float] = {}
+
+    def run(step: Step, directory: str, target: Path, seconds: float) -> int:
+        given[step.name] = seconds
+        return 124 if step.name == "hangs" else 0
+
+    monkeypatch.setattr(bench_all, "_run", run)
+    steps(monkeypatch, Step("hangs", (), 5), Step("index", (), 40))
+    argv = ["bench", "all", "--results", str(tmp_path), "--machine", "box", "--minutes", "60"]
+    assert main([*argv, "--json", str(tmp_path / "all.out")]) == 1
+    assert 60 * 18 < given["hangs"] <= 60 * (60 - 40 - 1)  # a minute to be stopped in
+    assert given["index"] > 60 * 40
+    checks = json.loads((tmp_path / "all.out").read_text())["checks"]
+    assert (checks["hangs"], checks["index"]) == (False, True)
 
 
 def test_every_step_says_why_it_cannot_run_here() -> None:
