@@ -60,6 +60,10 @@ class Store:
     def close(self) -> None:
         """Closes in good order."""
 
+    def lose_holder(self) -> None:
+        """Kills the other process that holds the values, if there is one."""
+        raise NotImplementedError
+
     def steps_open(self, count: int, options: dict) -> None:
         """Fills a store with `count` small values, for steps()."""
         raise NotImplementedError
@@ -243,6 +247,10 @@ class Server:
         self.store.cold()
         drop_caches(self.home)
         return {"flipped": flip_bit(self.home, needle)}
+
+    def op_lose_holder(self) -> dict:
+        self.store.lose_holder()
+        return {}
 
     def op_usage(self) -> dict:
         return {"bytes": usage(self.home)}

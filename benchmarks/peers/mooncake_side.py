@@ -48,7 +48,7 @@ class Mooncake(Store):
         self.children = [subprocess.Popen([binary, *arguments], stdin=subprocess.DEVNULL, stdout=2)]
         time.sleep(1)
         segment = (2 * blocks * size + (512 << 20)) // (64 << 20) * (64 << 20)
-        holder = subprocess.Popen(
+        self.holder = holder = subprocess.Popen(
             [sys.executable, __file__, "hold", self.master, str(segment)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -82,6 +82,10 @@ class Mooncake(Store):
     def forget(self, keys):
         for key in keys:
             self.store.remove(key.hex(), True)
+
+    def lose_holder(self):
+        self.holder.kill()
+        self.holder.wait()
 
     def close(self):
         self.store.close()

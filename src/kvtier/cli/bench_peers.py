@@ -204,7 +204,7 @@ def _units(peer: Peer) -> int:
 
 
 def _behaviours(peer: Peer) -> int:
-    return 2 * peer.survives + 2 * (peer.bounded and peer.tier == "disk")
+    return 2 * peer.survives + peer.holder + 2 * (peer.bounded and peer.tier == "disk")
 
 
 def _part(run: Run, peer: Peer, what: str, measure: Callable[[], None]) -> None:
@@ -367,6 +367,8 @@ def behaviour(run: Run, peer: Peer) -> None:
     if peer.survives:
         for end in ("killed", "closed"):
             _part(run, peer, f"restart/{end}", partial(_restart, run, peer, end))
+    if peer.holder:
+        _part(run, peer, "holder", partial(_holder, run, peer))
 
 
 def _restart(run: Run, peer: Peer, end: str) -> None:
@@ -391,6 +393,27 @@ def _restart(run: Run, peer: Peer, end: str) -> None:
     run.report.add(Result(f"{name}/{end}", 100 * back["right"] / blocks, "%", n=blocks))
     if back["right"]:
         run.report.add(Result(f"{name}/{end}_seconds", opened["seconds"] + found["seconds"], "s"))
+
+
+def _holder(run: Run, peer: Peer) -> None:
+    """The process that holds the values is killed, its client lives on: what is said to be there, and is."""
+    size = SIZES[_BEHAVIOUR_SIZE]
+    blocks = run.blocks(size)
+    with run.folder() as home:
+        side, _ = run.open(peer, home, size)
+        side.ask("put", number=7)
+        side.ask("lose_holder")
+        found = side.ask("found", number=7)["found"]
+        back = side.ask("get", number=7, cold=False)
+        run.kill(peer.name)
+    name = f"{peer.name}/holder_killed/{_BEHAVIOUR_SIZE}"
+    if back["wrong"]:
+        run.wrong(name, f"{back['wrong']} of {blocks} values")
+        return
+    run.report.add(
+        Result(f"{name}/found", 100 * found / blocks, "%", n=blocks),
+        Result(name, 100 * back["right"] / blocks, "%", n=blocks),
+    )
 
 
 def _bitflip(run: Run, peer: Peer) -> None:

@@ -40,6 +40,7 @@ class Peer:
         survives: Whether it keeps files, which can be looked for after a restart.
         bounded: Whether it takes a capacity on the drive, or promises none; None leaves the cap out.
         program: That has to be installed on the machine.
+        holder: Whether another process than its client's holds the values, which can be killed alone.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Peer:
     survives: bool = True
     bounded: bool = True
     program: str | None = None
+    holder: bool = False
 
 
 def _lmcache(name: str, about: str, kind: str, **extra: Any) -> Peer:
@@ -114,6 +116,7 @@ PEERS = (
         tier="host",
         steps=_STEPS,
         bounded=False,
+        holder=True,
     ),
     Peer("lmdb", "LMDB, 32 MiB/txn, one sync at the end", "kv", ("kv_side.py", "lmdb"), steps=_STEPS),
     Peer(

@@ -32,6 +32,8 @@ def print_tables(report: Report) -> None:
     if seen := _behaviour_rows(report):
         columns = ("store", "after SIGKILL", "after close", "bits flipped", "disk / cap", "newest kept")
         print(f"\n{table(columns, seen)}\n", file=report.out)
+    for line in _holders(report):
+        print(line, file=report.out)
 
 
 def ratios(report: Report) -> list[Result]:
@@ -87,6 +89,16 @@ def _behaviour_rows(report: Report) -> list[tuple[str, ...]]:
             _number(of.get(f"{name}/cap/2MiB/newest"), "{:.0f} %"),
         )
         for name in names
+    ]
+
+
+def _holders(report: Report) -> list[str]:
+    of = {r.name: r for r in report.results}
+    return [
+        f"{name.split('/')[0]}: after SIGKILL of the process that holds the values it says that "
+        f"{of[f'{name}/found'].value:.0f} % are there; {r.value:.0f} % can be read"
+        for name, r in of.items()
+        if name.split("/")[1] == "holder_killed" and f"{name}/found" in of
     ]
 
 

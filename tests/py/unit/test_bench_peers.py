@@ -45,12 +45,13 @@ class Fake(Store):
         for i, key in enumerate(keys):
             self._path(key).write_bytes(self.pages.source[i].tobytes())
     def get(self, keys):
+        there = [self._path(key).exists() and self._path(key).stat().st_size > 0 for key in keys]
         for i, key in enumerate(keys):
-            if self._path(key).exists():
+            if there[i]:
                 self.pages.target[i] = np.frombuffer(self._path(key).read_bytes(), np.uint8)
         if self.options.get("lies"):
             self.pages.target[0, 5] ^= 1
-        return [self._path(key).exists() for key in keys]
+        return there
     def found(self, keys):
         return sum(self._path(key).exists() for key in keys)
     def forget(self, keys):
@@ -58,6 +59,9 @@ class Fake(Store):
             self._path(key).unlink()
     def close(self):
         pass
+    def lose_holder(self):
+        for path in self.home.iterdir():
+            path.write_bytes(b"")
     def steps_open(self, count, options):
         self.present = dict.fromkeys(keys_of(-1, count))
     def steps(self, number):
@@ -81,7 +85,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name: Peer(name, f"a fake that {name}", "kvtier", (str(script),), options={name: True})
         for name in ("works", "lies", "dies", "hangs")
     }
-    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=STEPS)
+    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=STEPS, holder=True)
     fake["absent"] = Peer(
         "absent", "needs what is not there", "kvtier", (str(script),), program="no-such-program"
     )
@@ -134,6 +138,8 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
     for end in ("killed", "closed"):
         assert of[f"kvtier/restart/2MiB/{end}"]["value"] == 100
         assert of[f"works/restart/2MiB/{end}"]["value"] == 100
+    assert of["works/holder_killed/2MiB/found"]["value"] == 100
+    assert of["works/holder_killed/2MiB"]["value"] == 0
     assert of["kvtier/bitflip/2MiB"]["value"] == 0
     assert of["works/bitflip/2MiB"]["value"] == of["works/bitflip/2MiB"]["n"] == 3
     assert of["kvtier/cap/2MiB"]["value"] <= 1
@@ -146,6 +152,7 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "3 of 3 served wrong" in text
     assert "store_evicting_16_copied 1024" in text
+    assert "it says that 100 % are there; 0 % can be read" in text
     assert str(fakes) not in (fakes / "out.json").read_text()
 
 
