@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,6 @@ METHOD = {
     "machine did with as many bytes (machine/...): a plain copy, or O_DIRECT writes and fdatasync, or reads",
 }
 _KEYS = 65_536
-_EVICTING = ("store_evicting_16", "store_evicting_at_once")
 _BEHAVIOUR_SIZE = "2MiB"
 _SECONDS_BEFORE_KILL = 2.0
 _CAP_ROUNDS = 8
@@ -344,12 +342,6 @@ def index_work(run: Run, peer: Peer) -> None:
                         ms.setdefault(step, {}).setdefault(each.name, []).append(1e3 * took)
         for _, side in sides:
             side.ask("close")
-    if _EVICTING[0] in ms:
-        # Each at the batch size that suits it.
-        ms["store_evicting"] = {
-            name: min((ms[step][name] for step in _EVICTING), key=statistics.median)
-            for name in (KVTIER.name, peer.name)
-        }
     for step, of in ms.items():
         base = ms[step.removesuffix(peer_tables.COPIED)]
         if KVTIER.name in of and peer.name in base:
