@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.cli import bench_ttft_plot, bench_ttft_table, machine, plots
-from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Layer, Room, fit, held_out, place
+from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Fit, Layer, Room, fit, held_out, place
 from kvtier.cli.lives import live
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, table
@@ -195,6 +195,8 @@ class _Run:
                 "minutes": minutes,
             }
             saved = live(_LIFE, "first", {"life": life}, self.progress, self._heard)
+            if not saved["rounds"]:
+                return
             self.progress.phase("killed with SIGKILL; a new process starts")
             opened = live(_LIFE, "second", {"life": life, **saved}, self.progress, self._heard)
             self._check("killed_and_restored", self.report.checks.get("logits_disk_restarted", False))
@@ -246,14 +248,18 @@ class _Run:
         name, run = self.shape.name, self.seconds.get("recompute", {})
         lengths = sorted({tokens for tier in self.seconds.values() for tokens in tier})
         self.report.add(*(Result(f"kv_bytes/{name}/{n}", self._bytes(n), "B") for n in lengths))
-        if not run:
+        if not lengths:
             return
         prefills = {tokens + SUFFIX_TOKENS: s for tokens, s in run.items()}
-        model = fit(self.shape, {(n, 0): s for n, s in prefills.items()})
+        if prefills:
+            model = fit(self.shape, {(n, 0): s for n, s in prefills.items()})
+        else:  # nothing was recomputed: what a part of a chunk took must do
+            model = Fit(self.shape, **self.facts["calibration"])
         self.facts["fit"] = {
+            "of": "recomputes" if prefills else "calibration",
             "linear_gflops": 1e-9 / model.linear if model.linear else None,
             "attention_gflops": 1e-9 / model.attention if model.attention else None,
-            "largest_error": model.error(prefills),
+            "largest_error": model.error(prefills) if prefills else None,
             "error_at_longest_from_the_others": held_out(self.shape, prefills),
         }
         for tokens in lengths:

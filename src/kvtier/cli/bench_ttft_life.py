@@ -33,6 +33,7 @@ from kvtier.cli.bench_ttft_plan import (
     Fit,
     Layer,
     Schedule,
+    calibration_chunk,
     fit,
     run_seconds,
     schedule,
@@ -44,6 +45,7 @@ from kvtier.cli.shapes import Latent, Shape
 
 _PATIENCE_SECONDS = 600.0
 _CALIBRATION_PREFIX = 4096
+_FEW_TOKENS = 32
 _COPY_THREADS = 2
 
 
@@ -184,9 +186,13 @@ def row(tokens: int, tier: str, samples: Samples) -> None:
 
 
 def calibrate(world: World) -> Fit:
-    """Rates of a chunk without and with a prefix; the first run warms up."""
+    """Rates of a chunk, or of a part of one, without and with a prefix; the first run warms up."""
     world.lines.phase("calibration")
+    begin = time.perf_counter()
+    world.decoder.prefill(world.prefix[:_FEW_TOKENS], 0)
+    took = time.perf_counter() - begin
     chunk = min(world.layer.chunk, world.longest)
+    chunk = calibration_chunk(chunk, min(_FEW_TOKENS, world.longest), took, world.life.minutes)
     behind = min(_CALIBRATION_PREFIX, world.longest - chunk)
     world.decoder.fill(0, behind, world.life.seed)
     points: dict[tuple[int, int], float] = {}
@@ -308,12 +314,17 @@ def first(life: Life) -> None:
             "torch_threads": torch.get_num_threads(),
             "energy_from": world.energy.sources,
             "kv_bytes_per_token": world.shape.kv_bytes_per_token(world.layer.kv_dtype),
+            "calibration": {"linear": model.linear, "attention": model.attention},
         },
     )
     for tokens in sorted(set(world.layer.lengths) - set(plan.rounds)):
-        say(left_out={"tokens": tokens, "why": "its tiers do not fit the time given"})
+        minutes = run_seconds(model, tokens) / 60
+        why = f"its tiers do not fit the time given: a run of each takes about {minutes:.1f} min"
+        say(left_out={"tokens": tokens, "why": why})
+    if not plan.rounds:
+        end({"rounds": {}, "steps": {}})
     expected = recompute(world, plan, model)
-    world.decoder.fill(max(expected), world.longest, life.seed)
+    world.decoder.fill(max(expected, default=0), world.longest, life.seed)
     save(world)
     drive = DriveFile(Path(life.folder), world.limit_bytes(world.longest))
     say(facts={"disk_limit_past_page_cache": drive.direct})
@@ -357,7 +368,7 @@ def second(life: Life, rounds: dict[int, int], steps: dict[int, float]) -> None:
     """
     world = World(life)
     world.lines.phase("warm-up in the new process")
-    world.decoder.prefill(world.prefix[: world.layer.chunk], 0)
+    world.decoder.prefill(world.suffix, 0)
     drive = DriveFile(Path(life.folder), world.limit_bytes(world.longest))
     for tokens, count in rounds.items():
         samples, right = Samples(), True

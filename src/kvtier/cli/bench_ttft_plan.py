@@ -27,6 +27,9 @@ _ROUND_RATE = 4e9  # bytes a second to make its host tier and to poison the page
 _CPU_WEIGHTS_SHARE = 4  # of a CPU's memory the weights take no more than one part in so many
 RECOMPUTE_AT_MOST = 0.5  # of the time given; planned are
 _RECOMPUTE_SHARE, _REPEAT_SHARE, _TIER_SHARE = 0.35, 0.08, 0.42  # of the time given
+_CALIBRATION_SHARE, _CALIBRATION_RUNS = 0.1, 6
+_LEAST_CHUNK = 16
+_ONE_ROUND_AT_MOST = 2.0  # of the time given: with less than a round of the shortest length nothing is run
 
 
 @dataclass(frozen=True)
@@ -218,9 +221,11 @@ class Schedule:
     """What is run in the time given.
 
     Attributes:
-        recomputed: Lengths that are recomputed; the others are extrapolated.
+        recomputed: Lengths that are recomputed; the others are extrapolated. None where even the shortest
+            would take longer than everything is given.
         repeated: Lengths that are recomputed `rounds` times.
-        rounds: Of the tiers, by length; lengths for which not even one round fits are not there.
+        rounds: Of the tiers, by length; lengths for which not even one round fits are not there. The shortest
+            is, unless a round of it takes far longer than everything is given.
         seconds: How long all of it takes, by the fit.
     """
 
@@ -236,8 +241,24 @@ def run_seconds(model: Fit, tokens: int) -> float:
     return around + 1.3 * model.seconds(SUFFIX_TOKENS, tokens)
 
 
+def calibration_chunk(chunk: int, few: int, seconds: float, minutes: float) -> int:
+    """Tokens of the prefills that calibrate: a chunk, or less where that would take too much of the time.
+
+    Args:
+        chunk: Tokens of a prefill at once.
+        few: Tokens of one that was timed.
+        seconds: That it took.
+        minutes: For everything.
+    """
+    while chunk > _LEAST_CHUNK and (
+        _CALIBRATION_RUNS * seconds * max(1.0, chunk / few) > _CALIBRATION_SHARE * 60 * minutes
+    ):
+        chunk //= 2
+    return chunk
+
+
 def schedule(lengths: Sequence[int], model: Fit, rounds: int, minutes: float) -> Schedule:
-    """Divides the time given; the shortest length is always run.
+    """Divides the time given.
 
     Args:
         lengths: Ascending.
@@ -246,7 +267,11 @@ def schedule(lengths: Sequence[int], model: Fit, rounds: int, minutes: float) ->
         minutes: For all of it.
     """
     given = 60 * minutes
-    recomputed = [n for n in lengths if model.seconds(n) <= _RECOMPUTE_SHARE * given] or [lengths[0]]
+    recomputed = [n for n in lengths if model.seconds(n) <= _RECOMPUTE_SHARE * given]
+    if not recomputed and model.seconds(lengths[0]) <= given:
+        recomputed = [lengths[0]]
+    if _TIERS * run_seconds(model, lengths[0]) > _ONE_ROUND_AT_MOST * given:
+        return Schedule((), (), {}, 0.0)
     repeated = [n for n in recomputed if model.seconds(n) * max(1, rounds - 1) <= _REPEAT_SHARE * given]
     plan: dict[int, int] = {}
     spent = 0.0
@@ -256,6 +281,6 @@ def schedule(lengths: Sequence[int], model: Fit, rounds: int, minutes: float) ->
             if spent + one_round <= _TIER_SHARE * given or not plan:
                 plan[tokens] = plan.get(tokens, 0) + 1
                 spent += one_round
-    seconds = spent + model.seconds(recomputed[-1])
+    seconds = spent + (model.seconds(recomputed[-1]) if recomputed else 0.0)
     seconds += (rounds - 1) * model.seconds(repeated[-1]) if repeated else 0.0
     return Schedule(tuple(recomputed), tuple(repeated), dict(sorted(plan.items())), seconds)

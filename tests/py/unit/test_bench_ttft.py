@@ -17,6 +17,7 @@ from kvtier.cli.bench_ttft_plan import (
     Fit,
     Room,
     block_tokens_for,
+    calibration_chunk,
     fit,
     held_out,
     place,
@@ -122,11 +123,26 @@ def test_the_time_is_divided() -> None:
     assert 3 <= len(short.rounds) < len(lengths)
 
 
-def test_the_shortest_length_is_always_run() -> None:
-    slow = Fit(SHAPES["100m"], linear=1e-6, attention=1e-6)
-    plan = schedule([1024, 2048], slow, rounds=5, minutes=0.01)
+def test_of_a_slow_model_the_shortest_length_is_run_as_far_as_it_can_be() -> None:
+    shape = SHAPES["llama-3.1-8b"]
+    cpu = Fit(shape, linear=1 / 100e9, attention=1 / 100e9)
+    seconds = cpu.seconds(1024)
+    plan = schedule([1024, 2048], cpu, rounds=5, minutes=seconds / 60)  # nothing else fits
     assert plan.recomputed == (1024,)
     assert plan.rounds == {1024: 1}
+    plan = schedule([1024, 2048], cpu, rounds=5, minutes=0.9 * seconds / 60)  # from what the calibration said
+    assert plan.recomputed == plan.repeated == ()
+    assert plan.rounds == {1024: 1}
+    plan = schedule([1024, 2048], cpu, rounds=5, minutes=0.01)  # not even the suffix
+    assert (plan.recomputed, plan.rounds) == ((), {})
+
+
+def test_a_slow_model_is_calibrated_with_a_part_of_a_chunk() -> None:
+    assert calibration_chunk(512, 32, seconds=0.01, minutes=3) == 512
+    part = calibration_chunk(512, 32, seconds=2, minutes=3)
+    assert 16 <= part < 512
+    assert 6 * 2 * max(1, part / 32) <= 0.1 * 180
+    assert calibration_chunk(512, 32, seconds=1000, minutes=3) == 16
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -208,6 +224,16 @@ def test_lengths_that_take_too_long_are_extrapolated_and_marked(
         assert found["ttft/tiny/16384/recompute"]["n"] == 0
         assert found["speedup/tiny/16384/host"]["extrapolated"] is True
         assert "~" in capsys.readouterr().out
+
+
+def test_a_shape_that_is_too_slow_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / "out.json"
+    argv = ["bench", "ttft", "--shape", "tiny", "--tokens", "1024", "--dir", str(tmp_path)]
+    assert main([*argv, "--minutes", "0.0001", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["results"] == []
+    assert "do not fit the time given" in document["machine"]["ttft"]["tiny"]["left_out"]["1024"]
 
 
 @pytest.mark.parametrize(
