@@ -65,7 +65,15 @@ def draw(document: dict[str, Any], shape: str) -> Any:
         bound = sorted((n, r["limit"]) for n, r in rows.get(tier, {}).items() if r["limit"])
         if bound:
             colour = plots.style(2 + index)["color"]
-            axes.plot(*zip(*bound, strict=True), label=label, color=colour, linestyle=dashes, linewidth=1.4)
+            alone = {"marker": "_", "markersize": 14} if len(bound) == 1 else {}  # no line through one point
+            axes.plot(
+                *zip(*bound, strict=True),
+                label=label,
+                color=colour,
+                linestyle=dashes,
+                linewidth=1.4,
+                **alone,
+            )
     plots.token_ticks(axes, (n for tier in rows.values() for n in tier))
     drawn.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return drawn
