@@ -166,7 +166,7 @@ class Kvtier(Store):
         """Reserves slots, evicts, commits, as if ranks had copied: no byte of a block moves."""
         native = self.engine._native
         for i in range(0, self.count, batch):
-            grant, *_ = grant_store(native, 0, 1, keys[i : i + batch], 0, None, "")
+            grant, *_ = grant_store(native, 0, 1, keys[i : i + batch], 0, None, "", None, None)
             finish_part(native, grant, GOOD, True)
 
     def _copied(self, keys, batch):
