@@ -168,9 +168,11 @@ Status EngineImpl::open_disks() {
     SlotStore& store = *disk_->volumes[v].store;
     const auto grow = [this, v](std::uint32_t class_index, std::uint32_t usable) {
       contained([&] {
+        const std::uint64_t zeros = disk_->volumes[v].store->stats().bytes_prewritten;
         {
           MutexLock lock(mutex_);
           disk_->index.slots(v * disk_->index.classes_per_volume() + class_index).grow(usable);
+          charge_zeros(disk_->volumes[v], zeros);
         }
         pump_write_backs();
       });
@@ -224,6 +226,25 @@ void EngineImpl::on_found(std::uint32_t volume, const CatalogRecord& block) {
   adopt_blocks(volume, {&block, 1});
 }
 
+// One group after another, so that their parents are looked up in one go.
+void EngineImpl::link_restored(std::span<const CatalogRecord> blocks, std::span<Entry* const> entries) {
+  TierIndex& index = disk_->index;
+  for (std::size_t g = 0; g < config_.groups.size(); ++g) {
+    const GroupId group{static_cast<std::uint16_t>(g)};
+    std::vector<BlockKey> parents;
+    std::vector<Entry*> children;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      const BlockIdentity& block = blocks[i].block;
+      if (entries[i] == nullptr || block.group != group || !block.parent) continue;
+      parents.push_back(*block.parent);
+      children.push_back(entries[i]);
+    }
+    index.index().find_each(parents, group, [&](std::size_t i, Entry* parent) {
+      if (parent != nullptr && parent != children[i]) index.link_parent(*children[i], *parent);
+    });
+  }
+}
+
 // Blocks found at open() or by the scan after an unclean end, least recently used first.
 void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
   std::vector<SlotPlace> unwanted;
@@ -246,13 +267,7 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
         }
       }
     }
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-      const std::optional<BlockKey>& above = blocks[i].block.parent;
-      Entry* parent = above ? index.index().find(*above, blocks[i].block.group) : nullptr;
-      if (entries[i] != nullptr && parent != nullptr && parent != entries[i]) {
-        index.link_parent(*entries[i], *parent);
-      }
-    }
+    link_restored(blocks, entries);
   }
   for (const SlotPlace& place : unwanted) {
     disk_->volumes[volume].store->wipe({place}, [this, volume, place](const Status& status) {

@@ -260,6 +260,9 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
   void on_found(std::uint32_t volume, const CatalogRecord& block) KVTIER_EXCLUDES(mutex_);
   Entry* restore_block(std::uint32_t volume, const CatalogRecord& block) KVTIER_REQUIRES(mutex_);
+  // entries[i] is of blocks[i], or null.
+  void link_restored(std::span<const CatalogRecord> blocks, std::span<Entry* const> entries)
+      KVTIER_REQUIRES(mutex_);
   void offer_buffers() KVTIER_EXCLUDES(mutex_);
   Status close_disks(Deadline deadline);
   void add_disk_stats(EngineStats& stats) KVTIER_REQUIRES(mutex_);
@@ -277,6 +280,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void end_tracked(DurableTracker& tracker, Settled& settled) KVTIER_REQUIRES(mutex_);
   void pump_write_backs();
   void save_budget(const SavedBudget& budget);
+  void charge_zeros(DiskTier::Volume& volume, std::uint64_t written_bytes) KVTIER_REQUIRES(mutex_);
   bool next_write(std::vector<DiskWrite>& writes, Settled& settled) KVTIER_REQUIRES(mutex_);
   std::optional<std::uint32_t> choose_volume(std::size_t class_index) KVTIER_REQUIRES(mutex_);
   void on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status);

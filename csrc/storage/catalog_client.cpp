@@ -6,6 +6,7 @@
 
 #include "catalog_protocol.h"
 #include "helper_process.h"
+#include "record_order.h"
 
 #include "kvtier/core/process.h"
 #include "kvtier/storage/catalog.h"
@@ -39,44 +40,6 @@ ItemKind kind_of(CatalogChange::Kind kind) {
     case CatalogChange::Kind::touch: break;
   }
   return ItemKind::touch;
-}
-
-std::uint64_t place_number(const CatalogRecord& record) {
-  return (std::uint64_t{record.place.class_index} << 32) | raw(record.place.slot);
-}
-
-// By place, each place once: of two blocks that claim one (a lying catalog), the later writing. In place,
-// since the records of a large store are hundreds of megabytes: sorts numbers, then moves each record once.
-void sort_by_place(std::vector<CatalogRecord>& records) {
-  struct Order {
-    std::uint64_t place;
-    std::uint32_t from;
-  };
-  std::vector<Order> order;
-  order.reserve(records.size());
-  for (std::size_t i = 0; i < records.size(); ++i) {
-    order.push_back({place_number(records[i]), static_cast<std::uint32_t>(i)});
-  }
-  std::sort(order.begin(), order.end(), [&records](const Order& a, const Order& b) {
-    if (a.place != b.place) return a.place < b.place;
-    return records[a.from].generation > records[b.from].generation;
-  });
-  for (std::uint32_t start = 0; start < order.size(); ++start) {
-    if (order[start].from == start) continue;
-    const CatalogRecord first = records[start];
-    std::uint32_t to = start;
-    while (order[to].from != start) {
-      const std::uint32_t from = std::exchange(order[to].from, to);
-      records[to] = records[from];
-      to = from;
-    }
-    order[to].from = to;
-    records[to] = first;
-  }
-  const auto end = std::unique(
-      records.begin(), records.end(),
-      [](const CatalogRecord& a, const CatalogRecord& b) { return place_number(a) == place_number(b); });
-  records.erase(end, records.end());
 }
 
 // The Catalog that a helper process keeps. A failure of any kind ends that helper: what LMDB holds after one,

@@ -1,6 +1,7 @@
 #include "slot_table.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace kvtier {
 namespace {
@@ -65,6 +66,7 @@ CatalogRecord SlotTable::record_of(const SlotPlace& place) const {
 
 std::vector<CatalogRecord> SlotTable::durable_records() const {
   std::vector<CatalogRecord> records;
+  records.reserve(std::accumulate(used_.begin(), used_.end(), std::size_t{0}));
   for (std::uint32_t c = 0; c < classes_.size(); ++c) {
     for (std::uint32_t slot = 0; slot < classes_[c].size(); ++slot) {
       if (classes_[c][slot].content == SlotContent::durable) records.push_back(record_of({c, SlotId{slot}}));

@@ -162,11 +162,11 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // --- store_open.cpp ---
   Status shrink_to_grant(std::uint64_t granted);
   Result<std::unique_ptr<IoQueue>> make_queue(std::string* why_not) const;
-  void adopt(const std::vector<CatalogRecord>& records, OpenReport& report);
+  void adopt(std::vector<CatalogRecord>& records, OpenReport& report);
   void adopt_reset(const Status& reset);
   bool is_sound(const CatalogRecord& record) const;
+  void find_unknown_keys(const std::vector<CatalogRecord>& records);
   void plan_background_scan();
-  std::vector<CatalogRecord> ordered_blocks() const;
 
   // --- store_rebuild.cpp ---
   Status rebuild(SlotStore::Opened& opened);
@@ -200,6 +200,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void settle_read(Op& op, int error);
   Verdict verify(const Op& op) const;
   void note_verdict(Verdict verdict) KVTIER_EXCLUDES(mutex_);
+  void tell_unknown_key(const std::string& how_many);
   void end_read(const ReadJob& job, const ReadOutcome& outcome, std::uint64_t bytes) KVTIER_EXCLUDES(mutex_);
   bool start_write() KVTIER_EXCLUDES(mutex_);
   bool begin_writing();

@@ -160,10 +160,14 @@ void StoreCore::settle_read(Op& op, int error) {
 
 // A wrong key looks like a cache that forgets: it is said once.
 void StoreCore::note_verdict(Verdict verdict) {
-  if (verdict != Verdict::unknown_key || unknown_key_told_) return;
+  if (verdict == Verdict::unknown_key && !unknown_key_told_) tell_unknown_key("");
+}
+
+void StoreCore::tell_unknown_key(const std::string& how_many) {
   unknown_key_told_ = true;
   const std::string what =
-      "holds blocks that are encrypted under a key that was not given (disk_key); they are misses, and their "
+      "holds " + how_many +
+      "blocks that are encrypted under a key that was not given (disk_key); they are misses, and their "
       "slots are used for others";
   log(what);
   MutexLock lock(mutex_);

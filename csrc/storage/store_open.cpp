@@ -4,16 +4,17 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <numeric>
+#include <map>
 #include <system_error>
-#include <unordered_map>
 
+#include "record_order.h"
 #include "store_core.h"
 
 namespace kvtier {
 namespace {
 
 constexpr char kBudgetFile[] = "budget";
+constexpr int kMostKeyLooks = 16;  // of the youngest openings; at older keys, whoever meets one says it
 constexpr std::uint32_t kMaxOpenCounter = (1U << (64 - kSequenceBits)) - 1;
 
 Status make_buffered(const BlockFile& file) {
@@ -183,15 +184,18 @@ Status StoreCore::find_blocks(SlotStore::Opened& opened) {
   } else if (records && !records.value().empty()) {
     report.source = OpenReport::Source::catalog;
     adopt(records.value(), report);
+    find_unknown_keys(records.value());
     if (!superblock_.clean) plan_background_scan();
+    opened.blocks = std::move(records.value());
   } else {
     report.source = OpenReport::Source::headers;
     report.why_rebuilt = records ? "the catalog is empty" : records.status().message();
     KVTIER_RETURN_IF_ERROR(rebuild(opened));
-    adopt_reset(catalog_.reset_with(table_.durable_records()));
+    opened.blocks = table_.durable_records();
+    adopt_reset(catalog_.reset_with(opened.blocks));
   }
   ++open_counter_;
-  opened.blocks = ordered_blocks();
+  sort_by_use(opened.blocks);
   return Status::ok();
 }
 
@@ -213,16 +217,41 @@ bool StoreCore::is_sound(const CatalogRecord& record) const {
          record.payload_bytes <= options_.classes[place.class_index].slot_stride_bytes - kSlotHeaderBytes;
 }
 
-void StoreCore::adopt(const std::vector<CatalogRecord>& records, OpenReport& report) {
-  for (const CatalogRecord& record : records) {
-    if (!is_sound(record)) {
-      ++report.discarded;
-      continue;
-    }
+// Leaves those that can be true.
+void StoreCore::adopt(std::vector<CatalogRecord>& records, OpenReport& report) {
+  report.discarded += static_cast<std::uint32_t>(std::erase_if(records, [this](const CatalogRecord& record) {
+    if (!is_sound(record)) return true;
     table_.set_record(record, SlotContent::durable);
     const auto counter = static_cast<std::uint64_t>(record.generation) >> kSequenceBits;
     open_counter_ = std::max(open_counter_, static_cast<std::uint32_t>(counter));
+    return false;
+  }));
+}
+
+// The catalog names no keys, but an opening writes under one: the header of one of its blocks tells of all.
+void StoreCore::find_unknown_keys(const std::vector<CatalogRecord>& records) {
+  struct Opening {
+    std::uint64_t blocks = 0;
+    SlotPlace one;
+  };
+  std::map<std::uint64_t, Opening> openings;
+  for (const CatalogRecord& record : records) {
+    Opening& opening = openings[static_cast<std::uint64_t>(record.generation) >> kSequenceBits];
+    if (opening.blocks++ == 0) opening.one = record.place;
   }
+  std::uint64_t unknown = 0;
+  int looks = 0;
+  for (auto each = openings.rbegin(); each != openings.rend() && looks < kMostKeyLooks; ++each, ++looks) {
+    const SlotPlace& place = each->second.one;
+    const ssize_t got = ::pread(files_[place.class_index]->fd(), probe_buffer_.get(), kSlotHeaderBytes,
+                                static_cast<off_t>(offset_of(place)));
+    SlotHeader header;
+    if (got == static_cast<ssize_t>(kSlotHeaderBytes) &&
+        images_.read_header(probe_buffer_.get(), place, &header) == Verdict::unknown_key) {
+      unknown += each->second.blocks;
+    }
+  }
+  if (unknown > 0) tell_unknown_key(std::to_string(unknown) + " of " + std::to_string(records.size()) + " ");
 }
 
 void StoreCore::plan_background_scan() {
@@ -240,39 +269,6 @@ void StoreCore::plan_background_scan() {
   MutexLock lock(mutex_);
   for (const std::uint32_t slots : file_slots_) claimed_.emplace_back(slots);
   scan_done_.store(false);
-}
-
-// Least recently used first, but every parent before its children.
-std::vector<CatalogRecord> StoreCore::ordered_blocks() const {
-  std::vector<CatalogRecord> records = table_.durable_records();
-  std::sort(records.begin(), records.end(), [](const CatalogRecord& a, const CatalogRecord& b) {
-    if (a.last_use_s != b.last_use_s) return a.last_use_s < b.last_use_s;
-    if (a.block.depth != b.block.depth) return a.block.depth < b.block.depth;
-    return a.generation < b.generation;
-  });
-  std::unordered_map<BlockName, std::size_t, BlockNameHash> at;
-  at.reserve(records.size());
-  for (std::size_t i = 0; i < records.size(); ++i)
-    at.emplace(BlockName{records[i].block.key, records[i].block.group}, i);
-
-  std::vector<CatalogRecord> ordered;
-  ordered.reserve(records.size());
-  std::vector<bool> placed(records.size());
-  std::vector<std::size_t> chain;
-  for (std::size_t i = 0; i < records.size(); ++i) {
-    // Up to the first ancestor that stands already; a cycle, which only a lie can make, ends at itself.
-    for (std::size_t block = i; !placed[block];) {
-      placed[block] = true;
-      chain.push_back(block);
-      const BlockIdentity& identity = records[block].block;
-      if (!identity.parent) break;
-      const auto parent = at.find(BlockName{*identity.parent, identity.group});
-      if (parent == at.end()) break;
-      block = parent->second;
-    }
-    for (; !chain.empty(); chain.pop_back()) ordered.push_back(records[chain.back()]);
-  }
-  return ordered;
 }
 
 // --- the write budget ---

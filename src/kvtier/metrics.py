@@ -39,7 +39,7 @@ class DiskStats:
     its files do not grow, it is out of service or its catalog is; a drive comes back by itself. `opened_from`
     is "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the
     drive, `queue_problem` why not by io_uring, `buffers_problem` why not with registered
-    buffers. `key_problem` says that there are blocks under a `disk_key` that was not given, once one is met.
+    buffers. `key_problem` says that there are blocks under a `disk_key` that was not given, and how many.
     """
 
     path: str

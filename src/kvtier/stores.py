@@ -51,6 +51,25 @@ def verify(
     return {**sums, "ok": ok, **found}
 
 
+def headers(path: str, *, keys: Sequence[bytes] = (), progress: Progress | None = None) -> dict[str, Any]:
+    """Reads every slot's header, also of stores that a process has open; payloads are not proved.
+
+    Args:
+        path: Directory of a Disk.
+        keys: Master keys; blocks encrypted under others are `unreadable`.
+        progress: Told from time to time; what it raises ends the reading.
+
+    Returns:
+        Sums by outcome (`COUNTS`).
+
+    Raises:
+        ConfigError: Not a store directory.
+        StorageError: It cannot be read.
+    """
+    found = _survey(path, _core.SurveyDepth.headers, _core.StoresInUse.read, list(keys), None, progress)
+    return {name: sum(store[name] for store in found["stores"]) for name in COUNTS}
+
+
 def inspect(path: str) -> dict[str, Any]:
     """Says what is in the stores: occupancy, namespaces, ages, depths.
 

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ import kvtier
 from kvtier import stores
 from kvtier.cli import machine
 from kvtier.cli.results import Report, add_json_argument
+from kvtier.disk_keys import read_keys
 from kvtier.engine import copy_limit, stream_isa
-from kvtier.errors import KVTierError, UnsupportedError
+from kvtier.errors import ConfigError, KVTierError, UnsupportedError
 from kvtier.gpus import cuda_facts
 
+_MOST_SECONDS = 10.0  # for the headers of what is on a disk
 _OPTIONAL = {
     "torch": "kvtier demo",
     "transformers": "kvtier demo and its cache class",
@@ -42,6 +45,7 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kvtier doctor`."""
     parser.add_argument("--disk", metavar="DIR", help="also: what the disk tier finds there")
+    parser.add_argument("--key", metavar="PLACES", help="as Config.disk_key: which blocks there it can read")
     add_json_argument(parser)
 
 
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs every check; returns the exit status."""
     with Report("doctor", args.json) as report:
         print(machine.describe(report.machine), file=report.out)
-        checks = CHECKS if args.disk is None else (*CHECKS, lambda: _disk(args.disk))
+        checks = CHECKS if args.disk is None else (*CHECKS, lambda: [*_disk(args.disk), *_disk_blocks(args.disk, args.key)])
         for check in checks:
             for finding in check():
                 mark = {True: "ok    ", None: "note  ", False: "FAILED"}[finding.passed]
@@ -164,6 +168,35 @@ def _disk(directory: str) -> list[Finding]:
             helper_there,
         ),
     ]
+
+
+def _disk_blocks(directory: str, places: str | None) -> list[Finding]:
+    """Whether the blocks there can be read with the keys that are given; nothing where there are none."""
+    until = time.monotonic() + _MOST_SECONDS
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() > until:
+            raise TimeoutError(f"only {done / max(total, 1):.0%} of them were read in {_MOST_SECONDS} s")
+
+    try:
+        keys = read_keys(places)
+    except ConfigError as error:
+        return [Finding("disk blocks", str(error), passed=False)]
+    try:
+        counts = stores.headers(directory, keys=keys, progress=progress)
+    except TimeoutError as error:
+        return [Finding("disk blocks", f"{error}; kvtier verify reads all", passed=None)]
+    except ConfigError:
+        return []  # no store was ever made there
+    except KVTierError as error:
+        return [Finding("disk blocks", str(error), passed=False)]
+    blocks, unreadable = counts["good"] + counts["unreadable"], counts["unreadable"]
+    if blocks == 0:
+        return []
+    if unreadable == 0:
+        return [Finding("disk blocks", f"{blocks}, all readable", passed=True)]
+    text = f"{unreadable} of {blocks} are encrypted under a key that was not given (--key): they are misses"
+    return [Finding("disk blocks", text, passed=None if places is None else False)]
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (_devices, _copies, _memory, _packages, _round_trip)

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <functional>
 #include <set>
+#include <tuple>
 
 #include "storage/store_world.h"
 
@@ -259,6 +261,62 @@ TEST_F(SlotStoreReopen, blocks_come_least_recently_used_first_and_behind_their_p
   ASSERT_EQ(again.blocks.size(), 3U);
   for (std::uint32_t i = 0; i < 3; ++i) EXPECT_EQ(again.blocks[i].block.key, key_of(2 * i));
   EXPECT_EQ(again.blocks[2].block.parent, key_of(2));
+}
+
+// The order that the engine is promised, by its definition.
+std::vector<CatalogRecord> by_use(std::vector<CatalogRecord> records) {
+  std::sort(records.begin(), records.end(), [](const CatalogRecord& a, const CatalogRecord& b) {
+    return std::tuple(a.last_use_s, a.block.depth, a.generation) <
+           std::tuple(b.last_use_s, b.block.depth, b.generation);
+  });
+  std::vector<CatalogRecord> ordered;
+  std::set<std::uint32_t> placed;  // by slot
+  const std::function<void(const CatalogRecord&)> place = [&](const CatalogRecord& record) {
+    if (!placed.insert(raw(record.place.slot)).second) return;
+    for (const CatalogRecord& other : records) {
+      const bool is_parent =
+          record.block.parent == other.block.key && record.block.group == other.block.group;
+      if (is_parent) place(other);
+    }
+    ordered.push_back(record);
+  };
+  for (const CatalogRecord& record : records) place(record);
+  return ordered;
+}
+
+TEST_F(SlotStoreReopen, any_catalog_comes_in_the_order_of_use_with_parents_first) {
+  constexpr std::uint32_t kBlocks = 1500;
+  home.classes = {{kStride, 2000}};
+  SlotStoreOptions whole = options_of(home);
+  whole.growth = Growth::whole;
+  SlotStore::Opened first = open(home, std::move(whole));
+  wait_for_slots(*first.store, 2000);
+  ASSERT_TRUE(first.store->close(soon()));
+
+  std::vector<CatalogRecord> records(kBlocks);
+  std::vector<CatalogChange> puts(kBlocks);
+  for (std::uint32_t i = 0; i < kBlocks; ++i) {
+    CatalogRecord& record = records[i];
+    record.block = identity_of(i);
+    record.block.depth = static_cast<std::uint32_t>(mixed(i) % 40);
+    // Any block above any other: circles and parents of another group among them.
+    if (mixed(i + 1) % 4 != 0)
+      record.block.parent = key_of(static_cast<std::uint32_t>(mixed(i + 2) % (kBlocks + 50)));
+    record.place = {0, SlotId{(i * 1171) % 2000}};
+    record.generation = make_generation(1, 1 + (i * 7919) % 1500);
+    record.payload_bytes = kPayload;
+    record.last_use_s = 1'700'000'000 + static_cast<std::int64_t>(mixed(i + 3) % 5000);
+    puts[i] = {CatalogChange::Kind::put, record};
+  }
+  ASSERT_TRUE(home.catalogs.open(home.catalogs.num_versions() - 1)->commit(puts));
+  const SlotStore::Opened opened = reopen();
+  const std::vector<CatalogRecord> expected = by_use(records);
+  ASSERT_EQ(opened.blocks.size(), expected.size());
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    ASSERT_EQ(opened.blocks[i].place.slot, expected[i].place.slot) << "at " << i;
+    ASSERT_EQ(opened.blocks[i].block.key, expected[i].block.key);
+    ASSERT_EQ(opened.blocks[i].generation, expected[i].generation);
+  }
 }
 
 TEST_F(SlotStoreReopen, what_was_used_is_told_by_the_catalog) {

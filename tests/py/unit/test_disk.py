@@ -477,6 +477,7 @@ def test_encrypted_blocks_need_their_key(
     with kvtier.open(config) as engine:
         assert load(engine, keys, data).valid_blocks == 8
     with kvtier.open(replace(config, disk_key=key_files[1])) as engine:
+        assert "holds 8 of 8 blocks" in engine.stats().disks[0].key_problem  # before any is read
         result = load(engine, keys, data)
         assert result.outcomes.tolist() == [BlockOutcome.MISSED] * 8
         stats = engine.stats()
@@ -484,6 +485,19 @@ def test_encrypted_blocks_need_their_key(
         assert "under a key that was not given" in stats.disks[0].key_problem
         assert (stats.promote_good, stats.promote_bad) == (0, 8)
     assert capfd.readouterr().err.count("encrypted under a key that was not given") == 1
+
+
+def test_open_counts_the_blocks_whose_key_was_not_given(tmp_path: Path, key_files: list[str]) -> None:
+    config = config_of(tmp_path, disk_key=key_files[0])
+    filled(config)
+    both = replace(config, disk_key=f"{key_files[1]},{key_files[0]}")
+    with opened(both) as engine:
+        assert engine.stats().disks[0].key_problem == ""
+        assert store(engine, engine.attach(tensors()), keys_of(config, 5, seed=1)).durable_blocks == 5
+    for given, unknown in ((both.disk_key, 0), (key_files[1], 8), (key_files[0], 5), (None, 13)):
+        with kvtier.open(replace(config, disk_key=given)) as engine:
+            said = engine.stats().disks[0].key_problem
+            assert said.startswith(f"holds {unknown} of 13 blocks") if unknown else said == ""
 
 
 def test_plain_blocks_do_contain_the_bytes(tmp_path: Path) -> None:
@@ -690,7 +704,13 @@ def test_second_use_admits_once_the_drive_was_full(tmp_path: Path) -> None:
         assert before.disk_durable + before.disk_declined_admission >= slots
 
 
+def grown(path: Path) -> None:
+    """Opens and closes a store whose file has grown to its bound, so that later openings write no zeros."""
+    opened(config_of(path)).close()
+
+
 def test_the_write_budget_declines_what_is_too_much(tmp_path: Path) -> None:
+    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     with opened(config) as engine:
         ticket = store(engine, engine.attach(tensors()), keys_of(config, 32))
@@ -700,7 +720,32 @@ def test_the_write_budget_declines_what_is_too_much(tmp_path: Path) -> None:
         assert stats.write_budget_left_bytes <= 64 << 10
 
 
+def test_zeros_of_files_that_grow_are_charged_to_the_write_budget(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk_write_budget="64MiB")
+    a_minute = (64 << 20) // (24 * 60)  # what comes in meanwhile
+    with opened(config) as engine:
+        stats = engine.stats()
+        zeros = stats.disks[0].bytes_prewritten
+        assert zeros >= stats.disks[0].classes[0].capacity * 8192
+        spent = (64 << 20) - stats.write_budget_left_bytes
+        assert zeros - a_minute <= spent <= zeros
+        assert store(engine, engine.attach(tensors()), keys_of(config)).durable_blocks == 8
+        spent = (64 << 20) - engine.stats().write_budget_left_bytes
+        assert zeros + 8 * 8192 - a_minute <= spent <= zeros + 8 * 8192
+    with opened(config) as engine:  # nothing more to grow
+        assert engine.stats().write_budget_left_bytes >= (64 << 20) - spent
+
+
+def test_files_grow_with_an_empty_write_budget_and_blocks_are_declined(tmp_path: Path) -> None:
+    config = config_of(tmp_path, disk_write_budget="64KiB")
+    with opened(config) as engine:
+        assert engine.stats().write_budget_left_bytes < 8192
+        assert store(engine, engine.attach(tensors()), keys_of(config)).durable_blocks == 0
+        assert engine.stats().disk_declined_budget > 0
+
+
 def test_the_write_budget_outlives_a_restart(tmp_path: Path) -> None:
+    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     with opened(config) as engine:
         assert store(engine, engine.attach(tensors()), keys_of(config, 32)).durable_blocks == 8
@@ -733,6 +778,7 @@ BUDGET_DRIVER = """
 
 
 def test_a_killed_process_finds_no_fuller_budget(tmp_path: Path) -> None:
+    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     argv = [sys.executable, "-c", textwrap.dedent(BUDGET_DRIVER), config.disks[0].path]
     subprocess.run(argv, check=False, timeout=60)

@@ -369,6 +369,25 @@ def test_thread_socket_and_descriptors_end_with_the_engine(config: Config) -> No
 # --- doctor -------------------------------------------------------------------------------------------
 
 
+def test_doctor_says_which_blocks_it_could_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, other = tmp_path / "key", tmp_path / "other"
+    key.write_text("17" * 32)
+    other.write_text("18" * 32)
+    config = config_of(tmp_path, disk_key=str(key))
+    with kvtier.open(config) as engine:
+        fill(engine, "a")
+    for option, status, line in (
+        ([], 0, "note   disk blocks: 8 of 8 are encrypted"),
+        (["--key", str(other)], 1, "FAILED disk blocks: 8 of 8 are encrypted"),
+        (["--key", f"{other},{key}"], 0, "ok     disk blocks: 8, all readable"),
+        (["--key", str(tmp_path / "none")], 1, "FAILED disk blocks: disk_key names"),
+    ):
+        assert main(["doctor", "--disk", directory(config), *option]) == status
+        assert line in capsys.readouterr().out
+
+
 def test_doctor_says_what_the_disk_tier_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--disk", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -50,7 +50,7 @@ struct DiskStats {
   std::string queue;            // how requests reach the drive
   std::string queue_problem;    // why it is not io_uring; empty if it is
   std::string buffers_problem;  // why not all of the host tier is registered with it; empty if it is
-  std::string key_problem;      // that it holds blocks under a key that was not given; empty until one is met
+  std::string key_problem;      // how many blocks are under a key that was not given; empty if none was met
   std::string growth = "ok";    // or why its files have stopped growing; tried again by and by
   std::string health = "ok";    // or why it is out of service; it comes back by itself
   std::string catalog_health = "ok";
