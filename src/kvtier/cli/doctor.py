@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs every check; returns the exit status."""
     with Report("doctor", args.json) as report:
         print(machine.describe(report.machine), file=report.out)
-        checks = CHECKS if args.disk is None else (*CHECKS, lambda: [*_disk(args.disk), *_disk_blocks(args.disk, args.key)])
+        checks = CHECKS
+        if args.disk is not None:
+            checks = (*CHECKS, lambda: _disk(args.disk), lambda: _disk_blocks(args.disk, args.key))
         for check in checks:
             for finding in check():
                 mark = {True: "ok    ", None: "note  ", False: "FAILED"}[finding.passed]
