@@ -1,19 +1,27 @@
 // Memory that direct I/O takes: aligned to kSlotAlignment.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <span>
 #include <utility>
 #include <vector>
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/core/layout.h"
 #include "kvtier/core/status.h"
 
 namespace kvtier {
 
+// Of a part of a larger piece of memory it holds the piece; of memory of its own it frees that.
 struct FreeDeleter {
-  void operator()(std::byte* memory) const { std::free(memory); }
+  std::shared_ptr<void> piece;
+  void operator()(std::byte* memory) const {
+    if (piece == nullptr) std::free(memory);
+  }
 };
 using AlignedBuffer = std::unique_ptr<std::byte, FreeDeleter>;
 
@@ -42,9 +50,41 @@ class BufferPool {
     if (buffer) free_.push_back(std::move(buffer));
   }
 
- private:
+ protected:
   const std::uint64_t buffer_bytes_;
   std::vector<AlignedBuffer> free_;
+};
+
+// Large ones, several to a piece of memory in huge pages, which a queue can be told of as a whole. A piece
+// lives as long as the pool or one of its buffers.
+class PiecePool : public BufferPool {
+ public:
+  explicit PiecePool(std::uint64_t buffer_bytes)
+      : BufferPool(round_up(buffer_bytes, kSlotAlignment)),
+        piece_bytes_(round_up(std::max(kPieceBytes, buffer_bytes_), internal::kHugeArrayBytes)) {}
+
+  // As BufferPool::take(). `made` is the piece that this call has made, else empty.
+  AlignedBuffer take(std::span<std::byte>& made) {
+    made = {};
+    if (free_.empty()) made = make_piece();
+    if (free_.empty()) return nullptr;
+    return BufferPool::take();
+  }
+
+ private:
+  static constexpr std::uint64_t kPieceBytes = std::uint64_t{16} << 20;
+
+  std::span<std::byte> make_piece() try {
+    const auto piece = std::make_shared<HugeVector<std::byte>>(piece_bytes_);
+    for (std::uint64_t at = 0; at + buffer_bytes_ <= piece_bytes_; at += buffer_bytes_) {
+      free_.push_back(AlignedBuffer(piece->data() + at, FreeDeleter{piece}));
+    }
+    return *piece;
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+
+  const std::uint64_t piece_bytes_;
 };
 
 }  // namespace kvtier

@@ -186,6 +186,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   TimePoint next_deadline() const;
   void register_files();
   void register_next_buffer() KVTIER_EXCLUDES(mutex_);
+  AlignedBuffer take_bounce();  // null when there is no memory
   void settle_some();
   void settle(const IoCompletion& completion);
   void queue_broke(const Status& why);
@@ -303,8 +304,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::deque<std::span<std::byte>> new_buffers_;  // that the queue is to be told of
   bool buffers_refused_ = false;
   bool unknown_key_told_ = false;
-  std::uint32_t depth_ = 0;
-  std::uint32_t requests_ = 0;  // that the drive has, staged ones included; at most depth_
+  std::uint32_t depth_ = 0;        // of the queue
+  std::uint32_t usual_depth_ = 0;  // beyond it go only reads on demand, beside writes
+  std::uint32_t requests_ = 0;     // that the drive has, staged ones included; at most depth_
   std::vector<Op> ops_;
   std::vector<std::uint32_t> free_ops_;
   std::vector<IoRequest> staged_;
@@ -312,10 +314,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::deque<IoCompletion> completed_;
   std::vector<IoCompletion> arrivals_;
   std::uint32_t writes_in_flight_ = 0;
-  std::uint32_t write_limit_ = 0;
   unsigned turn_ = 0;
   SlotTable table_;
-  BufferPool bounce_;
+  PiecePool bounce_;  // what is encrypted or to be decrypted
   BufferPool headers_{kSlotHeaderBytes};
   AlignedBuffer zeros_;
 

@@ -83,6 +83,14 @@ void StoreCore::add_buffers(std::vector<std::span<std::byte>> buffers) {
   });
 }
 
+// Images go to the drive from these where they are encrypted, so the drive's queue is told of them instead.
+AlignedBuffer StoreCore::take_bounce() {
+  std::span<std::byte> made;
+  AlignedBuffer buffer = bounce_.take(made);
+  if (!made.empty()) new_buffers_.push_back(made);
+  return buffer;
+}
+
 // One a round: its pages are pinned meanwhile, and nothing else is done.
 void StoreCore::register_next_buffer() {
   if (new_buffers_.empty() || ending_ || !queue_status_) return;
@@ -108,6 +116,7 @@ void StoreCore::fill() {
 
 // Starts the most urgent request there is.
 bool StoreCore::start_next() {
+  if (requests_ >= usual_depth_) return writes_in_flight_ > 0 && start_read(ReadPriority::demand);
   if (start_sync() || start_probe()) return true;
   if (!barriers_.empty() && ++turn_ % kTurns == 0 && (start_wipe() || start_write())) return true;
   if (scan_is_urgent() && start_scan()) return true;

@@ -128,7 +128,7 @@ bool StoreCore::start_read(ReadPriority priority) {
   }
   AlignedBuffer bounce;
   if (images_.encrypts()) {
-    bounce = bounce_.take();
+    bounce = take_bounce();
     if (bounce == nullptr) {
       end_read(*job, ReadOutcome{Status::resource("no memory for a buffer to decrypt from"), Verdict::blank},
                0);
@@ -233,7 +233,7 @@ bool StoreCore::begin_writing() {
 }
 
 bool StoreCore::start_write() {
-  if (writes_in_flight_ >= write_limit_) return false;
+  if (writes_in_flight_ >= usual_depth_) return false;
   std::optional<WriteJob> job;
   {
     MutexLock lock(mutex_);
@@ -259,7 +259,7 @@ bool StoreCore::start_write() {
   const std::uint64_t bytes = image_bytes(write.payload_bytes);
   Status sealed;
   if (images_.encrypts()) {
-    bounce = bounce_.take();
+    bounce = take_bounce();
     image = bounce.get();
     if (image == nullptr) sealed = Status::resource("no memory for a buffer to encrypt into");
   }

@@ -14,6 +14,7 @@ namespace kvtier {
 namespace {
 
 constexpr char kBudgetFile[] = "budget";
+constexpr std::uint32_t kMaxQueueDepth = 4096;
 constexpr int kMostKeyLooks = 16;  // of the youngest openings; at older keys, whoever meets one says it
 constexpr std::uint32_t kMaxOpenCounter = (1U << (64 - kSequenceBits)) - 1;
 
@@ -69,7 +70,7 @@ Status StoreCore::validate(const StoreLease& lease, const SlotStoreOptions& opti
   if (strides != lease.superblock().class_strides) {
     return Status::invalid_argument("the size classes are not those of the store " + lease.name());
   }
-  if (options.queue_depth < 1 || options.queue_depth > 4096) {
+  if (options.queue_depth < 1 || options.queue_depth > kMaxQueueDepth) {
     return Status::invalid_argument("queue_depth = " + std::to_string(options.queue_depth) +
                                     ": allowed are 1 to 4096");
   }
@@ -163,9 +164,11 @@ Status StoreCore::shrink_to_grant(std::uint64_t granted) {
 }
 
 Result<std::unique_ptr<IoQueue>> StoreCore::make_queue(std::string* why_not) const {
-  if (options_.make_queue) return options_.make_queue(options_.queue_depth);
+  // What is read on demand need not wait for room behind writes.
+  const std::uint32_t depth = std::min(kMaxQueueDepth, options_.queue_depth + options_.queue_depth / 8);
+  if (options_.make_queue) return options_.make_queue(depth);
   IoQueueOptions queue;
-  queue.depth = options_.queue_depth;
+  queue.depth = depth;
   return make_io_queue(queue, why_not);
 }
 
@@ -307,7 +310,7 @@ Status StoreCore::start(OpenReport& report) {
   depth_ = queue_->depth();
   ops_.resize(2 * std::size_t{depth_});
   for (std::uint32_t i = 2 * depth_; i-- > 0;) free_ops_.push_back(i);
-  write_limit_ = std::max(1U, depth_ - depth_ / 8);  // what is read on demand need not wait for room
+  usual_depth_ = std::min(depth_, options_.queue_depth);
   last_batch_at_ = TimePoint::clock::now();
   KVTIER_RETURN_IF_ERROR(committer_.start("kvtier-commit"));
   KVTIER_RETURN_IF_ERROR(grower_.start("kvtier-grow"));

@@ -17,7 +17,7 @@ bool StoreCore::scan_is_urgent() const {
 }
 
 bool StoreCore::start_scan() {
-  if (scan_ == nullptr || scans_in_flight_ >= write_limit_) return false;
+  if (scan_ == nullptr || scans_in_flight_ >= usual_depth_) return false;
   if (ending_ && !scan_is_urgent()) return false;
   const std::optional<SlotPlace> place = scan_->next();
   if (!place) return false;

@@ -199,6 +199,20 @@ TEST(SlotStore, plaintext_never_reaches_the_drive_with_a_cipher) {
   EXPECT_EQ(bytes.find(std::string(16, 0x5a)), std::string::npos) << "the image's padding";
 }
 
+TEST(SlotStore, buffers_of_encryption_are_registered_or_said_not_to_be) {
+  Home home;
+  SlotStoreOptions options = options_of(home);
+  const std::vector<std::byte> key(32, std::byte{7});
+  options.cipher = SlotCipher::make(key, {}).value();
+  SlotStore::Opened opened = open(home, std::move(options));
+  wait_for_slots(*opened.store, 16);
+  const auto registered = [&] { return opened.store->stats().queue.find("registered") != std::string::npos; };
+  EXPECT_FALSE(registered()) << "before one is needed";
+  for (std::uint32_t i = 0; i < 16; ++i) write_durably(*opened.store, i, {i, 1});
+  EXPECT_EQ(registered(), opened.store->stats().buffers_problem.empty());
+  for (std::uint32_t i = 0; i < 16; ++i) EXPECT_TRUE(serves(*opened.store, i, {i, 1}));
+}
+
 TEST(SlotStore, registered_buffers_are_used_or_said_not_to_be) {
   Home home;
   const Image region(16 * kStride);

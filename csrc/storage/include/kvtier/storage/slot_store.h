@@ -142,8 +142,8 @@ class SlotStore {
   // Memory that images lie in, which makes their requests cheaper: each part at most 1 GiB, holding whole
   // images. The I/O thread makes them known to the drive's queue, one after another, while requests run.
   // Ordinary buffers serve where that cannot be had (stats().buffers_problem). With encryption images do not
-  // go to the drive themselves, and nothing is done. Never waits. The memory stays mapped until close() has
-  // ended.
+  // go to the drive themselves, and nothing is done: the store makes its own buffers known as it needs them.
+  // Never waits. The memory stays mapped until close() has ended.
   virtual void add_buffers(std::vector<std::span<std::byte>> buffers) = 0;
 
   virtual std::uint32_t usable_slots(std::uint32_t class_index) const = 0;
