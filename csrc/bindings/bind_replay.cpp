@@ -1,7 +1,9 @@
 // Traces through the simulation (csrc/replay), and the names of the eviction policies.
 #include <algorithm>
+#include <variant>
 
 #include "common.h"
+#include "python_policy.h"
 
 #include "kvtier/replay/belady.h"
 #include "kvtier/replay/simulation.h"
@@ -38,6 +40,22 @@ std::string_view eviction_named(const std::string& name) {
   return choice->name;
 }
 
+// A policy's name, or a Python class of the user's.
+using Eviction = std::variant<std::string, py::object>;
+
+void choose(const Eviction& eviction, std::string_view& name,
+            std::optional<replay::SimulationOptions::Custom>& custom) {
+  if (const auto* named = std::get_if<std::string>(&eviction)) {
+    name = eviction_named(*named);
+    return;
+  }
+  const py::object& make = std::get<py::object>(eviction);
+  custom = replay::SimulationOptions::Custom{
+      .make =
+          [&make](const EvictionOptions& options) { return std::make_unique<PythonPolicy>(make, options); },
+      .leaf_first = make.attr("leaf_first").cast<bool>()};
+}
+
 template <typename T>
 py::array_t<T> array_of(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -64,8 +82,8 @@ py::dict dict_of(const replay::SimulationResult& result) {
 
 // progress: called with the requests done; what it raises ends the simulation.
 py::dict simulate(const BlockArray& blocks, const BeginArray& begins, const TimeArray& at_us,
-                  std::uint32_t host_blocks, std::uint32_t disk_blocks, const std::string& host_eviction,
-                  const std::string& disk_eviction, bool plain, Admission admission,
+                  std::uint32_t host_blocks, std::uint32_t disk_blocks, const Eviction& host_eviction,
+                  const Eviction& disk_eviction, bool plain, Admission admission,
                   std::optional<std::uint64_t> write_bytes_per_day, std::uint64_t block_bytes,
                   std::uint64_t seed, std::uint32_t writes_at_once, const py::object& progress) {
   replay::SimulationOptions options;
@@ -73,8 +91,8 @@ py::dict simulate(const BlockArray& blocks, const BeginArray& begins, const Time
   if (host_blocks == 0) check(Status::invalid_argument("host_blocks is 0; allowed: at least 1"));
   options.host_blocks = host_blocks;
   options.disk_blocks = disk_blocks;
-  options.host_eviction = eviction_named(host_eviction);
-  options.disk_eviction = eviction_named(disk_eviction);
+  choose(host_eviction, options.host_eviction, options.host_custom);
+  choose(disk_eviction, options.disk_eviction, options.disk_custom);
   options.form = plain ? replay::Form::plain : replay::Form::engine;
   options.admission = admission;
   options.write_bytes_per_day = write_bytes_per_day;

@@ -42,7 +42,10 @@ TierIndex::TierIndex(const Options& options)
     if (!options.block_bytes.empty()) {
       policy.block_bytes = options.block_bytes[classes_.size() % classes_per_volume_];
     }
-    classes_.push_back({SlotPool(slots), chosen(options.eviction).make(policy), nullptr});
+    classes_.push_back(
+        {SlotPool(slots),
+         options.make_eviction ? options.make_eviction(policy) : chosen(options.eviction).make(policy),
+         nullptr});
   }
 }
 

@@ -10,12 +10,17 @@ namespace {
 constexpr std::size_t kRequestsPerCall = 1024;  // of progress
 
 TierIndex::Options tier_options(const SimulationOptions& options, std::uint32_t blocks,
-                                std::string_view eviction) {
+                                std::string_view eviction,
+                                const std::optional<SimulationOptions::Custom>& custom) {
   TierIndex::Options tier;
   tier.slots_per_class = {blocks};
   tier.class_of_group = {0};
   tier.hash_seed = options.seed;
   tier.eviction = eviction;
+  if (custom) {
+    tier.make_eviction = custom->make;
+    tier.leaf_first = custom->leaf_first;
+  }
   if (options.form == Form::plain) tier.leaf_first = false;
   tier.block_bytes = {options.block_bytes};
   return tier;
@@ -24,14 +29,15 @@ TierIndex::Options tier_options(const SimulationOptions& options, std::uint32_t 
 }  // namespace
 
 Tiers::Tiers(const SimulationOptions& options)
-    : host_(tier_options(options, options.host_blocks, options.host_eviction)),
+    : host_(tier_options(options, options.host_blocks, options.host_eviction, options.host_custom)),
       block_bytes_(options.block_bytes),
       admission_(options.admission, options.disk_blocks, options.seed),
       bytes_per_day_(options.write_bytes_per_day) {
   KVTIER_CHECK(options.host_blocks > 0);
   host_.slots(0).grow(options.host_blocks);
   if (options.disk_blocks == 0) return;
-  disk_ = std::make_unique<TierIndex>(tier_options(options, options.disk_blocks, options.disk_eviction));
+  disk_ = std::make_unique<TierIndex>(
+      tier_options(options, options.disk_blocks, options.disk_eviction, options.disk_custom));
   disk_->slots(0).grow(options.disk_blocks);
 }
 

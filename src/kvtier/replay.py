@@ -19,6 +19,7 @@ from kvtier import _core
 from kvtier.config import EVICTIONS, Config, Disk, parse_size
 from kvtier.engine import Engine, Expected, Tier, group_spec
 from kvtier.errors import ConfigError
+from kvtier.eviction import EvictionPolicy, load_policy
 from kvtier.layout import KVLayout
 from kvtier.traces import Trace
 
@@ -37,12 +38,14 @@ def policies() -> list[str]:
 
 
 def check_policy(name: str, key: str = "policy") -> str:
-    """Returns the name of an eviction policy.
+    """Returns the name of an eviction policy, or of a class of the user's, "module:Class".
 
     Raises:
         ConfigError: There is none of this name.
     """
-    if name not in policies():
+    if ":" in name:
+        load_policy(name)
+    elif name not in policies():
         raise ConfigError(f"{key} is {name!r}; allowed: {', '.join(policies())}")
     return name
 
@@ -202,8 +205,8 @@ def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progres
         trace.at_us,
         host_blocks=tiers.host_blocks,
         disk_blocks=tiers.disk_blocks,
-        host_eviction=tiers.policy,
-        disk_eviction=tiers.eviction_on_disk,
+        host_eviction=_eviction(tiers.policy),
+        disk_eviction=_eviction(tiers.eviction_on_disk),
         plain=tiers.plain,
         admission=getattr(_core.Admission, tiers.admission.replace("-", "_")),
         write_bytes_per_day=tiers.write_bytes_per_day,
@@ -225,6 +228,10 @@ def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progres
         disk_blocks_written=result["disk_blocks_written"],
         seconds=time.perf_counter() - begun,
     )
+
+
+def _eviction(name: str) -> str | type[EvictionPolicy]:
+    return load_policy(name) if ":" in name else name
 
 
 def belady_hit_rate(trace: Trace, blocks: int) -> float:
@@ -393,6 +400,9 @@ def _real_config(tiers: Tiers, directory: str | None) -> Config:
     each = tiers.bytes_per_block
     if each is None or each % _WORD:
         raise ConfigError(f"bytes_per_block is {each!r}; allowed in a real replay: multiples of {_WORD}")
+    for policy in (tiers.policy, tiers.eviction_on_disk):
+        if ":" in policy:
+            raise ConfigError(f"policy {policy!r} is for simulations; an engine's are native")
     if tiers.plain:
         raise ConfigError("plain is for simulations; an engine runs in its own form")
     if tiers.disk_blocks and directory is None:

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list-policies", action="store_true", help="print the eviction policies, the default first, and end"
     )
     parser.add_argument(
-        "--policy", metavar="NAMES", default=None, help='comma-separated, or "all"; the default is lru'
+        "--policy",
+        metavar="NAMES",
+        default=None,
+        help='comma-separated, "all", or module:Class of your own; the default is lru',
     )
     parser.add_argument(
         "--disk-policy", metavar="NAME", help="of the disk tier; the same as --policy if not given"

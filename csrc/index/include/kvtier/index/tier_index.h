@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -46,6 +47,8 @@ class TierIndex {
     std::uint32_t num_volumes = 1;               // at most kMaxVolumes
     std::uint64_t hash_seed = 0;
     std::string_view eviction = kDefaultEviction;  // one of eviction_choices()
+    // Makes the policies instead, if there is one. `leaf_first` must say what they want.
+    std::function<std::unique_ptr<EvictionPolicy>(const EvictionOptions&)> make_eviction = {};
     // Whether no block is evicted while a block that hangs on it is resident; nullopt: as the policy wants
     // it.
     std::optional<bool> leaf_first = std::nullopt;

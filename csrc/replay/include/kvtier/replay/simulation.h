@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -29,6 +30,13 @@ struct SimulationOptions {
   std::uint32_t disk_blocks = 0;  // 0: no disk tier
   std::string_view host_eviction = kDefaultEviction;
   std::string_view disk_eviction = kDefaultEviction;
+  // Policies that are none of eviction_choices(), instead of these. What they throw ends the simulation.
+  struct Custom {
+    std::function<std::unique_ptr<EvictionPolicy>(const EvictionOptions&)> make;
+    bool leaf_first = true;
+  };
+  std::optional<Custom> host_custom = std::nullopt;
+  std::optional<Custom> disk_custom = std::nullopt;
   Form form = Form::engine;
   Admission admission = Admission::second_use;
   std::optional<std::uint64_t> write_bytes_per_day;  // to the drive; nullopt: no limit
