@@ -89,7 +89,7 @@ def trace_of(seed: int = 3, requests: int = 400) -> Trace:
     rng = np.random.default_rng(seed)
     talks: list[list[int]] = [[0, 1] for _ in range(12)]
     fresh = 2
-    out = []
+    out: list[tuple[float, list[int]]] = []
     for number in range(requests):
         talk = talks[rng.integers(12)]
         grown = int(rng.integers(1, 4))
