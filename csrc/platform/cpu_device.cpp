@@ -118,9 +118,9 @@ class CpuDevice final : public Device {
     return Status::ok();
   }
 
-  Status copy(StreamHandle stream, std::span<const CopyRun> runs, Direction) override {
+  Status copy(StreamHandle stream, std::span<const CopyRun> runs, Direction direction) override {
     KVTIER_RETURN_IF_ERROR(health());
-    return executor_->copy(stream, runs);
+    return executor_->copy(stream, runs, direction);
   }
 
   Status register_host(void* begin, std::size_t bytes) override {

@@ -112,9 +112,10 @@ Status CpuExecutor::wait(StreamHandle handle, const EventState& event) {
   return Status::ok();
 }
 
-Status CpuExecutor::copy(StreamHandle handle, std::span<const CopyRun> runs) {
+Status CpuExecutor::copy(StreamHandle handle, std::span<const CopyRun> runs, Direction direction) {
   Result<Batch> batch = make_batch(runs);
   if (!batch) return batch.status();
+  batch->direction = direction;
   if (handle == kCaller) {
     copy_runs(batch->runs, batch->method);
     return Status::ok();
@@ -157,17 +158,32 @@ Result<CpuExecutor::Batch> CpuExecutor::make_batch(std::span<const CopyRun> runs
   return batch;
 }
 
-// The next unit of a batch that has one left; valid until it is finished.
-std::span<const CopyRun> CpuExecutor::claim_unit(const MutexLock&, Batch& batch) {
+CpuExecutor::Batch* CpuExecutor::Stream::batch_to_claim(std::size_t further) {
+  const std::size_t place = num_claimed + further;
+  Batch* const batch = place < items.size() ? std::get_if<Batch>(&items[place]) : nullptr;
+  if (batch == nullptr || place == 0) return batch;
+  const Batch* const before = std::get_if<Batch>(&items[place - 1]);
+  return before != nullptr && before->direction == batch->direction ? batch : nullptr;
+}
+
+// Requires a stream in ready_. Streams with work share the threads: the one that gave a unit goes behind.
+CpuExecutor::Unit CpuExecutor::claim_unit(const MutexLock& lock) {
+  const StreamPtr stream = std::move(ready_.front());
+  ready_.pop_front();
+  Batch& batch = *stream->batch_to_claim();
   const std::size_t first = batch.num_claimed;
-  const std::size_t share = batch.bytes_left / (kUnitsLeftPerThread * num_threads_);
+  const std::size_t share = stream->batch_to_claim(1) != nullptr
+                                ? kMaxUnitBytes  // this batch's end is not where the threads end
+                                : batch.bytes_left / (kUnitsLeftPerThread * num_threads_);
   const std::size_t unit_bytes = std::clamp(share, kMinUnitBytes, kMaxUnitBytes);
   for (std::size_t bytes = 0; bytes < unit_bytes && !batch.all_claimed(); ++batch.num_claimed) {
     bytes += batch.runs[batch.num_claimed].bytes;
     batch.bytes_left -= batch.runs[batch.num_claimed].bytes;
   }
   ++batch.units_in_hand;
-  return {batch.runs.data() + first, batch.num_claimed - first};
+  if (batch.all_claimed()) ++stream->num_claimed;
+  if (stream->batch_to_claim() != nullptr) offer(lock, stream);
+  return {stream, &batch, {batch.runs.data() + first, batch.num_claimed - first}};
 }
 
 CpuExecutor::StreamPtr CpuExecutor::find(const MutexLock&, StreamHandle handle) {
@@ -178,7 +194,16 @@ CpuExecutor::StreamPtr CpuExecutor::find(const MutexLock&, StreamHandle handle) 
 void CpuExecutor::push(const MutexLock& lock, const StreamPtr& stream, Item item) {
   ++num_unfinished_;
   stream->items.push_back(std::move(item));
-  if (stream->items.size() == 1) advance(lock, stream);
+  if (stream->items.size() == 1) {
+    advance(lock, stream);
+  } else if (stream->num_claimed + 1 == stream->items.size() && stream->batch_to_claim() != nullptr) {
+    offer(lock, stream);
+  }
+}
+
+void CpuExecutor::offer(const MutexLock&, const StreamPtr& stream) {
+  ready_.push_back(stream);
+  work_.notify_one();  // who takes a unit and leaves some behind offers again
 }
 
 void CpuExecutor::pop_head(const MutexLock&, Stream& stream) {
@@ -187,7 +212,8 @@ void CpuExecutor::pop_head(const MutexLock&, Stream& stream) {
 }
 
 // Works off what needs no thread, in `stream` and in the streams that this unblocks, until each stands at a
-// batch, at an incomplete record or at its end. A loop, since a chain of waits may be of any length.
+// batch, at an incomplete record or at its end. A loop, since a chain of waits may be of any length. Requires
+// that no batch at the head of `stream` is offered yet.
 void CpuExecutor::advance(const MutexLock& lock, const StreamPtr& stream) {
   std::vector<StreamPtr> moving{stream};
   while (!moving.empty()) {
@@ -196,8 +222,7 @@ void CpuExecutor::advance(const MutexLock& lock, const StreamPtr& stream) {
     while (!current->items.empty()) {
       Item& head = current->items.front();
       if (std::holds_alternative<Batch>(head)) {
-        ready_.push_back(current);
-        work_.notify_one();  // a thread that leaves units behind wakes the next one
+        offer(lock, current);
         break;
       }
       if (const Mark* mark = std::get_if<Mark>(&head)) {
@@ -213,11 +238,16 @@ void CpuExecutor::advance(const MutexLock& lock, const StreamPtr& stream) {
   }
 }
 
-void CpuExecutor::finish_unit(const MutexLock& lock, const StreamPtr& stream) {
-  Batch& batch = std::get<Batch>(stream->items.front());
-  if (--batch.units_in_hand != 0 || !batch.all_claimed()) return;
-  pop_head(lock, *stream);
-  advance(lock, stream);
+// Batches end in any order and leave in theirs.
+void CpuExecutor::finish_unit(const MutexLock& lock, const Unit& unit) {
+  --unit.batch->units_in_hand;
+  Stream& stream = *unit.stream;
+  while (stream.num_claimed > 0 && std::get<Batch>(stream.items.front()).ended()) {
+    const bool offered = stream.batch_to_claim() != nullptr;
+    pop_head(lock, stream);
+    --stream.num_claimed;
+    if (stream.num_claimed == 0 && !offered) advance(lock, unit.stream);
+  }
 }
 
 void CpuExecutor::block_on(MutexLock& lock, const EventState& event) {
@@ -226,24 +256,18 @@ void CpuExecutor::block_on(MutexLock& lock, const EventState& event) {
 }
 
 void CpuExecutor::run() {
-  StreamPtr stream;  // whose unit this thread has just copied
+  Unit unit;  // which this thread has just copied
   for (;;) {
-    std::span<const CopyRun> unit;
     CopyMethod method;
     {
       MutexLock lock(mutex_);
-      if (stream != nullptr) finish_unit(lock, std::exchange(stream, nullptr));
+      if (unit.stream != nullptr) finish_unit(lock, std::exchange(unit, {}));
       while (ready_.empty() && !(closing_ && num_unfinished_ == 0)) work_.wait(lock);
       if (ready_.empty()) return;
-      stream = std::move(ready_.front());
-      ready_.pop_front();
-      Batch& batch = std::get<Batch>(stream->items.front());
-      method = batch.method;
-      unit = claim_unit(lock, batch);
-      if (!batch.all_claimed()) ready_.push_back(stream);  // behind the others: streams share the threads
-      if (!ready_.empty()) work_.notify_one();
+      unit = claim_unit(lock);
+      method = unit.batch->method;
     }
-    copy_runs(unit, method);
+    copy_runs(unit.runs, method);
   }
 }
 

@@ -41,7 +41,7 @@ class CpuExecutor {
   void destroy_stream(StreamHandle handle);
   Status record(EventState& event, StreamHandle handle);
   Status wait(StreamHandle handle, const EventState& event);
-  Status copy(StreamHandle handle, std::span<const CopyRun> runs);
+  Status copy(StreamHandle handle, std::span<const CopyRun> runs, Direction direction);
   bool query(const EventState& event);
   void synchronize(const EventState& event);
 
@@ -49,10 +49,12 @@ class CpuExecutor {
   struct Batch {
     std::vector<CopyRun> runs;  // none empty, each at most the smallest unit
     CopyMethod method = CopyMethod::cached;
+    Direction direction = Direction::store;
     std::size_t num_claimed = 0;    // runs given to threads, from the front
     std::size_t bytes_left = 0;     // not given to threads
     std::size_t units_in_hand = 0;  // given to threads and not yet copied
     bool all_claimed() const { return num_claimed == runs.size(); }
+    bool ended() const { return all_claimed() && units_in_hand == 0; }
   };
   struct Mark {
     std::shared_ptr<Record> record;
@@ -65,17 +67,28 @@ class CpuExecutor {
   // Shared by the table of handles and whoever works on it, so it may be destroyed at any time.
   struct Stream {
     std::deque<Item> items;  // the head is the one under way
+    // Batches at the head that are all claimed and not all ended. The one behind them is under way too, if
+    // it is of their direction (device.h).
+    std::size_t num_claimed = 0;
+    // The batch whose units are to be taken, or, with `further` 1, the one after it; null if there is none.
+    Batch* batch_to_claim(std::size_t further = 0);
   };
   using StreamPtr = std::shared_ptr<Stream>;
+  struct Unit {
+    StreamPtr stream;  // null: none
+    Batch* batch = nullptr;
+    std::span<const CopyRun> runs;  // of `batch`, valid until the unit is finished
+  };
 
   static Result<Batch> make_batch(std::span<const CopyRun> runs);
-  std::span<const CopyRun> claim_unit(const MutexLock&, Batch& batch) KVTIER_REQUIRES(mutex_);
+  Unit claim_unit(const MutexLock&) KVTIER_REQUIRES(mutex_);
 
   StreamPtr find(const MutexLock&, StreamHandle handle) KVTIER_REQUIRES(mutex_);
   void push(const MutexLock&, const StreamPtr& stream, Item item) KVTIER_REQUIRES(mutex_);
   void advance(const MutexLock&, const StreamPtr& stream) KVTIER_REQUIRES(mutex_);
+  void offer(const MutexLock&, const StreamPtr& stream) KVTIER_REQUIRES(mutex_);
   void pop_head(const MutexLock&, Stream& stream) KVTIER_REQUIRES(mutex_);
-  void finish_unit(const MutexLock&, const StreamPtr& stream) KVTIER_REQUIRES(mutex_);
+  void finish_unit(const MutexLock&, const Unit& unit) KVTIER_REQUIRES(mutex_);
   void block_on(MutexLock& lock, const EventState& event) KVTIER_REQUIRES(mutex_);
   void run();
 
@@ -84,7 +97,7 @@ class CpuExecutor {
   CondVar completed_;  // some record is complete
   std::unordered_map<StreamHandle, StreamPtr> streams_ KVTIER_GUARDED_BY(mutex_);
   std::uintptr_t next_stream_ KVTIER_GUARDED_BY(mutex_);
-  std::deque<StreamPtr> ready_ KVTIER_GUARDED_BY(mutex_);  // at the head of each: a batch with a unit to take
+  std::deque<StreamPtr> ready_ KVTIER_GUARDED_BY(mutex_);  // each has a batch to claim; once
   std::size_t num_unfinished_ KVTIER_GUARDED_BY(mutex_) = 0;  // items in all streams
   bool closing_ KVTIER_GUARDED_BY(mutex_) = false;
   unsigned num_threads_ KVTIER_GUARDED_BY(mutex_) = 1;

@@ -149,6 +149,7 @@ Status SimulatedDevice::copy(StreamHandle stream, std::span<const CopyRun> runs,
     MutexLock lock(state_->mutex);
     KVTIER_RETURN_IF_ERROR(state_->check_stream(stream, lock));
     Copy batch;
+    batch.direction = direction;
     bool pageable = false;
     batch.pieces.reserve(2 * runs.size());
     for (const CopyRun& run : runs) {

@@ -154,6 +154,10 @@ void Schedule::run_front(Streams::iterator it) {
       fail(planned_failure_);
       return;
     }
+    if (Copy* const next = following_copy(stream); next != nullptr && random_.percent(50)) {
+      run_piece(*next);
+      return;
+    }
     if (!copy->pieces.empty()) run_piece(*copy);
     if (!copy->pieces.empty()) return;  // more steps to come
   }
@@ -163,6 +167,14 @@ void Schedule::run_front(Streams::iterator it) {
   if (stream.retired && stream.operations.empty()) streams_.erase(it);
   if (const Record* record = std::get_if<Record>(&over.work)) record->mark->done = true;
   if (const Kernel* kernel = std::get_if<Kernel>(&over.work)) kernel->run();
+}
+
+// The copy right behind the one at the front, if the two are unordered (device.h) and pieces of it are left.
+Copy* Schedule::following_copy(Stream& stream) {
+  if (stream.operations.size() < 2) return nullptr;
+  const Copy& front = std::get<Copy>(stream.operations[0].work);
+  Copy* const next = std::get_if<Copy>(&stream.operations[1].work);
+  return next != nullptr && next->direction == front.direction && !next->pieces.empty() ? next : nullptr;
 }
 
 void Schedule::run_piece(Copy& copy) {

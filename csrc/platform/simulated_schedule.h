@@ -69,6 +69,7 @@ struct Piece {
 struct Copy {
   std::vector<Piece> pieces;  // whole runs when submitted; then shuffled, split and taken from the back
   std::vector<std::unique_ptr<std::byte[]>> staged;  // of pageable sources
+  Direction direction = Direction::store;
   bool begun = false;
 };
 using Work = std::variant<Kernel, Record, Wait, Copy>;
@@ -132,6 +133,7 @@ class Schedule {
   static bool is_runnable(const Stream& stream) { return !stream.held && is_ready(stream); }
   bool fails_now();  // counts a copy that begins
   void run_front(Streams::iterator it);
+  static Copy* following_copy(Stream& stream);
   void run_piece(Copy& copy);
   void shuffle_and_split(Copy& copy);
 

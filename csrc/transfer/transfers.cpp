@@ -18,11 +18,11 @@
 namespace kvtier {
 namespace {
 
-// Runs handed to the device at once. The first batch is small, so that the copies begin early; each further
-// one is twice as long, since planning it overlaps with copying the one before, and every end of a batch
-// costs: its threads wait for each other there, and what they had prefetched is lost.
-constexpr std::size_t kRunsOfFirstCopy = 4096;
-constexpr std::size_t kMaxRunsPerCopy = 65536;
+// Runs handed to the device at once. The first part is small, so that the copies begin early; planning the
+// others overlaps with copying. The longest is as much as a second-level cache holds, so that the runs are
+// written and read there; a call costs little beside the copying of so many.
+constexpr std::size_t kRunsOfFirstCopy = 1024;
+constexpr std::size_t kMaxRunsPerCopy = 16384;
 
 // How often, and how long during a graph capture, the waiter asks the device for a proof (transfers.h).
 constexpr int kProofAttempts = 10;

@@ -40,9 +40,10 @@ class CpuDevice : public ::testing::TestWithParam<unsigned> {
 
   StreamHandle stream() { return device_->create_stream().value(); }
   std::unique_ptr<Event> event() { return device_->create_event().value(); }
-  Status copy(StreamHandle stream, void* to, const void* from, std::size_t bytes) {
+  Status copy(StreamHandle stream, void* to, const void* from, std::size_t bytes,
+              Direction direction = Direction::store) {
     const CopyRun run{to, from, bytes};
-    return device_->copy(stream, {&run, 1}, Direction::store);
+    return device_->copy(stream, {&run, 1}, direction);
   }
   void finish(StreamHandle stream) {
     const std::unique_ptr<Event> done = event();
@@ -182,10 +183,32 @@ TEST_P(CpuDevice, one_stream_keeps_the_order_of_its_batches) {
   std::vector<std::vector<std::byte>> hops(30, std::vector<std::byte>(kBytes));
   ASSERT_TRUE(ok(copy(own, hops[0].data(), source.data(), kBytes)));
   for (std::size_t i = 1; i < hops.size(); ++i) {
-    ASSERT_TRUE(ok(copy(own, hops[i].data(), hops[i - 1].data(), kBytes)));
+    const Direction direction = i % 2 == 0 ? Direction::store : Direction::load;
+    ASSERT_TRUE(ok(copy(own, hops[i].data(), hops[i - 1].data(), kBytes, direction)));
   }
   finish(own);
   for (const std::vector<std::byte>& hop : hops) ASSERT_EQ(hop, source);
+}
+
+// Parts of all sizes, of one direction and of the other in turn: each turn reads what the one before wrote.
+TEST_P(CpuDevice, a_move_in_parts_is_whole_before_what_follows) {
+  constexpr std::size_t kBytes = 12 * kMiB + 5;
+  constexpr std::size_t kTurns = 6;
+  const StreamHandle own = stream();
+  std::mt19937 random(4);
+  std::uniform_int_distribution<std::size_t> exponent(0, 22);
+  std::vector<std::vector<std::byte>> turns{random_bytes(kBytes, 4)};
+  turns.resize(kTurns + 1, std::vector<std::byte>(kBytes));
+  for (std::size_t turn = 1; turn <= kTurns; ++turn) {
+    const Direction direction = turn % 2 == 0 ? Direction::store : Direction::load;
+    for (std::size_t begin = 0; begin < kBytes;) {
+      const std::size_t bytes = std::min(kBytes - begin, std::size_t{1} << exponent(random));
+      ASSERT_TRUE(ok(copy(own, turns[turn].data() + begin, turns[turn - 1].data() + begin, bytes, direction)));
+      begin += bytes;
+    }
+  }
+  finish(own);
+  for (const std::vector<std::byte>& turn : turns) ASSERT_EQ(turn, turns.front());
 }
 
 TEST_P(CpuDevice, events_order_a_long_chain_of_streams) {
@@ -199,7 +222,7 @@ TEST_P(CpuDevice, events_order_a_long_chain_of_streams) {
   const std::unique_ptr<Event> moved = event();  // one for all: earlier waits keep the earlier record
 
   ASSERT_TRUE(ok(copy(streams[0], first.data(), source.data(), kMiB)));
-  ASSERT_TRUE(ok(copy(streams[0], hops.data(), first.data() + 5, kBytes)));
+  ASSERT_TRUE(ok(copy(streams[0], hops.data(), first.data() + 5, kBytes, Direction::load)));
   for (std::size_t i = 1; i <= kStreams; ++i) {
     ASSERT_TRUE(ok(device_->record(*moved, streams[i - 1])));
     ASSERT_TRUE(ok(device_->wait(streams[i], *moved)));

@@ -175,6 +175,25 @@ TEST(SimulatedAdversary, runs_of_a_batch_have_no_order) {
   EXPECT_LE(second_is_last, kSeeds * 2 / 3);
 }
 
+TEST(SimulatedAdversary, copies_of_one_direction_have_no_order_without_an_event_between) {
+  const auto seeds_with_the_first_last = [](bool event_between) {
+    return seeds_where([event_between](Rig& rig) {
+      HostBuffer later{kBytes};
+      std::memset(later.data(), static_cast<int>(kNew), kBytes);
+      EXPECT_TRUE(ok(rig.device.register_host(later.data(), kBytes)));
+      EXPECT_TRUE(ok(rig.load()));
+      const std::unique_ptr<Event> between = event_between ? rig.recorded(rig.ours) : nullptr;
+      EXPECT_TRUE(ok(rig.copy(rig.ours, rig.page, later.data(), Direction::load)));
+      rig.finish(rig.ours);
+      const bool first_last = !Rig::whole(rig.page, kNew);
+      EXPECT_TRUE(ok(rig.device.unregister_host(later.data())));
+      return first_last;
+    });
+  };
+  EXPECT_GT(seeds_with_the_first_last(false), kSeeds / 10);
+  EXPECT_EQ(seeds_with_the_first_last(true), 0U);
+}
+
 TEST(SimulatedAdversary, other_streams_see_half_done_copies) {
   EXPECT_GE(seeds_where([](Rig& rig) {
               bool torn = false;

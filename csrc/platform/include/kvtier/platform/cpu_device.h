@@ -4,9 +4,9 @@
 //   stream B: wait copy record ... ---+-- ready streams ----+                 +-- events, synchronize()
 //   stream C: ...                   --'   (round robin)     '-- copy thread --'
 //
-// Each stream is a queue. The copy at its head is cut into units of 256 KiB to 4 MiB, which any number of
-// threads take one by one; the next item waits until the last unit is done. So one batch uses all threads,
-// and streams with work share them.
+// Each stream is a queue. The copies at its head are cut into units of 256 KiB to 4 MiB, which any number of
+// threads take one by one; the first item that is no copy waits until their last unit is done. So one batch
+// uses all threads, and streams with work share them.
 //
 // Beyond what device.h says: a framework stream does not exist here, and StreamHandle{0} stands for the
 // calling thread. Recording there completes at once; wait() and copy() on it block the caller, for nothing

@@ -7,11 +7,12 @@
 //   framework stream  --kernel writes pages--+-- event --.
 //   our store stream                         '----wait----+--copy runs--+-- event --> waiter thread
 //
-// The rules that callers live by, all CUDA's own:
+// The rules that callers live by, all but the second CUDA's own:
 //  * Work in one stream runs in order; two streams are unordered unless an event orders them.
-//  * The runs of one copy() are unordered among themselves, and their source bytes are read when they
-//    run, not when copy() returns. Source and destination must stay valid until an event recorded
-//    behind the copy has completed.
+//  * The runs of one copy() are unordered among themselves, and so are those of copies of one direction
+//    that follow each other in a stream, nothing between: a move in parts is one move.
+//  * Source bytes are read when they run, not when copy() returns. Source and destination must stay valid
+//    until an event recorded behind the copy has completed.
 //  * Waiting on an event that was never recorded is a no-op: it orders nothing. Callers must never do so.
 //  * Recording an event again moves it; waits already submitted keep the earlier record.
 //  * A sticky error ends the device for this process: every later call reports it.
