@@ -168,11 +168,9 @@ Status EngineImpl::open_disks() {
     SlotStore& store = *disk_->volumes[v].store;
     const auto grow = [this, v](std::uint32_t class_index, std::uint32_t usable) {
       contained([&] {
-        const std::uint64_t zeros = disk_->volumes[v].store->stats().bytes_prewritten;
         {
           MutexLock lock(mutex_);
           disk_->index.slots(v * disk_->index.classes_per_volume() + class_index).grow(usable);
-          charge_zeros(disk_->volumes[v], zeros);
         }
         pump_write_backs();
       });

@@ -73,7 +73,6 @@ class KeptBudget {
   KeptBudget(std::optional<std::uint64_t> bytes_per_day, const std::optional<SavedBudget>& saved,
              std::int64_t unix_s, std::int64_t now_us);
   bool take(std::uint64_t bytes, std::int64_t now_us) { return budget_.take(bytes, now_us); }
-  void charge(std::uint64_t bytes, std::int64_t now_us) { budget_.charge(bytes, now_us); }
   std::uint64_t left_bytes() const { return budget_.left_bytes(); }
 
   // What is to be saved now, if less is left than was saved; and what is exactly so, at the end.
@@ -94,8 +93,7 @@ struct DiskTier {
     std::string store_name;
     std::unique_ptr<SlotStore> store;
     OpenReport report;
-    std::uint32_t writing = 0;        // write-backs under way
-    std::uint64_t charged_bytes = 0;  // of zeros that the write budget knows of
+    std::uint32_t writing = 0;  // write-backs under way
   };
 
   DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,

@@ -45,13 +45,6 @@ std::optional<SavedBudget> KeptBudget::at_close(std::int64_t unix_s) const {
   return SavedBudget{*bytes_per_day_, left_bytes(), unix_s};
 }
 
-// The zeros of files that grow are not held up by a budget that is empty: each slot gets them once.
-void EngineImpl::charge_zeros(DiskTier::Volume& volume, std::uint64_t written_bytes) {
-  if (written_bytes <= volume.charged_bytes) return;  // told of two steps in the other order
-  disk_->budget.charge(written_bytes - volume.charged_bytes, clock_->now_us());
-  volume.charged_bytes = written_bytes;
-}
-
 // On every drive: whichever of them is there the next time knows it.
 void EngineImpl::save_budget(const SavedBudget& budget) {
   for (const DiskTier::Volume& volume : disk_->volumes) volume.store->save_budget(budget);

@@ -280,7 +280,6 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void end_tracked(DurableTracker& tracker, Settled& settled) KVTIER_REQUIRES(mutex_);
   void pump_write_backs();
   void save_budget(const SavedBudget& budget);
-  void charge_zeros(DiskTier::Volume& volume, std::uint64_t written_bytes) KVTIER_REQUIRES(mutex_);
   bool next_write(std::vector<DiskWrite>& writes, Settled& settled) KVTIER_REQUIRES(mutex_);
   std::optional<std::uint32_t> choose_volume(std::size_t class_index) KVTIER_REQUIRES(mutex_);
   void on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status);

@@ -114,7 +114,7 @@ class Config:
             before), or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
         disk_eviction: As `eviction`, for the drives.
         disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one
-            capacity a day, "unlimited" for no limit. The zeros of growing files are charged, too.
+            capacity a day, "unlimited" for no limit.
         disk_second_process: What a second process with the same model and layout gets: "next", a store of
             its own within the same capacity, or "refuse", a ResourceError.
         disk_key: Encrypts what is written: the path of a file with 64 hexadecimal digits, or "env:NAME".

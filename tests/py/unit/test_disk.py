@@ -704,13 +704,7 @@ def test_second_use_admits_once_the_drive_was_full(tmp_path: Path) -> None:
         assert before.disk_durable + before.disk_declined_admission >= slots
 
 
-def grown(path: Path) -> None:
-    """Opens and closes a store whose file has grown to its bound, so that later openings write no zeros."""
-    opened(config_of(path)).close()
-
-
 def test_the_write_budget_declines_what_is_too_much(tmp_path: Path) -> None:
-    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     with opened(config) as engine:
         ticket = store(engine, engine.attach(tensors()), keys_of(config, 32))
@@ -720,32 +714,7 @@ def test_the_write_budget_declines_what_is_too_much(tmp_path: Path) -> None:
         assert stats.write_budget_left_bytes <= 64 << 10
 
 
-def test_zeros_of_files_that_grow_are_charged_to_the_write_budget(tmp_path: Path) -> None:
-    config = config_of(tmp_path, disk_write_budget="64MiB")
-    a_minute = (64 << 20) // (24 * 60)  # what comes in meanwhile
-    with opened(config) as engine:
-        stats = engine.stats()
-        zeros = stats.disks[0].bytes_prewritten
-        assert zeros >= stats.disks[0].classes[0].capacity * 8192
-        spent = (64 << 20) - stats.write_budget_left_bytes
-        assert zeros - a_minute <= spent <= zeros
-        assert store(engine, engine.attach(tensors()), keys_of(config)).durable_blocks == 8
-        spent = (64 << 20) - engine.stats().write_budget_left_bytes
-        assert zeros + 8 * 8192 - a_minute <= spent <= zeros + 8 * 8192
-    with opened(config) as engine:  # nothing more to grow
-        assert engine.stats().write_budget_left_bytes >= (64 << 20) - spent
-
-
-def test_files_grow_with_an_empty_write_budget_and_blocks_are_declined(tmp_path: Path) -> None:
-    config = config_of(tmp_path, disk_write_budget="64KiB")
-    with opened(config) as engine:
-        assert engine.stats().write_budget_left_bytes < 8192
-        assert store(engine, engine.attach(tensors()), keys_of(config)).durable_blocks == 0
-        assert engine.stats().disk_declined_budget > 0
-
-
 def test_the_write_budget_outlives_a_restart(tmp_path: Path) -> None:
-    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     with opened(config) as engine:
         assert store(engine, engine.attach(tensors()), keys_of(config, 32)).durable_blocks == 8
@@ -778,7 +747,6 @@ BUDGET_DRIVER = """
 
 
 def test_a_killed_process_finds_no_fuller_budget(tmp_path: Path) -> None:
-    grown(tmp_path)
     config = config_of(tmp_path, disk_write_budget="64KiB")
     argv = [sys.executable, "-c", textwrap.dedent(BUDGET_DRIVER), config.disks[0].path]
     subprocess.run(argv, check=False, timeout=60)
