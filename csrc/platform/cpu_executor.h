@@ -97,7 +97,7 @@ class CpuExecutor {
   CondVar completed_;  // some record is complete
   std::unordered_map<StreamHandle, StreamPtr> streams_ KVTIER_GUARDED_BY(mutex_);
   std::uintptr_t next_stream_ KVTIER_GUARDED_BY(mutex_);
-  std::deque<StreamPtr> ready_ KVTIER_GUARDED_BY(mutex_);  // each has a batch to claim; once
+  std::deque<StreamPtr> ready_ KVTIER_GUARDED_BY(mutex_);     // each has a batch to claim; once
   std::size_t num_unfinished_ KVTIER_GUARDED_BY(mutex_) = 0;  // items in all streams
   bool closing_ KVTIER_GUARDED_BY(mutex_) = false;
   unsigned num_threads_ KVTIER_GUARDED_BY(mutex_) = 1;

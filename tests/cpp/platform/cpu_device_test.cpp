@@ -203,7 +203,8 @@ TEST_P(CpuDevice, a_move_in_parts_is_whole_before_what_follows) {
     const Direction direction = turn % 2 == 0 ? Direction::store : Direction::load;
     for (std::size_t begin = 0; begin < kBytes;) {
       const std::size_t bytes = std::min(kBytes - begin, std::size_t{1} << exponent(random));
-      ASSERT_TRUE(ok(copy(own, turns[turn].data() + begin, turns[turn - 1].data() + begin, bytes, direction)));
+      ASSERT_TRUE(
+          ok(copy(own, turns[turn].data() + begin, turns[turn - 1].data() + begin, bytes, direction)));
       begin += bytes;
     }
   }

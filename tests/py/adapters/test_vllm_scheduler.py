@@ -445,39 +445,102 @@ def test_a_prefetch_goes_on_without_its_request(tmp_path: Path) -> None:
         second.close()
 
 
+def store_blocks(bench: Bench, name: str, tokens: int, pages: list[int]) -> None:
+    _, stores, _ = bench.step({name: (tokens, (pages,))})
+    bench.execute(stores)
+    bench.side._poll(bench.now, patience=10)
+
+
 def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
     bench = Bench(tmp_path, events=True)
     try:
-        events = bench.side.events
-        assert events is not None
         one = request("a", 3)
         tokens = one.all_token_ids
         bench.side.on_new_request(one)
         _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
-        assert events.take() == []  # nothing is there yet
+        assert bench.side.take_events() == []  # nothing is there yet
         bench.execute(stores)
         bench.side._poll(bench.now, patience=10)
         stored = Stored(one.block_hashes[:2], None, tokens[: 2 * T], T, None, None, "CPU", 0)
-        assert events.take() == [stored]
+        assert bench.side.take_events() == [stored]
         one.num_computed_tokens = 2 * T
-        _, stores, _ = bench.step({"a": (T, ([1, 2, 3],))})
-        bench.execute(stores)
-        bench.side._poll(bench.now, patience=10)
+        store_blocks(bench, "a", T, [1, 2, 3])
         last = Stored(
             one.block_hashes[2:], one.block_hashes[1], tokens[2 * T : 3 * T], T, None, None, "CPU", 0
         )
-        assert events.take() == [last]
+        assert bench.side.take_events() == [last]
         bench.side.finish(one)
 
         again = request("b", 3)
         bench.side.on_new_request(again)
         bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
         whole = Stored(one.block_hashes, None, tokens[: 3 * T], T, None, None, "CPU", 0)
-        assert events.take() == [whole]
+        assert bench.side.take_events() == [whole]
         bench.side.received({"b"}, {"b"})  # a rank has failed
-        assert events.take() == [Removed(one.block_hashes, medium, 0) for medium in ("CPU", "STORAGE")]
+        (gone,) = bench.side.take_events()
+        assert isinstance(gone, Removed)
+        assert (sorted(gone.block_hashes), gone.medium) == (sorted(one.block_hashes), "CPU")
         bench.side.reset()
-        assert events.take() == [Cleared()]
+        assert bench.side.take_events() == [Cleared()]
+    finally:
+        bench.close()
+
+
+def test_what_is_evicted_is_removed_and_only_that(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, events=True)
+    there: set[bytes] = set()
+    try:
+        stored = removed = 0
+        requests = 300  # of 3 blocks, in 4 MiB
+        for i in range(requests):
+            each = request(f"r{i}", 3, seed=i)
+            bench.side.on_new_request(each)
+            store_blocks(bench, each.request_id, 3 * T, [1, 2, 3])
+            bench.side.finish(each)
+            for event in bench.side.take_events():
+                if isinstance(event, Stored):
+                    stored += len(event.block_hashes)
+                    there |= set(event.block_hashes)
+                else:
+                    assert isinstance(event, Removed)
+                    assert event.medium == "CPU"
+                    removed += len(event.block_hashes)
+                    there -= set(event.block_hashes)
+        assert removed == bench.side._engine.stats().evictions > 0
+        assert len(there) == stored - removed > 0
+        for i in (0, requests - 1):  # what was told is so
+            again = request(f"again{i}", 3, seed=i)
+            bench.side.on_new_request(again)
+            assert bool(bench.side.match(again, 0)) == (again.block_hashes[0] in there)
+            bench.side.finish(again)
+    finally:
+        bench.close()
+
+
+def test_a_block_of_both_tiers_is_told_of_in_both(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, disk=True, events=True)
+    try:
+        one = request("a", 3)
+        bench.side.on_new_request(one)
+        store_blocks(bench, "a", 3 * T, [1, 2, 3])
+        assert bench.side._engine.flush(30).durable == 3
+        events = bench.side.take_events()
+        for medium in ("CPU", "STORAGE"):
+            told = [e for e in events if isinstance(e, Stored) and e.medium == medium]
+            assert [h for e in told for h in e.block_hashes] == one.block_hashes
+            assert [t for e in told for t in e.token_ids] == list(one.all_token_ids[: 3 * T])
+    finally:
+        bench.close()
+
+
+def test_events_that_were_lost_take_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.adapters.vllm.scheduler._EVENTS", 2)
+    bench = Bench(tmp_path, events=True)
+    try:
+        one = request("a", 3)
+        bench.side.on_new_request(one)
+        store_blocks(bench, "a", 3 * T, [1, 2, 3])
+        assert bench.side.take_events() == [Cleared()]
     finally:
         bench.close()
 
@@ -492,10 +555,11 @@ def test_blocks_on_disk_alone_are_announced_when_they_are_loaded(tmp_path: Path)
         second.side.on_new_request(again)
         second.side._requests["b"].prefetch.wait(30)
         second.side.grant(again, ([4, 5, 6],), second.side.match(again, 0) or 0)
-        assert second.side.events is not None
-        (event,) = second.side.events.take()
-        assert isinstance(event, Stored)
-        assert (event.block_hashes, event.medium) == (again.block_hashes, "STORAGE")
+        events = second.side.take_events()
+        assert [(e.block_hashes, e.medium) for e in events if isinstance(e, Stored)] == [
+            (again.block_hashes, "STORAGE"),
+            (again.block_hashes, "CPU"),
+        ]
     finally:
         second.close()
 

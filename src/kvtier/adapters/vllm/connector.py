@@ -142,8 +142,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return ()
         self._scheduler.step_ended()
         self._scheduler.settle()
-        events = self._scheduler.events
-        return () if events is None else [vllm_event(event) for event in events.take()]
+        return [vllm_event(event) for event in self._scheduler.take_events()]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As request_finished_all_groups()."""

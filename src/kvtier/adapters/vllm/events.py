@@ -1,18 +1,24 @@
 """KV events: what vLLM's event stream hears of our tiers. Pure; vllm_events.py makes vLLM's own classes.
 
-A block is announced when it has been stored in host memory, and again when a request loads it (in host memory
-or, if it was on disk alone when the request arrived, on disk): after a restart that is how its tokens become
-known, for we keep none. Evictions are not announced: the engine does not report which blocks it evicts.
+What comes into a tier and leaves it is the engine's word (Engine.events()). It names blocks by kvtier's keys,
+so hashes and tokens of a block are remembered from the store that brings it, or from a load, until it has
+left every tier. Of what an earlier server left on the drives nothing is known until a request loads it: then
+it is announced, and every later load announces its blocks again.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.handles import EventKind, Events, Tier
+from kvtier.keys import Keys
+
 MEDIUM_HOST, MEDIUM_DISK = "CPU", "STORAGE"  # vLLM's names
+
+_MEDIA = {int(Tier.HOST): MEDIUM_HOST, int(Tier.DISK): MEDIUM_DISK}
 
 Mask = npt.NDArray[np.bool_]
 
@@ -44,7 +50,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Removed:
-    """Blocks of one group that were dropped, from every tier."""
+    """Blocks of one group that have left a tier."""
 
     block_hashes: list[bytes]
     medium: str
@@ -59,99 +65,168 @@ class Cleared:
 Event = Stored | Removed | Cleared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """Blocks of a request in one group, remembered until it is known what became of them.
+    """Consecutive blocks of a request in one group.
 
     Attributes:
-        first: Index of the first one in the request.
         hashes: vLLM's hash of each, and before them that of the block before the first (None at the
             beginning).
-        token_ids: Of all of them.
+        token_ids: Of all of them, int32 [blocks * block_tokens].
         lora: (id, name), None without.
-        group_idx: vLLM's cache group.
+        group: kvtier's.
     """
 
-    first: int
     hashes: list[bytes | None]
-    token_ids: list[int]
+    token_ids: npt.NDArray[np.int32]
     lora: tuple[int, str] | None
-    group_idx: int
+    group: int
+
+
+@dataclass(eq=False)
+class _Known:
+    blocks: Blocks
+    place: int  # in them
+    media: set[str]  # in which it was announced and from which it was not removed
+
+
+class _Coming(NamedTuple):
+    blocks: Blocks
+    which: Mask
+    medium: str
 
 
 class EventLog:
     """Collects events between two calls of take(). Only for the scheduler's thread."""
 
-    def __init__(self, block_tokens: int, hash_tokens: int) -> None:
+    def __init__(self, block_tokens: int, hash_tokens: int, groups: Sequence[int]) -> None:
         """Begins empty.
 
         Args:
             block_tokens: Tokens of a block.
             hash_tokens: Tokens of one of vLLM's hashes; the last one in a block names it.
+            groups: vLLM's index of each group of kvtier's.
         """
         self._tokens = block_tokens
         self._each = block_tokens // hash_tokens
+        self._groups = groups
+        self._known: dict[tuple[int, bytes], _Known] = {}
         self._events: list[Event] = []
 
-    def describe(self, request: Any, first: int, last: int, group_idx: int) -> Blocks:
-        """Remembers blocks [first, last) of a request of vLLM's."""
+    def watch(self, request: Any, first: int, keys: Keys, group: int) -> Blocks:
+        """Blocks of a request of vLLM's from index `first` on, which are about to come: [n, 32]."""
+        last = first + len(keys)
         hashes: list[bytes | None] = [
-            None if b < 0 else self._hash(request, b) for b in range(first - 1, last)
+            None if b < 0 else bytes(request.block_hashes[(b + 1) * self._each - 1])
+            for b in range(first - 1, last)
         ]
-        tokens = list(request.all_token_ids[first * self._tokens : last * self._tokens])
+        tokens = np.asarray(request.all_token_ids[first * self._tokens : last * self._tokens], np.int32)
         lora = request.lora_request
         name = None if lora is None else (int(lora.lora_int_id), str(lora.lora_name))
-        return Blocks(first, hashes, tokens, name, group_idx)
-
-    def _hash(self, request: Any, block: int) -> bytes:
-        return bytes(request.block_hashes[(block + 1) * self._each - 1])
-
-    def stored(self, blocks: Blocks, which: Mask, medium: str = MEDIUM_HOST) -> None:
-        """Those of the blocks are in a tier now, bool [n]."""
-        for begin, end in _runs(which):
-            named = [each for each in blocks.hashes[1 + begin : 1 + end] if each is not None]
-            lora_id, lora_name = blocks.lora or (None, None)
-            self._events.append(
-                Stored(
-                    block_hashes=named,
-                    parent_block_hash=blocks.hashes[begin],
-                    token_ids=blocks.token_ids[begin * self._tokens : end * self._tokens],
-                    block_size=self._tokens,
-                    lora_id=lora_id,
-                    lora_name=lora_name,
-                    medium=medium,
-                    group_idx=blocks.group_idx,
-                )
-            )
-
-    def ended(self, about: tuple[Blocks, npt.NDArray[np.intp]], stored: Mask) -> None:
-        """A store is over, of some blocks by index [n]; `stored` says which of these are there, bool [n]."""
-        blocks, which = about
-        there = np.zeros(len(blocks.hashes) - 1, np.bool_)
-        there[which] = stored
-        self.stored(blocks, there)
-
-    def loaded(self, request: Any, first: int, on_disk: Mask, group_idx: int) -> Blocks:
-        """A request loads blocks from `first` on: so they are there, some on disk alone when it arrived."""
-        blocks = self.describe(request, first, first + len(on_disk), group_idx)
-        self.stored(blocks, ~on_disk, MEDIUM_HOST)
-        self.stored(blocks, on_disk, MEDIUM_DISK)
+        blocks = Blocks(hashes, tokens, name, group)
+        for i, key in enumerate(keys):
+            self._known.setdefault((group, key.tobytes()), _Known(blocks, i, set()))
         return blocks
 
-    def removed(self, blocks: Blocks) -> None:
-        """The blocks were dropped."""
-        named = [each for each in blocks.hashes[1:] if each is not None]
-        for medium in (MEDIUM_HOST, MEDIUM_DISK):
-            self._events.append(Removed(named, medium, blocks.group_idx))
+    def forget(self, keys: Keys, group: int) -> None:
+        """Blocks that did not come after all, [n, 32]; those that are there all the same stay known."""
+        for key in keys:
+            known = self._known.get((group, key.tobytes()))
+            if known is not None and not known.media:
+                del self._known[group, key.tobytes()]
+
+    def loaded(self, request: Any, first: int, keys: Keys, on_disk: Mask, group: int) -> None:
+        """A request loads blocks from `first` on, [n, 32]: all are in host memory.
+
+        Args:
+            request: vLLM's.
+            first: Index of the first one in the request.
+            keys: kvtier's.
+            on_disk: Which were on disk alone when it arrived, bool [n].
+            group: kvtier's.
+        """
+        blocks = self.watch(request, first, keys, group)
+        everywhere = np.ones(len(keys), np.bool_)
+        for medium, which in ((MEDIUM_DISK, on_disk), (MEDIUM_HOST, everywhere)):
+            self._announce(blocks, which, medium)
+            for key in keys[which]:
+                self._known[group, key.tobytes()].media.add(medium)
+
+    def heard(self, events: Events) -> None:
+        """The engine's next events. If some were lost, all that was announced is taken back."""
+        if events.lost:
+            self.cleared()
+        came: _Coming | None = None  # the engine tells of a store's blocks from its end; we from its head
+        columns = (events.keys, events.groups, events.tiers, events.kinds)
+        for key, group, tier, kind in zip(*columns, strict=True):
+            known = self._known.get((int(group), key.tobytes()))
+            medium = _MEDIA.get(int(tier))
+            if known is None or medium is None or kind == EventKind.RESET:
+                continue
+            stored = kind == EventKind.STORED
+            if came is not None and not (stored and came.blocks is known.blocks and came.medium == medium):
+                self._announce(*came)
+                came = None
+            if stored and medium not in known.media:
+                known.media.add(medium)
+                came = came or _Coming(known.blocks, np.zeros(len(known.blocks.hashes) - 1, np.bool_), medium)
+                came.which[known.place] = True
+            elif not stored and medium in known.media:
+                self._left(known, medium)
+            if not known.media:
+                del self._known[int(group), key.tobytes()]
+        if came is not None:
+            self._announce(*came)
+
+    def _left(self, known: _Known, medium: str) -> None:
+        known.media.discard(medium)
+        group = self._groups[known.blocks.group]
+        name = known.blocks.hashes[1 + known.place]
+        last = self._events[-1] if self._events else None
+        if name is not None:
+            if isinstance(last, Removed) and (last.medium, last.group_idx) == (medium, group):
+                last.block_hashes.append(name)
+            else:
+                self._events.append(Removed([name], medium, group))
+
+    def _announce(self, blocks: Blocks, which: Mask, medium: str) -> None:
+        for begin, end in _runs(which):
+            named = [each for each in blocks.hashes[1 + begin : 1 + end] if each is not None]
+            tokens = blocks.token_ids[begin * self._tokens : end * self._tokens].tolist()
+            lora_id, lora_name = blocks.lora or (None, None)
+            event = Stored(
+                block_hashes=named,
+                parent_block_hash=blocks.hashes[begin],
+                token_ids=tokens,
+                block_size=self._tokens,
+                lora_id=lora_id,
+                lora_name=lora_name,
+                medium=medium,
+                group_idx=self._groups[blocks.group],
+            )
+            last = self._events[-1] if self._events else None
+            if isinstance(last, Stored) and _continues(last, event):
+                last.block_hashes.extend(named)
+                last.token_ids.extend(tokens)
+            else:
+                self._events.append(event)
 
     def cleared(self) -> None:
         """Everything was forgotten, what was not taken yet too."""
+        self._known.clear()
         self._events = [Cleared()]
 
     def take(self) -> Sequence[Event]:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+
+def _continues(last: Stored, event: Stored) -> bool:
+    """Whether an event can be told together with the one before it."""
+    return event.parent_block_hash == last.block_hashes[-1] and (
+        (event.medium, event.group_idx, event.lora_id) == (last.medium, last.group_idx, last.lora_id)
+    )
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:

@@ -7,14 +7,15 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
-from kvtier.adapters.vllm.events import Blocks, EventLog
+from kvtier.adapters.vllm.events import Event, EventLog
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
@@ -38,6 +39,7 @@ _IDLE_PATIENCE_SECONDS = 0.5
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
+_EVENTS = 1 << 18  # that the engine keeps for the next step; 9 MiB
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
 Copies = list[tuple[Instruction, Any]]  # with the page ids, uint32 [num_blocks * pages_per_block]
@@ -71,7 +73,12 @@ class SchedulerSide:
         """
         self.counters = Counters()
         self.holds = PageHolds()
-        self.events = EventLog(plan.block_tokens, plan.hash_tokens) if events else None
+        self._events: EventLog | None = None
+        if events:
+            self._events = EventLog(
+                plan.block_tokens, plan.hash_tokens, [group.index for group in plan.groups]
+            )
+            config = replace(config, events=_EVENTS)
         self._config = config
         self._plan = plan
         self._options = options
@@ -178,7 +185,6 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
-        about: list[Blocks] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -187,17 +193,16 @@ class SchedulerSide:
                 order = self._keeper.load(keys[here], g, first_block=first)
                 copies.append((order.instruction, pages[here].reshape(-1)))
                 num_bytes += len(here) * self._block_bytes(g)
-                if self.events is not None:
-                    begin = first + int(here[0])
-                    on_disk = state.on_disk(begin, first + count)
-                    about.append(self.events.loaded(request, begin, on_disk, group.index))
+                if self._events is not None:
+                    begin = int(here[0])
+                    on_disk = state.on_disk(first + begin, first + count)
+                    self._hear()
+                    self._events.loaded(request, first + begin, keys[begin:], on_disk, g)
         state.end_lease()  # the grants have pinned what they load
         if first == 0:
             state.stored_blocks = count
         self._new_loads.append((request.request_id, copies))
-        self._loading[request.request_id] = RunningLoad(
-            keys, num_bytes, self._clock(), plan, about=tuple(about)
-        )
+        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock(), plan)
 
     def disk_tokens(self, request: Any, external_tokens: int) -> int:
         """How many of the tokens that match() promised were on disk alone when their request arrived."""
@@ -263,13 +268,21 @@ class SchedulerSide:
             self.counters.add("load_failures")
             if not load.stale:  # those of a reset are gone
                 self._engine.drop(load.keys)
-                for blocks in load.about:
-                    if self.events is not None:
-                        self.events.removed(blocks)
             state = self._requests.get(request_id)
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
         self.settle()
+
+    def take_events(self) -> Sequence[Event]:
+        """KV events since the last call; none unless they were asked for."""
+        if self._events is None:
+            return ()
+        self._hear()
+        return self._events.take()
+
+    def _hear(self) -> None:
+        if self._events is not None:
+            self._events.heard(self._engine.events())
 
     def step_ended(self) -> None:
         """VLLM has the output of its oldest running step."""
@@ -292,8 +305,8 @@ class SchedulerSide:
         store nor load any more, and their running loads are reported as failed. Waits for the drives.
         """
         self._pins.clear()
-        if self.events is not None:
-            self.events.cleared()
+        if self._events is not None:
+            self._events.cleared()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
@@ -442,8 +455,11 @@ class SchedulerSide:
                     pages[here][running].reshape(-1).tolist(),
                     int(np.count_nonzero(running)) * self._block_bytes(g),
                     now,
-                    self.events and (self.events.describe(request, first, last, group.index), here),
+                    (keys[here].copy(), g),
                 )
+                if self._events is not None:
+                    begin = int(here[0])
+                    self._events.watch(request, first + begin, keys[begin:], g)
             else:
                 self._count_store(ticket.result(), 0, 0.0)
             declined = instruction.outcomes == BlockOutcome.DECLINED
@@ -454,8 +470,10 @@ class SchedulerSide:
         for ended in self.holds.poll(now, patience=patience):
             result = ended.ticket.result()
             self._count_store(result, ended.num_bytes, ended.seconds)
-            if self.events is not None:
-                self.events.ended(ended.about, result.outcomes == BlockOutcome.STORED)
+            if self._events is not None:
+                about, g = ended.about
+                self._hear()
+                self._events.forget(about[result.outcomes != BlockOutcome.STORED], g)
 
     def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
         for name in ("stored", "present", "pending", "declined", "failed", "dropped"):

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.adapters.vllm.events import Blocks
 from kvtier.adapters.vllm.keys import BlockKeys
 from kvtier.adapters.vllm.options import RequestOptions
 from kvtier.costs import Plan
@@ -83,7 +82,6 @@ class RunningLoad:
         began: Monotonic seconds.
         plan: What was decided, None if there was nothing to decide.
         stale: Whether the cache was reset since.
-        about: For its events, for each group that loads; empty without events.
     """
 
     keys: Keys
@@ -91,7 +89,6 @@ class RunningLoad:
     began: float
     plan: Plan | None = None
     stale: bool = False
-    about: tuple[Blocks, ...] = ()
 
 
 class _Hold(NamedTuple):
