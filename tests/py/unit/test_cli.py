@@ -102,7 +102,7 @@ def test_bench_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_bench_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, document = run_with_json(COPY, tmp_path / "out.json")
     assert status == 0, capsys.readouterr().out
-    assert {"store", "load", "ticket", "store_4k_1_thread", "load_1_thread", "load_same_runs_4k"} <= names(
+    assert {"store", "load", "ticket", "store_4k_1_thread", "load_1_thread", "load_contiguous_4k"} <= names(
         document
     )
     assert document["checks"] == {"bytes": True, "completed": True}
