@@ -308,6 +308,13 @@ class World {
     }
     EXPECT_TRUE(engine->wait_until_whole());
   }
+  // Kernels that no store or load waited for write into `memory`.
+  ~World() {
+    if (machine.sim) machine.sim->run_until_idle();
+  }
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
   static GroupId group(std::size_t g) { return GroupId{static_cast<std::uint16_t>(g)}; }
 
   void write(std::size_t g, const Numbers& numbers, const Numbers& at, std::uint32_t first_block = 0) {
