@@ -1,5 +1,6 @@
 // The cuda device: what there is, how it is opened, and what `kvtier bench device` measures with.
 #include <algorithm>
+#include <variant>
 
 #include "common.h"
 
@@ -39,15 +40,23 @@ std::optional<CopyPath> path_of(const std::optional<std::string>& name) {
   return take(copy_path_named(*name));
 }
 
+// As Python gives it: an int is bytes per second, a float a share of decoding.
+using Limit = std::optional<std::variant<std::uint64_t, double>>;
+
+std::optional<CopyLimit> limit_of(const Limit& limit) {
+  if (!limit) return std::nullopt;
+  if (const auto* rate = std::get_if<std::uint64_t>(&*limit)) return CopyLimit(*rate);
+  return CopyLimit(DecodeShare{std::get<double>(*limit)});
+}
+
 CudaOptions options_of(int ordinal, const std::optional<std::string>& path, unsigned max_sms,
-                       std::optional<std::uint64_t> store_limit, std::optional<std::uint64_t> load_limit,
-                       const std::string& calibration) {
+                       const Limit& store_limit, const Limit& load_limit, const std::string& calibration) {
   CudaOptions options;
   options.ordinal = ordinal;
   options.path = path_of(path);
   options.max_sms = max_sms;
-  options.store_limit = store_limit;
-  options.load_limit = load_limit;
+  options.store_limit = limit_of(store_limit);
+  options.load_limit = limit_of(load_limit);
   if (calibration != "cached" && calibration != "fresh" && calibration != "none") {
     throw StatusError{
         Status::invalid_argument("calibration '" + calibration + "': must be cached, fresh or none")};
@@ -113,8 +122,7 @@ std::vector<std::string> path_names(CopyPaths paths) {
 void bind_cuda_bench(py::module_& m) {
   py::class_<CudaBench, Bench>(m, "CudaBench")
       .def(py::init([](int ordinal, const std::optional<std::string>& path, unsigned max_sms,
-                       std::optional<std::uint64_t> store_limit, std::optional<std::uint64_t> load_limit,
-                       const std::string& calibration) {
+                       const Limit& store_limit, const Limit& load_limit, const std::string& calibration) {
              const CudaOptions options =
                  options_of(ordinal, path, max_sms, store_limit, load_limit, calibration);
              return Bench(take(without_gil([&] { return CudaBench::create(options); })));
@@ -175,9 +183,8 @@ void bind_cuda(py::module_& m) {
   });
   m.def(
       "cuda_device",
-      [](int ordinal, const std::optional<std::string>& path, unsigned max_sms,
-         std::optional<std::uint64_t> store_limit, std::optional<std::uint64_t> load_limit,
-         const std::string& calibration) {
+      [](int ordinal, const std::optional<std::string>& path, unsigned max_sms, const Limit& store_limit,
+         const Limit& load_limit, const std::string& calibration) {
         const CudaOptions options = options_of(ordinal, path, max_sms, store_limit, load_limit, calibration);
         return std::shared_ptr<Device>(take(without_gil([&] { return make_cuda_device(options); })));
       },

@@ -49,6 +49,25 @@ Result<PathScore> parse_score(const std::string& line) {
   return score;
 }
 
+// The score for which `value` is highest among those that count, at the measured length nearest to
+// `run_bytes`. Null: none counts.
+template <typename Counts, typename Value>
+const PathScore* best_score(const Calibration& calibration, std::uint64_t run_bytes, const Counts& counts,
+                            const Value& value) {
+  const PathScore* best = nullptr;
+  for (const PathScore& score : calibration.scores) {
+    if (!counts(score)) continue;
+    if (best == nullptr) {
+      best = &score;
+      continue;
+    }
+    const double mine = distance(score.run_bytes, run_bytes);
+    const double its = distance(best->run_bytes, run_bytes);
+    if (mine < its || (mine == its && value(score) > value(*best))) best = &score;
+  }
+  return best;
+}
+
 }  // namespace
 
 std::string_view to_string(CopyPath path) { return kNames.at(static_cast<std::size_t>(path)); }
@@ -64,6 +83,11 @@ Result<CopyPath> copy_path_named(std::string_view name) {
 
 double worth(const PathScore& score) { return score.bytes_per_second / (1 + score.slowdown); }
 
+double rate_within(const PathScore& score, DecodeShare limit) {
+  return score.slowdown <= limit.share ? score.bytes_per_second
+                                       : score.bytes_per_second * limit.share / score.slowdown;
+}
+
 std::string CalibrationKey::text() const {
   std::string joined;
   for (const std::string* field : {&gpu, &link, &numa, &driver, &pages, &version}) {
@@ -71,6 +95,10 @@ std::string CalibrationKey::text() const {
     for (const char c : *field) joined += c == '\n' || c == '|' ? ' ' : c;
   }
   return joined;
+}
+
+bool Calibration::measured(Direction direction) const {
+  return std::ranges::any_of(scores, [&](const PathScore& score) { return score.direction == direction; });
 }
 
 std::string Calibration::format(const CalibrationKey& key) const {
@@ -102,19 +130,28 @@ Result<Calibration> Calibration::parse(std::string_view text, const CalibrationK
 }
 
 CopyPath choose_path(const Calibration& calibration, CopyPaths available, Direction direction,
-                     std::uint64_t run_bytes) {
-  const PathScore* best = nullptr;
-  for (const PathScore& score : calibration.scores) {
-    if (score.direction != direction || !available.has(score.path)) continue;
-    if (best == nullptr) {
-      best = &score;
-      continue;
-    }
-    const double mine = distance(score.run_bytes, run_bytes);
-    const double its = distance(best->run_bytes, run_bytes);
-    if (mine < its || (mine == its && worth(score) > worth(*best))) best = &score;
-  }
+                     std::uint64_t run_bytes, std::optional<DecodeShare> limit) {
+  const PathScore* best = best_score(
+      calibration, run_bytes,
+      [&](const PathScore& score) { return score.direction == direction && available.has(score.path); },
+      [&](const PathScore& score) { return limit ? rate_within(score, *limit) : worth(score); });
   return best != nullptr ? best->path : default_path(available, run_bytes);
+}
+
+std::optional<std::uint64_t> rate_within(const Calibration& calibration, CopyPath path, Direction direction,
+                                         std::uint64_t run_bytes, DecodeShare limit) {
+  const auto slowest = [&](const PathScore& score) { return -rate_within(score, limit); };
+  const PathScore* score = best_score(
+      calibration, run_bytes,
+      [&](const PathScore& each) { return each.direction == direction && each.path == path; }, slowest);
+  const bool measured = score != nullptr;
+  if (!measured) {
+    score = best_score(
+        calibration, run_bytes, [&](const PathScore& each) { return each.direction == direction; }, slowest);
+  }
+  KVTIER_CHECK(score != nullptr);
+  if (measured && score->slowdown <= limit.share) return std::nullopt;
+  return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(rate_within(*score, limit)));
 }
 
 CopyPath default_path(CopyPaths available, std::uint64_t run_bytes) {

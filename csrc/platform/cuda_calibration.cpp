@@ -198,7 +198,8 @@ Status calibrate(CudaDevice& device) { return Calibrator(device).run(); }
 void settle_calibration(CudaDevice& device, const GpuFacts& gpu) {
   const CudaOptions& options = device.options();
   if (options.calibration == CalibrationUse::none) return;
-  if (options.path && options.calibration == CalibrationUse::cached) return;  // nothing to choose
+  const bool limited = device.limits_decoding(Direction::store) || device.limits_decoding(Direction::load);
+  if (options.path && !limited && options.calibration == CalibrationUse::cached) return;  // nothing to choose
   const CalibrationKey key = key_of(device, gpu);
   const std::filesystem::path file = cache_file(options, key);
   if (options.calibration == CalibrationUse::cached && !file.empty()) {

@@ -71,7 +71,10 @@ Status CudaDevice::join_lane(Stream& stream) {
 
 CopyPath CudaDevice::chosen(Direction direction, std::uint64_t run_bytes) const {
   if (options_.path && paths_.has(*options_.path)) return *options_.path;
-  return choose_path(calibration_, paths_, direction, run_bytes);
+  const std::optional<CopyLimit>& limit = limit_of(direction);
+  const auto* share = limit ? std::get_if<DecodeShare>(&*limit) : nullptr;
+  return choose_path(calibration_, paths_, direction, run_bytes,
+                     share != nullptr ? std::optional(*share) : std::nullopt);
 }
 
 CopyPath CudaDevice::usable(Stream& stream, CopyPath path, std::uint64_t run_bytes) {
@@ -94,27 +97,25 @@ CopyPath CudaDevice::usable(Stream& stream, CopyPath path, std::uint64_t run_byt
 
 // --- registered memory ---
 
-std::optional<RateLimit> CudaDevice::limit_of(Direction direction) const {
-  const std::optional<std::uint64_t>& limit =
-      direction == Direction::store ? options_.store_limit : options_.load_limit;
+std::optional<RateLimit> CudaDevice::rate_of(Direction direction, CopyPath path,
+                                             std::uint64_t run_bytes) const {
+  const std::optional<CopyLimit>& limit = limit_of(direction);
   if (!limit) return std::nullopt;
-  return RateLimit{*limit, kBurstBytes};
+  if (const auto* rate = std::get_if<std::uint64_t>(&*limit)) return RateLimit{*rate, kBurstBytes};
+  const std::optional<std::uint64_t> rate =
+      rate_within(calibration_, path, direction, run_bytes, std::get<DecodeShare>(*limit));
+  return rate ? std::optional(RateLimit{*rate, kBurstBytes}) : std::nullopt;
 }
 
 Status CudaDevice::copy_registered(Stream& stream, std::span<const CopyRun> runs, Direction direction,
                                    std::optional<CopyPath> path) {
   if (runs.empty()) return Status::ok();
-  if (!path && stream.own) {
-    if (const std::optional<RateLimit> limit = limit_of(direction)) {
-      return copy_limited(stream, runs, direction, *limit);
-    }
-  }
+  if (!path && stream.own && limit_of(direction)) return copy_limited(stream, runs, direction);
   const std::uint64_t mean = total_bytes(runs) / runs.size();
   return submit(stream, runs, direction, usable(stream, path.value_or(chosen(direction, mean)), mean));
 }
 
-Status CudaDevice::copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction,
-                                const RateLimit& limit) {
+Status CudaDevice::copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction) {
   TokenBucket*& bucket = stream.buckets[index_of(direction)];
   if (bucket == nullptr) {
     void* memory = nullptr;
@@ -131,15 +132,17 @@ Status CudaDevice::copy_limited(Stream& stream, std::span<const CopyRun> runs, D
     const std::uint64_t bytes = total_bytes(burst);
     const std::uint64_t mean = bytes / burst.size();
     const CopyPath path = usable(stream, chosen(direction, mean), mean);
-    cudaStream_t at = stream.native;
-    if (path == CopyPath::staged) {
-      if (direction == Direction::load) {
-        KVTIER_RETURN_IF_ERROR(stream.lane->join());
-        KVTIER_RETURN_IF_ERROR(stream.lane->fork());
+    if (const std::optional<RateLimit> rate = rate_of(direction, path, mean)) {
+      cudaStream_t at = stream.native;
+      if (path == CopyPath::staged) {
+        if (direction == Direction::load) {
+          KVTIER_RETURN_IF_ERROR(stream.lane->join());
+          KVTIER_RETURN_IF_ERROR(stream.lane->fork());
+        }
+        at = stream.lane->bus_stream(direction);
       }
-      at = stream.lane->bus_stream(direction);
+      KVTIER_RETURN_IF_ERROR(to_status("the pacing kernel", launch_pace(at, bucket, *rate, bytes)));
     }
-    KVTIER_RETURN_IF_ERROR(to_status("the pacing kernel", launch_pace(at, bucket, limit, bytes)));
     KVTIER_RETURN_IF_ERROR(submit(stream, burst, direction, path));
   }
   return Status::ok();

@@ -49,6 +49,12 @@ CudaEvent& own(Event& event, const CudaDevice* device) {
   return mine;
 }
 
+bool is_allowed(const CopyLimit& limit) {
+  if (const auto* rate = std::get_if<std::uint64_t>(&limit)) return *rate >= 1;
+  const double share = std::get<DecodeShare>(limit).share;
+  return share > 0 && share <= 1;
+}
+
 cudaStream_t native(StreamHandle handle) {
   return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(handle));  // NOLINT: a native handle
 }
@@ -66,8 +72,14 @@ Result<std::unique_ptr<CudaDevice>> CudaDevice::create(const CudaOptions& option
     return Status::invalid_argument("cuda device: ordinal is " + std::to_string(options.ordinal) +
                                     "; allowed: 0 to " + std::to_string(num_gpus - 1));
   }
-  if (options.max_sms < 1 || options.store_limit == 0U || options.load_limit == 0U) {
-    return Status::invalid_argument("cuda device: max_sms and the rate limits must be at least 1");
+  if (options.max_sms < 1) return Status::invalid_argument("cuda device: max_sms must be at least 1");
+  for (const std::optional<CopyLimit>& limit : {options.store_limit, options.load_limit}) {
+    if (limit && !is_allowed(*limit)) {
+      return Status::invalid_argument(
+          "cuda device: a limit must be at least 1 byte per second, or a share of decoding above 0 and at "
+          "most "
+          "1");
+    }
   }
   Result<std::shared_ptr<Context>> context = Context::open(options.ordinal);
   if (!context) return context.status();
@@ -75,6 +87,12 @@ Result<std::unique_ptr<CudaDevice>> CudaDevice::create(const CudaOptions& option
   KVTIER_RETURN_IF_ERROR(device->start());
   settle_calibration(*device, facts.value().gpus[static_cast<std::size_t>(options.ordinal)]);
   KVTIER_RETURN_IF_ERROR(device->health());
+  for (const Direction direction : {Direction::store, Direction::load}) {
+    if (device->limits_decoding(direction) && !device->calibration().measured(direction)) {
+      return Status::unsupported("cuda device: a limit in percent of decoding needs a calibration of " +
+                                 device->name() + ", and there is none; allowed: bytes per second");
+    }
+  }
   return device;
 }
 

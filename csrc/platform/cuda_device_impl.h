@@ -50,6 +50,11 @@ class CudaDevice final : public Device {
   // copy() by one path, whatever the options say. Without a rate limit.
   Status copy_by(StreamHandle stream, std::span<const CopyRun> runs, Direction direction, CopyPath path);
   CopyPath chosen(Direction direction, std::uint64_t run_bytes) const;
+  // Whether the direction's limit is a share of decoding.
+  bool limits_decoding(Direction direction) const {
+    const std::optional<CopyLimit>& limit = limit_of(direction);
+    return limit && std::holds_alternative<DecodeShare>(*limit);
+  }
   // Before anybody else uses the device.
   void set_calibration(Calibration calibration) { calibration_ = std::move(calibration); }
   const Calibration& calibration() const { return calibration_; }
@@ -83,8 +88,8 @@ class CudaDevice final : public Device {
                       std::optional<CopyPath> path);
   Status copy_registered(Stream& stream, std::span<const CopyRun> runs, Direction direction,
                          std::optional<CopyPath> path) KVTIER_REQUIRES(stream.mutex);
-  Status copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction,
-                      const RateLimit& limit) KVTIER_REQUIRES(stream.mutex);
+  Status copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction)
+      KVTIER_REQUIRES(stream.mutex);
   Status copy_pageable(Stream& stream, std::span<const CopyRun> runs, Direction direction)
       KVTIER_REQUIRES(stream.mutex);
   Status bounce(Stream& stream, std::span<const CopyRun> runs, Direction direction, BounceRing& ring)
@@ -92,7 +97,11 @@ class CudaDevice final : public Device {
   Status submit(Stream& stream, std::span<const CopyRun> runs, Direction direction, CopyPath path)
       KVTIER_REQUIRES(stream.mutex);
   CopyPath usable(Stream& stream, CopyPath path, std::uint64_t run_bytes) KVTIER_REQUIRES(stream.mutex);
-  std::optional<RateLimit> limit_of(Direction direction) const;
+  const std::optional<CopyLimit>& limit_of(Direction direction) const {
+    return direction == Direction::store ? options_.store_limit : options_.load_limit;
+  }
+  // At what rate such runs may move; nullopt: no limit.
+  std::optional<RateLimit> rate_of(Direction direction, CopyPath path, std::uint64_t run_bytes) const;
 
   const CudaOptions options_;
   const std::shared_ptr<Context> context_;

@@ -601,8 +601,16 @@ class CudaBench:
         ordinal: typing.SupportsInt | typing.SupportsIndex,
         path: str | None,
         max_sms: typing.SupportsInt | typing.SupportsIndex,
-        store_limit: typing.SupportsInt | typing.SupportsIndex | None,
-        load_limit: typing.SupportsInt | typing.SupportsIndex | None,
+        store_limit: typing.SupportsInt
+        | typing.SupportsIndex
+        | typing.SupportsFloat
+        | typing.SupportsIndex
+        | None,
+        load_limit: typing.SupportsInt
+        | typing.SupportsIndex
+        | typing.SupportsFloat
+        | typing.SupportsIndex
+        | None,
         calibration: str,
     ) -> None: ...
     def chosen(self, direction: str, run_bytes: typing.SupportsInt | typing.SupportsIndex) -> str: ...
@@ -697,8 +705,16 @@ def cuda_device(
     ordinal: typing.SupportsInt | typing.SupportsIndex,
     path: str | None,
     max_sms: typing.SupportsInt | typing.SupportsIndex,
-    store_limit: typing.SupportsInt | typing.SupportsIndex | None,
-    load_limit: typing.SupportsInt | typing.SupportsIndex | None,
+    store_limit: typing.SupportsInt
+    | typing.SupportsIndex
+    | typing.SupportsFloat
+    | typing.SupportsIndex
+    | None,
+    load_limit: typing.SupportsInt
+    | typing.SupportsIndex
+    | typing.SupportsFloat
+    | typing.SupportsIndex
+    | None,
     calibration: str,
 ) -> Device: ...
 def cuda_facts() -> dict:

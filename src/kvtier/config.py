@@ -1,5 +1,6 @@
 """Config: all that an engine is told when it is opened, from Python, a TOML file or the environment."""
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -16,6 +17,7 @@ from kvtier.layout import KVLayout, check_extent
 # In the standard library since 3.11; before, the same module under another name.
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*%\s*")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
@@ -51,6 +53,33 @@ def parse_size(value: int | str, key: str = "size") -> int:
     if not 1 <= size < 2**63:
         raise ConfigError(f"{key} is {value!r}; {allowed}")
     return size
+
+
+def parse_rate(value: int | str, key: str = "rate") -> int | float:
+    """Reads what one direction of copies may take.
+
+    Args:
+        value: A size as parse_size() reads it, each second; or a percentage such as "5%": how much longer
+            decoding may take beside the copies.
+        key: What the rate is called in messages.
+
+    Returns:
+        Bytes per second as an int, or the percentage as a float above 0 and at most 1: 0.05 for "5%".
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value)):
+        share = float(match[1]) / 100
+        if 0 < share <= 1:
+            return share
+    else:
+        with contextlib.suppress(ConfigError):
+            return parse_size(value, key)
+    raise ConfigError(
+        f'{key} is {value!r}; allowed: bytes per second of at least 1, a size such as "20GB", or a '
+        'percentage of decoding above 0 and up to 100 such as "5%"'
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +156,8 @@ class Config:
         events: How many events Engine.events() keeps for a reader who is late, 36 bytes each; 0 for none.
         gpu_copy_path: How a GPU copies: "auto", by calibration, or one path for all (docs/cuda.md).
         gpu_copy_sms: Multiprocessors that a copy kernel may use.
-        gpu_store_rate: Bytes per second, or as in "20GB", that stores from a GPU may take; None: no limit.
+        gpu_store_rate: What stores from a GPU may take: bytes per second, or as in "20GB", or as in "5%", so
+            much that decoding beside them takes at most that longer (docs/cuda.md); None: no limit.
         gpu_load_rate: The same for loads.
     """
 
@@ -194,7 +224,7 @@ class Config:
         if self.gpu_copy_path not in COPY_PATHS:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
         check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
-        self.gpu_store_bytes_per_second, self.gpu_load_bytes_per_second  # noqa: B018 - they check
+        self.gpu_store_limit, self.gpu_load_limit  # noqa: B018 - they check
 
     def _check_disk(self) -> None:
         disks: object = (self.disk,) if isinstance(self.disk, Disk) else self.disk
@@ -259,14 +289,14 @@ class Config:
         return parse_size(self.chunk, "chunk")
 
     @property
-    def gpu_store_bytes_per_second(self) -> int | None:
-        """What stores from a GPU may take; None: no limit."""
-        return None if self.gpu_store_rate is None else parse_size(self.gpu_store_rate, "gpu_store_rate")
+    def gpu_store_limit(self) -> int | float | None:
+        """What stores from a GPU may take, as parse_rate() returns it; None: no limit."""
+        return None if self.gpu_store_rate is None else parse_rate(self.gpu_store_rate, "gpu_store_rate")
 
     @property
-    def gpu_load_bytes_per_second(self) -> int | None:
-        """What loads into a GPU may take; None: no limit."""
-        return None if self.gpu_load_rate is None else parse_size(self.gpu_load_rate, "gpu_load_rate")
+    def gpu_load_limit(self) -> int | float | None:
+        """What loads into a GPU may take, as parse_rate() returns it; None: no limit."""
+        return None if self.gpu_load_rate is None else parse_rate(self.gpu_load_rate, "gpu_load_rate")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str = "config") -> "Config":

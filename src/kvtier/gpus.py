@@ -88,9 +88,13 @@ def copy_paths() -> list[str]:
 
 
 def device_bench(
-    ordinal: int, *, max_sms: int, store_rate: int | None = None, load_rate: int | None = None
+    ordinal: int,
+    *,
+    max_sms: int,
+    store_limit: int | float | None = None,
+    load_limit: int | float | None = None,
 ) -> _core.CudaBench:
-    """Opens one GPU for measurements, calibrated afresh. Waits for the calibration.
+    """Opens one GPU for measurements, calibrated afresh, limits as parse_rate(). Waits for the calibration.
 
     Raises:
         UnsupportedError: As cuda_facts().
@@ -99,8 +103,8 @@ def device_bench(
         ordinal=ordinal,
         path=None,
         max_sms=max_sms,
-        store_limit=store_rate,
-        load_limit=load_rate,
+        store_limit=store_limit,
+        load_limit=load_limit,
         calibration="fresh",
     )
 
@@ -145,8 +149,8 @@ class OpenGpus:
             ordinal=ordinal,
             path=path,
             max_sms=config.gpu_copy_sms,
-            store_limit=config.gpu_store_bytes_per_second,
-            load_limit=config.gpu_load_bytes_per_second,
+            store_limit=config.gpu_store_limit,
+            load_limit=config.gpu_load_limit,
             calibration="cached",
         )
 

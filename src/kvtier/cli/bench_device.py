@@ -24,6 +24,7 @@ import numpy.typing as npt
 import kvtier
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
+from kvtier.config import parse_rate
 from kvtier.errors import ConfigError
 from kvtier.gpus import CudaFacts, Gpu, cuda_facts, device_bench
 
@@ -67,13 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mib", type=int, default=256, help="moved by each copy (default: %(default)s)")
     parser.add_argument("--sms", type=int, default=8, help="that copy kernels may use (default: %(default)s)")
     parser.add_argument(
-        "--rate", default="20GB", help="bytes per second of the limited runs (default: %(default)s)"
+        "--rate",
+        default="5%",
+        help="what each direction of the limited runs may take (default: %(default)s of decoding)",
     )
 
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Runs the benchmark into `report`."""
-    rate = kvtier.parse_size(args.rate, "--rate")
+    rate = parse_rate(args.rate, "--rate")
     if args.mib < 8 or args.sms < 1:
         raise ConfigError(f"--mib {args.mib} --sms {args.sms}: at least 8 MiB and one SM")
     facts = cuda_facts()
@@ -94,7 +97,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         progress.phase("beside decoding")
         bench.slowdown("free", bench.native)
         progress.step()
-        limited = device_bench(args.gpu, max_sms=args.sms, store_rate=rate, load_rate=rate)
+        limited = device_bench(args.gpu, max_sms=args.sms, store_limit=rate, load_limit=rate)
         bench.slowdown("limited", limited)
         progress.step()
     print(

@@ -7,6 +7,7 @@
 #ifdef KVTIER_HAVE_CUDA
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
@@ -239,7 +240,7 @@ TEST_F(CudaDeviceOnGpu, the_default_streams_can_be_recorded_and_waited_for) {
 
 TEST_F(CudaDeviceOnGpu, a_limited_direction_keeps_to_its_rate_and_the_other_does_not_wait) {
   CudaOptions options = by(CopyPath::merged);
-  options.load_limit = 500'000'000;
+  options.load_limit = std::uint64_t{500'000'000};
   open(options);
   const auto seconds = [&](const CopyRun& run, Direction direction) {
     const auto begin = std::chrono::steady_clock::now();
@@ -252,6 +253,34 @@ TEST_F(CudaDeviceOnGpu, a_limited_direction_keeps_to_its_rate_and_the_other_does
   const double limited = seconds({pages_, host_.get(), kBytes}, Direction::load);
   EXPECT_GE(limited, 0.9 * static_cast<double>(kBytes - (4 << 20)) / 5e8);
   EXPECT_LT(limited, 2.0 * static_cast<double>(kBytes) / 5e8);
+}
+
+// The rate itself is `kvtier bench device`'s to measure.
+TEST_F(CudaDeviceOnGpu, a_direction_limited_in_percent_of_decoding_copies_the_right_bytes) {
+  CudaOptions options;
+  options.calibration = CalibrationUse::fresh;
+  options.load_limit = DecodeShare{0.05};
+  options.store_limit = DecodeShare{1.0};
+  open(options);
+  std::vector<std::byte> sent(kBytes);
+  std::mt19937 random(5);
+  std::ranges::generate(sent, [&] { return static_cast<std::byte>(random()); });
+  std::memcpy(host_.get(), sent.data(), kBytes);
+  copy({{pages_, host_.get(), kBytes}}, Direction::load);
+  finish();
+  std::memset(host_.get(), 0xdd, kBytes);
+  copy({{host_.get(), pages_, kBytes}}, Direction::store);
+  finish();
+  EXPECT_EQ(std::memcmp(host_.get(), sent.data(), kBytes), 0);
+}
+
+TEST_F(CudaDeviceOnGpu, a_limit_in_percent_needs_a_calibration) {
+  CudaOptions options;
+  options.calibration = CalibrationUse::none;
+  options.load_limit = DecodeShare{0.05};
+  EXPECT_EQ(make_cuda_device(options).status().code(), StatusCode::unsupported);
+  options.load_limit = DecodeShare{1.5};
+  EXPECT_EQ(make_cuda_device(options).status().code(), StatusCode::invalid_argument);
 }
 
 TEST_F(CudaDeviceOnGpu, a_calibration_is_measured_once_and_found_again) {

@@ -78,22 +78,32 @@ def test_the_config_knows_the_copy_paths_that_the_core_has() -> None:
 
 def test_gpu_options_are_read_and_checked_by_name() -> None:
     config = Config(groups=[LAYOUT], host="1MiB", model="m@1", gpu_load_rate="20GB", gpu_copy_path="staged")
-    assert config.gpu_load_bytes_per_second == 20_000_000_000
-    assert config.gpu_store_bytes_per_second is None
+    assert config.gpu_load_limit == 20_000_000_000
+    assert config.gpu_store_limit is None
     for wrong in (
         {"gpu_copy_path": "fast"},
         {"gpu_copy_sms": 0},
         {"gpu_store_rate": "fast"},
         {"gpu_load_rate": 0},
+        {"gpu_load_rate": "0%"},
+        {"gpu_store_rate": "101 %"},
+        {"gpu_store_rate": "-5%"},
+        {"gpu_store_rate": 0.05},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Config(groups=[LAYOUT], host="1MiB", model="m@1", **wrong)  # type: ignore[arg-type]
 
 
+def test_a_gpus_rate_may_be_a_share_of_decoding() -> None:
+    config = Config(groups=[LAYOUT], host="1MiB", model="m@1", gpu_load_rate="5%", gpu_store_rate="100 %")
+    assert (config.gpu_load_limit, config.gpu_store_limit) == (0.05, 1.0)
+    assert isinstance(config.gpu_store_limit, float)  # an int would be bytes per second
+
+
 def test_gpu_options_come_from_the_environment_too() -> None:
     variables = {"KVTIER_GPU_COPY_SMS": "4", "KVTIER_GPU_STORE_RATE": "1GB", "KVTIER_GPU_COPY_PATH": "bulk"}
     config = Config.from_env(variables, groups=[LAYOUT], host="1MiB", model="m@1")
-    assert (config.gpu_copy_sms, config.gpu_store_bytes_per_second) == (4, 10**9)
+    assert (config.gpu_copy_sms, config.gpu_store_limit) == (4, 10**9)
     assert config.gpu_copy_path == "bulk"
 
 

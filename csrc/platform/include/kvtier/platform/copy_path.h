@@ -18,6 +18,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "kvtier/core/status.h"
@@ -62,6 +63,19 @@ struct PathScore {
 // What a path is worth: its rate, less what it takes from the compute beside it.
 double worth(const PathScore& score);
 
+// How much longer a decode step may take because of the copies of one direction: 0.05 is five percent.
+struct DecodeShare {
+  double share = 0;  // above 0, at most 1
+  friend bool operator==(DecodeShare, DecodeShare) = default;
+};
+
+// What one direction may take: bytes per second, or a share of decoding.
+using CopyLimit = std::variant<std::uint64_t, DecodeShare>;
+
+// The bytes per second at which a path keeps within `limit`, at most its own rate: whoever copies for a part
+// of the time slows decoding down by that part of the measured slowdown.
+double rate_within(const PathScore& score, DecodeShare limit);
+
 // What makes a measurement comparable; every field is part of the cache's key.
 struct CalibrationKey {
   std::string gpu;      // name and compute capability
@@ -77,15 +91,24 @@ struct CalibrationKey {
 struct Calibration {
   std::vector<PathScore> scores;
 
+  bool measured(Direction direction) const;
+
   // The file's text; parse() refuses what another key wrote, and whatever is not such a text (corruption).
   std::string format(const CalibrationKey& key) const;
   static Result<Calibration> parse(std::string_view text, const CalibrationKey& key);
 };
 
-// The path of most worth at the measured run length nearest to `run_bytes` (by ratio). Paths that are not
-// in `available` do not count. An empty calibration means default_path().
+// The path of most worth at the measured run length nearest to `run_bytes` (by ratio); under a limit, the one
+// that moves most within it. Paths that are not in `available` do not count. An empty calibration means
+// default_path().
 CopyPath choose_path(const Calibration& calibration, CopyPaths available, Direction direction,
-                     std::uint64_t run_bytes);
+                     std::uint64_t run_bytes, std::optional<DecodeShare> limit = std::nullopt);
+
+// How fast `path` may go, by its measurement at the length nearest to `run_bytes`; nullopt: as fast as it
+// can. A path that was not measured is taken for the slowest of those that were. Requires a measurement of
+// the direction.
+std::optional<std::uint64_t> rate_within(const Calibration& calibration, CopyPath path, Direction direction,
+                                         std::uint64_t run_bytes, DecodeShare limit);
 
 // Copy engines for long runs, batches for middling ones, the staging ring for short ones.
 CopyPath default_path(CopyPaths available, std::uint64_t run_bytes);

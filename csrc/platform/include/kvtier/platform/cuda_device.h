@@ -42,9 +42,9 @@ struct CudaOptions {
   int ordinal = 0;
   std::optional<CopyPath> path;  // for every copy that it can do; nullopt: by calibration
   unsigned max_sms = 8;          // that a copy kernel may use; at least 1
-  // Bytes per second; nullopt: no limit.
-  std::optional<std::uint64_t> store_limit;
-  std::optional<std::uint64_t> load_limit;
+  // nullopt: none. A share of decoding is kept by what the calibration measured: it needs one.
+  std::optional<CopyLimit> store_limit;
+  std::optional<CopyLimit> load_limit;
   CalibrationUse calibration = CalibrationUse::cached;
   std::string cache_folder;  // empty: $XDG_CACHE_HOME/kvtier, or ~/.cache/kvtier
 };
@@ -74,8 +74,9 @@ Result<CudaFacts> cuda_facts();
 // no GPU of this process has.
 Result<int> cuda_ordinal_of(const void* memory);
 
-// Blocks: for tens of milliseconds when it has to calibrate. Errors: unsupported as above, invalid_argument
-// for an ordinal that is not there or an option out of range, device for what the driver refuses.
+// Blocks: for tens of milliseconds when it has to calibrate. Errors: unsupported as above, and where a limit
+// is a share of decoding and the calibration failed; invalid_argument for an ordinal that is not there or an
+// option out of range; device for what the driver refuses.
 Result<std::unique_ptr<Device>> make_cuda_device(const CudaOptions& options);
 
 // Measurements on one GPU, for `kvtier bench device`. Everything blocks; no figure is taken from memory that
