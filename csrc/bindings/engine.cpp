@@ -162,8 +162,14 @@ std::uint64_t over_keys(const Box& box, const KeyArray& keys) {
 std::tuple<std::uint64_t, std::uint64_t, std::uint64_t> flush(const Box& box, std::optional<double> timeout) {
   Engine& engine = box->get();
   const Deadline deadline = deadline_in(timeout);
-  const FlushResult result = take(without_gil([&] { return engine.flush(deadline); }));
-  return {result.settled, result.durable, result.dropped};
+  const FlushPoint point = take(without_gil([&] { return engine.flush_point(); }));
+  FlushResult flushed;
+  check(wait_interruptibly(deadline, [&](Deadline slice) {
+    const Result<FlushResult> result = engine.flush(point, slice);
+    if (result) flushed = result.value();
+    return result.status();
+  }));
+  return {flushed.settled, flushed.durable, flushed.dropped};
 }
 
 std::shared_ptr<TicketBox> prefetch(const Box& box, const KeyArray& keys, std::optional<double> timeout) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <random>
 
 #include "engine_impl.h"
@@ -339,16 +340,25 @@ class ExpectationHandle final : public Expectation {
       : engine_(std::move(engine)), keys_(keys.begin(), keys.end()) {}
   ~ExpectationHandle() override { end(); }
 
+  // Before anybody else has the handle. What a failure leaves begun, and no more, is ended by end().
+  Status begin(EngineImpl& engine) {
+    return engine.tell_expected(keys_, &TierIndex::expect, std::numeric_limits<std::size_t>::max(), begun_);
+  }
+
   void end() final {
     if (ended_.exchange(true)) return;
     const std::shared_ptr<EngineImpl> engine = engine_.lock();
     if (!engine || engine->in_forked_child()) return;
-    engine->contained([&] { static_cast<void>(engine->tell_expected(keys_, &TierIndex::expect_no_more)); });
+    engine->contained([&] {
+      std::size_t ended = 0;
+      static_cast<void>(engine->tell_expected(keys_, &TierIndex::expect_no_more, begun_, ended));
+    });
   }
 
  private:
   std::weak_ptr<EngineImpl> engine_;
   std::vector<BlockKey> keys_;  // of the epoch in which they were expected
+  std::size_t begun_ = 0;       // as tell_expected() counts
   std::atomic<bool> ended_{false};
 };
 
@@ -439,7 +449,7 @@ class EngineHandle final : public Engine {
     return impl_->guarded([&]() -> Result<std::shared_ptr<Expectation>> {
       const EpochKeys mixed(keys, epoch());
       auto expectation = std::make_shared<ExpectationHandle>(impl_, mixed);
-      KVTIER_RETURN_IF_ERROR(impl_->tell_expected(mixed, &TierIndex::expect));
+      KVTIER_RETURN_IF_ERROR(expectation->begin(*impl_));
       return std::shared_ptr<Expectation>(std::move(expectation));
     });
   }
@@ -471,8 +481,11 @@ class EngineHandle final : public Engine {
   Result<std::uint32_t> poll() override {
     return impl_->guarded([&] { return impl_->poll(); });
   }
-  Result<FlushResult> flush(Deadline deadline) override {
-    return impl_->guarded([&] { return impl_->flush(deadline); });
+  Result<FlushPoint> flush_point() override {
+    return impl_->guarded([&] { return impl_->flush_point(); });
+  }
+  Result<FlushResult> flush(const FlushPoint& point, Deadline deadline) override {
+    return impl_->guarded([&] { return impl_->flush(point, deadline); });
   }
   Status wait_until_whole() override {
     return impl_->guarded([&] { return impl_->wait_until_whole(); });

@@ -136,16 +136,19 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Result<Grant> grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts);
   Result<Grant> grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts);
   Status finish_part(std::uint64_t grant_id, const TransferOutcome& outcome);
-  // `what` is TierIndex::expect or expect_no_more.
+  // `what` is TierIndex::expect or expect_no_more: for each key, group and tier, in that order, at most
+  // `most` times. Counts them in `told`, which begins at 0 and is right after an exception too.
   Status tell_expected(std::span<const BlockKey> keys,
-                       void (TierIndex::*what)(const BlockKey& key, GroupId group));
+                       void (TierIndex::*what)(const BlockKey& key, GroupId group), std::size_t most,
+                       std::size_t& told);
   Result<std::uint64_t> touch(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop(std::span<const BlockKey> keys);
   Result<std::uint64_t> drop_namespace(std::string_view name_space);
   Result<std::shared_ptr<Ticket>> prefetch(std::span<const BlockKey> keys, Deadline deadline);
   Result<std::uint64_t> cancel_prefetch(const std::shared_ptr<Ticket>& ticket);
   Result<std::uint32_t> poll();
-  Result<FlushResult> flush(Deadline deadline);
+  Result<FlushPoint> flush_point();
+  Result<FlushResult> flush(const FlushPoint& point, Deadline deadline);
   Status wait_until_whole();
   Result<BlockEvents> take_events(std::size_t most);
   // What is announced from now on has keys of this epoch.
@@ -288,6 +291,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   static void settle_durable(const Settled& settled);
   Status wait_durable(std::uint64_t up_to, Deadline deadline);
   std::uint64_t disk_dropped() const KVTIER_REQUIRES(mutex_);
+  // Stores that run and have a lower number.
+  std::uint64_t running_before(std::uint64_t store_number) const KVTIER_REQUIRES(mutex_);
 
   // disk -> host (disk_read.cpp).
   std::uint64_t readable_volumes() const;  // one bit each

@@ -258,7 +258,8 @@ Result<std::uint32_t> EngineImpl::poll() {
 }
 
 Status EngineImpl::tell_expected(std::span<const BlockKey> keys,
-                                 void (TierIndex::*what)(const BlockKey& key, GroupId group)) {
+                                 void (TierIndex::*what)(const BlockKey& key, GroupId group),
+                                 std::size_t most, std::size_t& told) {
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     MutexLock lock(mutex_);
     KVTIER_RETURN_IF_ERROR(check_open());
@@ -266,8 +267,11 @@ Status EngineImpl::tell_expected(std::span<const BlockKey> keys,
     for (const BlockKey& key : keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin))) {
       for (std::size_t g = 0; g < config_.groups.size(); ++g) {
         const GroupId group{static_cast<std::uint16_t>(g)};
-        (tier_.*what)(key, group);
-        if (disk_) (disk_->index.*what)(key, group);
+        for (TierIndex* tier : {&tier_, disk_ ? &disk_->index : nullptr}) {
+          if (told == most) return Status::ok();
+          if (tier != nullptr) (tier->*what)(key, group);
+          ++told;
+        }
       }
     }
   }

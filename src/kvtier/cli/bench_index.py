@@ -22,6 +22,7 @@ from kvtier.cli import machine
 from kvtier.cli.bench import seconds
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, results_table
+from kvtier.config import EVICTIONS
 from kvtier.errors import ConfigError
 
 KEY_BYTES = 32
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=1_000_000, help="in the index (default: 1 M)")
     parser.add_argument("--batch", type=int, default=65_536, help="keys at once (default: 65,536)")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="hashed (default: 1 M)")
+    parser.add_argument(
+        "--eviction", choices=EVICTIONS, default=EVICTIONS[0], help="policy (default: %(default)s)"
+    )
 
 
 @dataclass
@@ -77,12 +81,19 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         print(text, file=report.out)
         args.batch = min(args.batch, blocks)
     layout = kvtier.KVLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="uint8", page_tokens=1)
-    config = kvtier.Config(groups=[layout], block_tokens=1, model="kvtier-bench@1", host=blocks * _SLOT_BYTES)
+    config = kvtier.Config(
+        groups=[layout],
+        block_tokens=1,
+        model="kvtier-bench@1",
+        host=blocks * _SLOT_BYTES,
+        eviction=args.eviction,
+    )
     rng = np.random.default_rng(args.seed)
     with kvtier.open(config) as engine, _no_garbage_collection():
         _wait_until_whole(engine)
         capacity = engine.stats().host[0].capacity
         report.machine["blocks"] = capacity
+        report.machine["eviction"] = args.eviction
         print(f"{capacity} blocks in the index, {args.batch} keys at once", file=report.out)
         memory = rng.integers(0, 256, (2 * args.batch, 2, 1, 1, 16), np.uint8)
         pages = engine.attach([memory])

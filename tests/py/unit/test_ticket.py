@@ -110,6 +110,20 @@ def test_ctrl_c_ends_a_wait_and_not_the_transfer(rig: Rig) -> None:
     assert ticket.result().stored == 1
 
 
+def test_ctrl_c_ends_a_flush_and_not_the_stores(rig: Rig) -> None:
+    rig.device.hold()
+    ticket = rig.engine.store(keys_of(1), rig.pages, [0], stream=rig.stream)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        rig.engine.flush(30)
+    assert not ticket.done()
+    with pytest.raises(TimeoutError, match="1 stores are still running"):
+        rig.engine.flush(0.25)  # longer than a slice of the wait
+    threading.Timer(0.3, rig.device.release).start()
+    assert rig.engine.flush(30).settled == 1
+    assert ticket.result().stored == 1
+
+
 async def test_a_ticket_is_awaited_many_times_at_once(rig: Rig) -> None:
     rig.device.hold()
     ticket = rig.engine.store(keys_of(2), rig.pages, range(2), stream=rig.stream)

@@ -165,8 +165,14 @@ struct Grant {
   std::shared_ptr<Ticket> ticket;
 };
 
+// Which stores a flush() waits for: those submitted before flush_point().
+struct FlushPoint {
+  std::uint64_t up_to = 0;    // number of the next store
+  std::uint64_t running = 0;  // of those before it
+};
+
 struct FlushResult {
-  std::uint64_t settled = 0;  // stores that ended while flush() waited
+  std::uint64_t settled = 0;  // stores that ended since the flush point
   // Of blocks whose fate on disk was decided since the last flush(): each is reported once.
   std::uint64_t durable = 0;  // survive a restart; 0 without a disk tier
   std::uint64_t dropped = 0;  // do not: declined by admission, budget or a busy drive, evicted before, failed
@@ -235,9 +241,16 @@ class Engine {
 
   // Ends leases whose time is over. Never waits. Returns the number of running transfers.
   virtual Result<std::uint32_t> poll() = 0;
-  // Blocks until every store submitted before the call has settled, and with a disk tier until the fate of
-  // their blocks there is known. Errors: timeout.
-  virtual Result<FlushResult> flush(Deadline deadline) = 0;
+  // Blocks until every store submitted before the point has settled, and with a disk tier until the fate of
+  // their blocks there is known. Errors: timeout; then it may be called again for the same point.
+  virtual Result<FlushResult> flush(const FlushPoint& point, Deadline deadline) = 0;
+  // Of now. Never waits.
+  virtual Result<FlushPoint> flush_point() = 0;
+  Result<FlushResult> flush(Deadline deadline) {
+    const Result<FlushPoint> now = flush_point();
+    if (!now) return now.status();
+    return flush(now.value(), deadline);
+  }
   // Blocks until the whole arena is prefaulted (benchmarks; nobody else needs to wait).
   virtual Status wait_until_whole() = 0;
   // Which blocks came into and left the tiers, oldest first, each told once; at most `most` of them. Who
