@@ -47,6 +47,9 @@ class OpenStore final : public SlotStore {
   StoreStats stats() const override { return core_->stats(); }
   const StoreId& id() const override { return core_->id(); }
 
+  void begin_flush(StoreCore::OnStatus on_done) override {
+    core_->barrier(StoreCore::BarrierKind::flush, {}, std::move(on_done));
+  }
   Status flush(std::optional<std::chrono::steady_clock::time_point> deadline) override {
     struct Waiting {
       Mutex mutex;
@@ -54,7 +57,7 @@ class OpenStore final : public SlotStore {
       std::optional<Status> done KVTIER_GUARDED_BY(mutex);
     };
     const auto waiting = std::make_shared<Waiting>();  // it outlives a wait that was given up
-    core_->barrier(StoreCore::BarrierKind::flush, {}, [waiting](const Status& status) {
+    begin_flush([waiting](const Status& status) {
       MutexLock lock(waiting->mutex);
       waiting->done = status;
       waiting->changed.notify_all();

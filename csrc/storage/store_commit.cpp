@@ -38,7 +38,7 @@ void StoreCore::barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatu
   {
     MutexLock lock(mutex_);
     // A flush of a drive that is out of service says so through the writes that failed.
-    if (closing_ || (!accepts_writes_ && (kind == BarrierKind::wipe || !queue_status_))) {
+    if (closing_ || (!accepts_writes_ && (kind == BarrierKind::wipe || queue_broken_))) {
       refused = refusal(lock);
     } else {
       for (const SlotPlace& place : places) claim(place, lock);
@@ -277,6 +277,7 @@ void StoreCore::catalog_was_reset(const Status& reset, const Status& marked) {
 
 void StoreCore::finish_batch(const Status& status) {
   const std::unique_ptr<Batch> batch = std::move(batch_);
+  revisit_ = true;  // the next batch may be due: at the end, the one that a barrier in this one kept back
   last_batch_at_ = TimePoint::clock::now();
   if (!status && ending_) close_status_ = status;
   {

@@ -186,6 +186,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   TimePoint next_deadline() const;
   void register_files();
   void register_next_buffer() KVTIER_EXCLUDES(mutex_);
+  bool is_reading() const KVTIER_EXCLUDES(mutex_);
   AlignedBuffer take_bounce();  // null when there is no memory
   void settle_some();
   void settle(const IoCompletion& completion);
@@ -289,6 +290,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   bool accepts_reads_ KVTIER_GUARDED_BY(mutex_) = true;
   // While a scan runs: slots that the owner has written or wiped meanwhile, by class.
   std::vector<std::vector<bool>> claimed_ KVTIER_GUARDED_BY(mutex_);
+  bool queue_broken_ KVTIER_GUARDED_BY(mutex_) = false;  // queue_status_ for others' threads
   StoreStats stats_ KVTIER_GUARDED_BY(mutex_);
   OnGrown on_grown_ KVTIER_GUARDED_BY(mutex_);
   void attend(const MutexLock& lock) KVTIER_REQUIRES(mutex_);
@@ -303,6 +305,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   bool revisit_ = false;                          // something became due while the queue was filled
   std::deque<std::span<std::byte>> new_buffers_;  // that the queue is to be told of
   bool buffers_refused_ = false;
+  TimePoint next_buffer_at_{};  // not before, while there are reads
   bool unknown_key_told_ = false;
   std::uint32_t depth_ = 0;        // of the queue
   std::uint32_t usual_depth_ = 0;  // beyond it go only reads on demand, beside writes
@@ -314,6 +317,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::deque<IoCompletion> completed_;
   std::vector<IoCompletion> arrivals_;
   std::uint32_t writes_in_flight_ = 0;
+  std::uint32_t reads_in_flight_ = 0;
   unsigned turn_ = 0;
   SlotTable table_;
   PiecePool bounce_;  // what is encrypted or to be decrypted

@@ -10,6 +10,8 @@ namespace {
 
 // Between two looks at the drive: bytes that are sealed or verified. A mebibyte takes about 0.1 ms.
 constexpr std::uint64_t kWorkBytes = std::uint64_t{1} << 20;
+// While reads go on, the drive's queue is told of one buffer in so much time: a gibibyte takes 0.1 s.
+constexpr std::chrono::seconds kBufferPause{1};
 // One turn in so many goes to a wipe, or to the writes before it, while reads never pause.
 constexpr unsigned kTurns = 8;
 
@@ -91,9 +93,12 @@ AlignedBuffer StoreCore::take_bounce() {
   return buffer;
 }
 
-// One a round: its pages are pinned meanwhile, and nothing else is done.
+// One a round: its pages are pinned meanwhile, and nothing else is done. Reads go first, but not for ever.
 void StoreCore::register_next_buffer() {
   if (new_buffers_.empty() || ending_ || !queue_status_) return;
+  const TimePoint now = TimePoint::clock::now();
+  if (now < next_buffer_at_ && is_reading()) return;
+  next_buffer_at_ = now + kBufferPause;
   Status status;
   if (!buffers_refused_) status = queue_->register_buffer(new_buffers_.front());
   new_buffers_.pop_front();
@@ -103,6 +108,11 @@ void StoreCore::register_next_buffer() {
   MutexLock lock(mutex_);
   stats_.queue = queue_->description();
   stats_.buffers_problem = status.message();
+}
+
+bool StoreCore::is_reading() const {
+  MutexLock lock(mutex_);
+  return reads_in_flight_ > 0 || jobs_.num_reads() > 0;
 }
 
 // --- the drive's queue ---
@@ -218,6 +228,7 @@ void StoreCore::queue_broke(const Status& why) {
   {
     MutexLock lock(mutex_);
     accepts_writes_ = accepts_reads_ = false;
+    queue_broken_ = true;
     stats_.health = status.message();
   }
   log(status.message());

@@ -136,6 +136,7 @@ bool StoreCore::start_read(ReadPriority priority) {
     }
   }
   const std::uint32_t op = begin_op(Purpose::read, job->read.place);
+  ++reads_in_flight_;
   ops_[op].generation = state.generation;
   ops_[op].read = std::move(*job);
   ops_[op].buffer = std::move(bounce);
@@ -145,6 +146,7 @@ bool StoreCore::start_read(ReadPriority priority) {
 }
 
 void StoreCore::settle_read(Op& op, int error) {
+  --reads_in_flight_;
   ReadOutcome outcome;
   if (error == 0) {
     outcome.verdict = verify(op);

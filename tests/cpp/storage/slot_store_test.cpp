@@ -199,6 +199,17 @@ TEST(SlotStore, plaintext_never_reaches_the_drive_with_a_cipher) {
   EXPECT_EQ(bytes.find(std::string(16, 0x5a)), std::string::npos) << "the image's padding";
 }
 
+TEST(SlotStore, a_flush_that_ends_with_the_store_does_not_hold_it_up) {
+  for (int i = 0; i < 50; ++i) {
+    Home home;
+    SlotStore::Opened opened = open(home, options_of(home));
+    Told<Status> flushed;
+    opened.store->begin_flush([&flushed](const Status& status) { flushed.tell(status); });
+    EXPECT_TRUE(opened.store->close(soon()));
+    EXPECT_TRUE(flushed.wait());
+  }
+}
+
 TEST(SlotStore, buffers_of_encryption_are_registered_or_said_not_to_be) {
   Home home;
   SlotStoreOptions options = options_of(home);

@@ -177,6 +177,8 @@ class SlotStore {
 
   // Commits now what was written before the call, and waits. Errors: timeout; io.
   virtual Status flush(std::optional<std::chrono::steady_clock::time_point> deadline) = 0;
+  // The same without the wait: `on_done` is called on the I/O thread, or here when it is refused.
+  virtual void begin_flush(std::function<void(const Status&)> on_done) = 0;
   // Whether the background scan after an unclean end is over (true at once when there was none).
   virtual bool scan_done() const = 0;
   // Writes it down for the next opening, behind what the committer has to do. Never waits; close() does. One
