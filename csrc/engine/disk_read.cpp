@@ -308,7 +308,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
 
 // Gives up what only these wait for and no drive has begun.
 std::uint64_t EngineImpl::cancel_reads(const std::vector<std::shared_ptr<Operation>>& prefetches) {
-  std::vector<std::pair<std::uint32_t, StoreJob>> jobs;
+  std::vector<std::shared_ptr<Promotion>> mine;
   {
     MutexLock lock(mutex_);
     for (const auto& [host, promotion] : disk_->promotions) {
@@ -318,11 +318,18 @@ std::uint64_t EngineImpl::cancel_reads(const std::vector<std::shared_ptr<Operati
           });
       if (!only_these || promotion->cancelled || !promotion->job) continue;
       promotion->cancelled = true;  // nobody may join any more
-      jobs.emplace_back(promotion->volume, *promotion->job);
+      mine.push_back(promotion);
     }
   }
   std::uint64_t cancelled = 0;
-  for (const auto& [volume, job] : jobs) cancelled += disk_->volumes[volume].store->cancel(job) ? 1 : 0;
+  for (const std::shared_ptr<Promotion>& promotion : mine) {
+    if (disk_->volumes[promotion->volume].store->cancel(*promotion->job)) {
+      ++cancelled;
+    } else {
+      MutexLock lock(mutex_);
+      promotion->cancelled = false;  // the drive has begun: whoever wants the block may wait for it
+    }
+  }
   return cancelled;
 }
 

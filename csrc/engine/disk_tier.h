@@ -48,6 +48,7 @@ struct WriteBack {
   EntryId host{0};
   std::uint32_t host_generation = 0;  // of the entry's record: it may be another block's by the time
   EntryId disk{0};                    // from `writing` on
+  std::uint32_t volume = 0;           // likewise
   Step step = Step::queued;
   std::vector<std::shared_ptr<DurableTracker>> trackers;
 };
@@ -93,7 +94,10 @@ struct DiskTier {
     std::string store_name;
     std::unique_ptr<SlotStore> store;
     OpenReport report;
-    std::uint32_t writing = 0;  // write-backs under way
+    std::uint32_t writing = 0;    // write-backs under way
+    std::uint32_t undurable = 0;  // written, and not known to be durable
+    bool flushing = false;
+    bool flush_failed = false;  // the last one, and nothing has been written since
   };
 
   DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,

@@ -253,6 +253,7 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
   tier_.pin(host);
   write_back->step = WriteBack::Step::writing;
   write_back->disk = disk.index.index().id(*place.entry);
+  write_back->volume = *volume;
   ++disk.writing;
   ++disk.volumes[*volume].writing;
 
@@ -285,8 +286,13 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
     DiskTier& disk = *disk_;
     Entry& entry = disk.index.index().at(write_back->disk);
     tier_.unpin(tier_.index().at(write_back->host));
+    DiskTier::Volume& volume = disk.volumes[write_back->volume];
     --disk.writing;
-    --disk.volumes[entry.volume].writing;
+    --volume.writing;
+    if (status) {  // on_durable() follows, dropped meanwhile or not
+      ++volume.undurable;
+      volume.flush_failed = false;
+    }
     if (status && entry.linked) {
       disk.index.commit(entry);
       write_back->step = WriteBack::Step::written;
@@ -313,6 +319,7 @@ void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const 
   Settled settled;
   {
     MutexLock lock(mutex_);
+    --disk_->volumes[write_back->volume].undurable;
     const auto found = disk_->undurable.find(raw(write_back->disk));
     if (found != disk_->undurable.end() && found->second == write_back) disk_->undurable.erase(found);
     end_write_back(*write_back, status.is_ok(),
@@ -321,33 +328,50 @@ void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const 
   settle_durable(settled);
 }
 
+// What is written needs its sync and the catalog, and those need not wait for their time: one flush at a time
+// on each drive that has something to make durable. A drive that fails says so to each block's tracker.
+bool EngineImpl::can_be_hurried(const DiskTier::Volume& volume) {
+  return !volume.flushing && !volume.flush_failed && (volume.writing > 0 || volume.undurable > 0);
+}
+
+void EngineImpl::hurry_drives() {
+  for (DiskTier::Volume& volume : disk_->volumes) {
+    {
+      MutexLock lock(mutex_);
+      if (!can_be_hurried(volume)) continue;
+      volume.flushing = true;
+    }
+    volume.store->begin_flush([this, &volume](const Status& status) {
+      contained([&] {
+        MutexLock lock(mutex_);
+        volume.flushing = false;
+        volume.flush_failed = !status;
+        idle_.notify_all();
+      });
+    });
+  }
+}
+
 // Blocks until the fate of every block of stores numbered below `up_to` is known.
 Status EngineImpl::wait_durable(std::uint64_t up_to, Deadline deadline) {
   const auto waiting = [&]() KVTIER_REQUIRES(mutex_) {
     return !disk_->tracked_stores.empty() && *disk_->tracked_stores.begin() < up_to;
   };
+  const auto at_rest = [&]() KVTIER_REQUIRES(mutex_) {
+    return std::ranges::none_of(disk_->volumes, [](const auto& volume) { return can_be_hurried(volume); });
+  };
   while (true) {
-    {
-      MutexLock lock(mutex_);
-      if (!waiting()) return Status::ok();
-    }
-    // What is written needs its sync and the catalog, and those need not wait for their time. A drive that
-    // fails says so to each block's tracker.
-    bool all_flushed = true;
-    for (const DiskTier::Volume& volume : disk_->volumes) {
-      const Status status = volume.store->flush(deadline);
-      if (status.code() == StatusCode::timeout) return status;
-      all_flushed = all_flushed && status.is_ok();
-    }
+    hurry_drives();
     MutexLock lock(mutex_);
-    if (!waiting()) return Status::ok();
-    if (all_flushed && !disk_->undurable.empty()) continue;  // written meanwhile: nobody else hurries it
-    if (!deadline) {
-      idle_.wait(lock);
-    } else if (!idle_.wait_until(lock, *deadline) && waiting()) {
-      return Status::timeout("flush: blocks of " + std::to_string(disk_->tracked_stores.size()) +
-                             " stores are not durable yet; they go on");
+    while (waiting() && at_rest()) {
+      if (!deadline) {
+        idle_.wait(lock);
+      } else if (!idle_.wait_until(lock, *deadline) && waiting()) {
+        return Status::timeout("flush: blocks of " + std::to_string(disk_->tracked_stores.size()) +
+                               " stores are not durable yet; they go on");
+      }
     }
+    if (!waiting()) return Status::ok();
   }
 }
 

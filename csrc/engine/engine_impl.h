@@ -290,6 +290,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned);
   static void settle_durable(const Settled& settled);
   Status wait_durable(std::uint64_t up_to, Deadline deadline);
+  static bool can_be_hurried(const DiskTier::Volume& volume);
+  void hurry_drives();
   std::uint64_t disk_dropped() const KVTIER_REQUIRES(mutex_);
   // Stores that run and have a lower number.
   std::uint64_t running_before(std::uint64_t store_number) const KVTIER_REQUIRES(mutex_);

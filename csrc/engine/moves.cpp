@@ -200,7 +200,6 @@ void EngineImpl::take_off(Operation& operation) {
 Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const LoadRequest& request,
                               Reads* reads) {
   Operation& operation = *shared;
-  expire_blocks();
   const std::uint64_t readable = reads != nullptr ? readable_volumes() : 0;
   bool failed = false;
   for (std::size_t begin = 0; begin < request.keys.size() || begin == 0; begin += kBlocksPerHold) {
@@ -490,6 +489,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
     Reads reads;
+    expire_blocks();
     const bool from_disk = disk_ && request.layers_per_batch == 0;
     KVTIER_RETURN_IF_ERROR(begin_load(operation, request, from_disk ? &reads : nullptr));
     if (operation->pipeline) {
@@ -543,6 +543,7 @@ Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, 
   const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<Grant> {
+    // Nothing expires here: a block whose time ends between a lease and its grant was promised.
     KVTIER_RETURN_IF_ERROR(begin_load(operation, request, nullptr));
     return make_grant(operation, num_parts);
   });
@@ -602,7 +603,6 @@ Result<FlushResult> EngineImpl::flush(const FlushPoint& point, Deadline deadline
   result.settled = point.running;
   {
     MutexLock lock(mutex_);
-    KVTIER_RETURN_IF_ERROR(check_open());
     while (running_before(point.up_to) > 0) {
       if (!deadline) {
         idle_.wait(lock);

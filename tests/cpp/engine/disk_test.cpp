@@ -55,6 +55,17 @@ WorldOptions world_on(Drive& drive, std::uint32_t blocks = 8) {
   return options;
 }
 
+// Of a store that still writes: a file that is replaced meanwhile ends a copy.
+void copy_files(const std::string& from, const std::string& to) {
+  constexpr auto kHow =
+      std::filesystem::copy_options::recursive | std::filesystem::copy_options::overwrite_existing;
+  std::error_code error;
+  do {
+    std::filesystem::copy(from, to, kHow, error);
+  } while (error == std::errc::no_such_file_or_directory);
+  ASSERT_FALSE(error) << error.message();
+}
+
 FlushResult flush(World& world) { return world.engine->flush(in_seconds(30)).value(); }
 
 // Fills the host tier with others, so that what it held is on disk alone.
@@ -206,6 +217,64 @@ TEST(Disk, a_late_prefetch_gives_up_what_no_drive_has_begun) {
   expect_at_rest(stats);
 }
 
+TEST(Disk, what_a_cancel_came_too_late_for_may_be_waited_for) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  DriveFaults stuck;
+  stuck.delay = 1;
+  stuck.never_completes = true;
+  drive.drive.set_faults(stuck);
+  const std::uint64_t before = drive.drive.requests();
+  const auto prefetch = world.engine->prefetch(keys(range(0, 4)), std::nullopt).value();
+  while (drive.drive.requests() < before + 4) std::this_thread::yield();  // the drive has begun all of them
+  EXPECT_EQ(world.engine->cancel_prefetch(prefetch).value(), 0U);
+  const auto ticket = world.load(0, range(0, 4), range(8, 12));
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(8, 12)));
+  EXPECT_EQ(ticket->outcomes(), all(4, BlockOutcome::loaded));
+}
+
+TEST(Disk, a_flush_in_slices_hurries_every_drive_and_outlives_a_close) {
+  Drive stuck;
+  Drive other;
+  WorldOptions options = world_on(stuck, 32);
+  options.disk.commit_interval = std::chrono::minutes(1);
+  options.disk.disks.push_back({other.directory.path() + "/disk", kCapacity});
+  options.disk.adjust = [of_stuck = options.disk.adjust, of_other = other.options().adjust](
+                            SlotStoreOptions& store, std::size_t disk) {
+    (disk == 0 ? of_stuck : of_other)(store, disk);
+  };
+  World world(options);
+  const auto written = [&](std::size_t disk) { return world.stats().disks[disk].classes[0].ready; };
+  while (world.stats().disks[0].classes[0].usable == 0 || world.stats().disks[1].classes[0].usable == 0) {
+    std::this_thread::yield();  // until both files are there; a drive that is not ready is passed over
+  }
+  done(world.store(0, range(0, 32), range(0, 32)));
+  while (written(0) + written(1) < 32) std::this_thread::yield();
+  ASSERT_GE(written(0), 1U);
+  ASSERT_GE(written(1), 1U);
+  DriveFaults silent;
+  silent.delay = 1;
+  silent.never_completes = true;
+  stuck.drive.set_faults(silent);
+  const FlushPoint point = world.engine->flush_point().value();
+  Status status = Status::timeout("");
+  for (int slice = 0; slice < 2000 && world.stats().disk_durable < written(1); ++slice) {
+    status =
+        world.engine->flush(point, std::chrono::steady_clock::now() + std::chrono::milliseconds(5)).status();
+    ASSERT_EQ(status.code(), StatusCode::timeout);
+  }
+  EXPECT_EQ(world.stats().disk_durable, written(1));
+  stuck.drive.set_faults({});
+  stuck.drive.release_delayed();
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+  EXPECT_EQ(world.engine->flush(point, in_seconds(30)).value().durable, 32U);
+}
+
 TEST(Disk, dropped_blocks_stay_away_after_a_restart_whatever_the_catalog_says) {
   for (const bool rebuild : {false, true}) {
     Drive drive;
@@ -221,8 +290,7 @@ TEST(Disk, dropped_blocks_stay_away_after_a_restart_whatever_the_catalog_says) {
     }
     Drive after;
     std::filesystem::remove_all(after.directory.path() + "/disk");
-    std::filesystem::copy(drive.directory.path(), after.directory.path(),
-                          std::filesystem::copy_options::recursive);
+    copy_files(drive.directory.path(), after.directory.path());
     WorldOptions options = world_on(after);
     auto adjust = options.disk.adjust;
     options.disk.adjust = [&drive, adjust, rebuild](SlotStoreOptions& store, std::size_t disk) {
@@ -248,8 +316,7 @@ TEST(Disk, a_drop_also_meets_blocks_that_the_catalog_did_not_know_after_an_uncle
     after.known = drive.catalogs.num_versions() - 1;
     done(world.store(0, range(2, 6), range(2, 6), 2, 1));
     flush(world);
-    std::filesystem::copy(drive.directory.path(), after.directory.path(),
-                          std::filesystem::copy_options::recursive);
+    copy_files(drive.directory.path(), after.directory.path());
   }
   WorldOptions options = world_on(after);
   auto adjust = options.disk.adjust;

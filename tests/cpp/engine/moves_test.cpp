@@ -275,6 +275,28 @@ TEST(Moves, a_grant_is_over_when_every_part_has_finished) {
   expect_at_rest(world.stats());
 }
 
+TEST(Moves, a_block_whose_time_ends_between_its_lease_and_its_grant_is_granted) {
+  World world;
+  const auto k = keys({0});
+  const auto p = page_ids({0});
+  StoreRequest store;
+  store.keys = k;
+  store.pages = p;
+  store.ttl_us = 1000;
+  done(world.engine->store(*world.pages[0], store).value());
+  const auto lease = world.pin({0});
+  world.clock->advance_us(1000);
+  LoadRequest load;
+  load.keys = k;
+  const Grant grant = world.engine->grant_load(GroupId{0}, load, 1).value();
+  ASSERT_EQ(grant.blocks.size(), 1U);
+  EXPECT_TRUE(world.engine->finish_part(grant.id, {Status::ok(), true}));
+  EXPECT_EQ(grant.ticket->outcomes(), all(1, BlockOutcome::loaded));
+  EXPECT_EQ(done(world.load(0, {0}, {1}))->outcomes(), all(1, BlockOutcome::missed));
+  lease->release();
+  expect_at_rest(world.stats());
+}
+
 TEST(Moves, a_rank_that_cannot_prove_its_copies_over_never_makes_a_block_visible) {
   World world;
   const auto k = keys({0});
