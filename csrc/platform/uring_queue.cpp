@@ -48,7 +48,7 @@ using internal::UringLevel;
 
 constexpr std::uint64_t kWakeTag = ~std::uint64_t{0};
 constexpr std::uint64_t kMaxBufferBytes = std::uint64_t{1} << 30;
-constexpr unsigned kMaxBuffers = 4096;
+constexpr unsigned kMaxBuffers = 16384;  // as many as the kernel allows
 constexpr unsigned kMaxFiles = 64;
 // Without a request under way that could end, a kernel that has no memory for one will not get any by
 // waiting.
