@@ -1,5 +1,7 @@
 #include "kvtier/replay/simulation.h"
 
+#include <algorithm>
+
 #include "tiers.h"
 
 #include "kvtier/core/status.h"
@@ -31,11 +33,13 @@ TierIndex::Options tier_options(const SimulationOptions& options, std::uint32_t 
 Tiers::Tiers(const SimulationOptions& options)
     : host_(tier_options(options, options.host_blocks, options.host_eviction, options.host_custom)),
       block_bytes_(options.block_bytes),
-      admission_(options.admission, options.disk_blocks, options.seed),
+      admission_(options.admission, {.host_blocks = options.host_blocks, .disk_blocks = options.disk_blocks},
+                 options.seed),
       bytes_per_day_(options.write_bytes_per_day) {
   KVTIER_CHECK(options.host_blocks > 0);
   host_.slots(0).grow(options.host_blocks);
   if (options.disk_blocks == 0) return;
+  host_.tell_uses_to(admission_.observer());
   disk_ = std::make_unique<TierIndex>(
       tier_options(options, options.disk_blocks, options.disk_eviction, options.disk_custom));
   disk_->slots(0).grow(options.disk_blocks);
@@ -59,10 +63,19 @@ Tiers::Prefix Tiers::look_up() {
   return found;
 }
 
+Offer Tiers::offer_of(const BlockKey& key) {
+  return {.block = {key, kGroup},
+          .victim = std::nullopt,
+          .bytes = std::max<std::uint64_t>(1, block_bytes_),
+          .budget = budget_ ? budget_->fullness(now_us_) : 1};
+}
+
 bool Tiers::admitted(const BlockKey& key, SimulationResult& result) {
   const bool has_free = disk_->slots(0).has_free();
   const Entry* victim = has_free ? nullptr : disk_->next_victim(0);
-  if (!admission_.admit(key, victim == nullptr ? nullptr : &victim->key)) {
+  Offer offer = offer_of(key);
+  if (victim != nullptr) offer.victim.emplace(BlockName{victim->key, victim->group});
+  if (!admission_.admit(offer)) {
     ++result.declined_admission;
     return false;
   }

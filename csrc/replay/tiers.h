@@ -39,7 +39,7 @@ class Tiers {
   // Whether the drive takes a block that it does not hold: admission and budget, asked in the engine's order.
   bool admitted(const BlockKey& key, SimulationResult& result);
   // It was refused because of its parent.
-  void note_refused(const BlockKey& key) { admission_.note(key); }
+  void note_refused(const BlockKey& key) { admission_.note(offer_of(key)); }
 
   TierIndex host_;                   // NOLINT: the forms are written in terms of these
   std::unique_ptr<TierIndex> disk_;  // NOLINT: null without a disk tier
@@ -49,6 +49,8 @@ class Tiers {
   std::uint64_t block_bytes_;        // NOLINT
 
  private:
+  Offer offer_of(const BlockKey& key);
+
   AdmissionPolicy admission_;
   std::optional<WriteBudget> budget_;
   std::optional<std::uint64_t> bytes_per_day_;

@@ -224,10 +224,13 @@ class Admission:
       second_use
 
       tiny_lfu
+
+      return_hazard
     """
 
     __members__: typing.ClassVar[dict[str, Admission]]
     all: typing.ClassVar[Admission]
+    return_hazard: typing.ClassVar[Admission]
     second_use: typing.ClassVar[Admission]
     tiny_lfu: typing.ClassVar[Admission]
     @typing.overload

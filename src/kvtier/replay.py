@@ -24,7 +24,7 @@ from kvtier.layout import KVLayout
 from kvtier.traces import Trace
 
 Progress = Callable[[int], None]  # requests done
-ADMISSIONS = ("all", "second-use", "tiny-lfu")
+ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
 _SECONDS_PER_DAY = 86400.0
 _WORD = 8  # bytes that a real replay proves of each block, and a multiple of every block

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
 
 
 @pytest.mark.parametrize(
-    ("policy", "admission"), [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu")]
+    ("policy", "admission"),
+    [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu"), ("lru", "return-hazard")],
 )
 def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
     trace = conversations(5, 90)
@@ -148,6 +150,27 @@ def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> No
     same(real, simulate(trace, tiers))
     assert real.hits_disk > 0
     assert real.disk_blocks_written > 0
+
+
+def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path) -> None:
+    # Beside the talks, prompts that nobody asks for again; a request a minute, so that the budget fills.
+    talks = conversations(5, 240)
+    requests = []
+    for number in range(talks.num_requests):
+        once = range(10_000 + 6 * number, 10_006 + 6 * number)
+        requests += [(120.0 * number, talks.request(number).tolist()), (120.0 * number + 60, list(once))]
+    trace = make_trace(requests)
+    free = Tiers(32, 120, admission="return-hazard", bytes_per_block=4096)
+    real = replay_real(trace, free, str(tmp_path / "free"))
+    same(real, simulate(trace, free))
+    takes_all = simulate(trace, replace(free, admission="all"))
+    assert real.hits_disk > takes_all.hits_disk
+    assert real.disk_blocks_written < takes_all.disk_blocks_written
+    scarce = replace(free, write_bytes_per_day=300 * 4096)
+    spared = replay_real(trace, scarce, str(tmp_path / "scarce"))
+    same(spared, simulate(trace, scarce))
+    assert spared.hits_disk > simulate(trace, replace(scarce, admission="all")).hits_disk
+    assert spared.disk_blocks_written < 400  # a day's, and what eight hours fill
 
 
 def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +199,10 @@ def test_what_is_not_allowed_is_said() -> None:
         (lambda: Tiers(0), "host_blocks is 0; allowed: 1"),
         (lambda: Tiers(1, policy="mru"), "policy is 'mru'; allowed: lru, fifo"),
         (lambda: Tiers(1, disk_policy="mru"), "disk_policy is 'mru'"),
-        (lambda: Tiers(1, admission="none"), "admission is 'none'; allowed: all, second-use, tiny-lfu"),
+        (
+            lambda: Tiers(1, admission="none"),
+            "admission is 'none'; allowed: all, second-use, tiny-lfu, return-hazard",
+        ),
         (lambda: Tiers(1, write_bytes_per_day=5), "a write budget needs bytes_per_block"),
     ]:
         with pytest.raises(ConfigError, match=message):
