@@ -9,6 +9,7 @@ constexpr double kLeastCounted = 1024;  // entries, before they are halved
 constexpr double kLongestTicks = 1 << 22;
 constexpr double kOfferWeight = 1.0 / 4096;  // of one in the usual
 constexpr double kVictimWeight = 1.0 / 256;
+constexpr double kRefusalWeight = 1.0 / 2048;
 constexpr double kSteepness = 0.25;  // a fifth of the budget asks for the usual worth
 
 void average(double& usual, bool& any, double value, double weight) {
@@ -51,16 +52,15 @@ double ReturnAdmission::weigh(const Offer& offer) {
   return value;
 }
 
-double ReturnAdmission::cost_of(const BlockName& victim) {
-  const double value = worth(victim);
-  return any_victim_ ? std::min(value, usual_cost_) : value;
-}
-
 bool ReturnAdmission::admit(const Offer& offer) {
-  const double gain = weigh(offer) - (offer.victim ? cost_of(*offer.victim) : 0);
-  if (gain < 0 || offer.budget <= 0) return false;
-  const double price = kSteepness * usual_worth_ * (1 / offer.budget - 1);
-  if (gain / static_cast<double>(offer.bytes) < price) return false;
+  const double value = weigh(offer);
+  const double price = offer.budget > 0 ? kSteepness * usual_worth_ * (1 / offer.budget - 1) : 0;
+  double cost = 0;
+  if (offer.victim) cost = any_victim_ ? usual_cost_ : worth(*offer.victim);
+  if (offer.budget <= 0 || value - cost < price * static_cast<double>(offer.bytes)) {
+    if (value < cost) usual_cost_ *= 1 - kRefusalWeight;
+    return false;
+  }
   if (offer.victim) average(usual_cost_, any_victim_, worth(*offer.victim), kVictimWeight);
   on_disk_.entered(book_.now());
   return true;

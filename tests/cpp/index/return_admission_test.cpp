@@ -114,6 +114,19 @@ TEST(ReturnAdmission, a_victim_that_is_worth_more_than_they_are_keeps_nobody_out
   EXPECT_TRUE(traffic.admit(Traffic::head(last), Traffic::head(last)));
 }
 
+TEST(ReturnAdmission, what_is_refused_lowers_the_bar) {
+  Traffic traffic(400);
+  traffic.write_all(40'000);
+  const BlockKey head = Traffic::head(traffic.last());
+  const BlockKey once = Traffic::once(traffic.last());
+  EXPECT_TRUE(traffic.admit(head, head));
+  EXPECT_FALSE(traffic.admit(once, once)) << "victims are usually heads";
+  int refused = 1;
+  while (!traffic.admit(once, once) && refused < 1'000'000) ++refused;
+  EXPECT_GT(refused, 1'000);
+  EXPECT_LT(refused, 100'000);
+}
+
 // Heads and others are offered in turn: what is usual is half of a head's worth.
 TEST(ReturnAdmission, a_write_costs_more_the_less_of_the_budget_is_left) {
   Traffic traffic(400);

@@ -39,15 +39,16 @@ class Residence {
 };
 
 // The admission return-hazard. A block's worth is the chance that it is used while the drive has it, after
-// the host tier has let it go: what returns sooner is found there. It must be worth at least what it pushes
-// out, and by a price more where writes are limited:
+// the host tier has let it go: what returns sooner is found there. It must be worth at least what the last
+// victims were, and by a price more where writes are limited:
 //
-//   worth - worth of the victim >= usual worth * (1 / fullness of the budget - 1) / 4     per byte
+//   worth - usual worth of a victim >= usual worth * (1 / fullness of the budget - 1) / 4     per byte
 //
 // A full bucket asks for nothing, a fifth of one for what blocks are usually worth, an empty one for more
 // than any has. So the bucket settles where what is worth writing takes what fills it, and no constant says
-// how much that is. A victim counts as what victims usually are if it is worth more: one that the eviction
-// policy has not moved on yet keeps nobody out.
+// how much that is. It is the usual victim, not the very one that would go: a single one of high worth at the
+// end of the queue would keep everybody out. What is refused lowers that bar a little, so that the drive
+// follows traffic that got worse.
 //
 // Memory: ReturnBook's, for the blocks of both tiers. Threads: none of its own. Deterministic.
 class ReturnAdmission final : public UseObserver {
@@ -66,13 +67,12 @@ class ReturnAdmission final : public UseObserver {
 
  private:
   double weigh(const Offer& offer);
-  double cost_of(const BlockName& victim);
 
   ReturnBook book_;
   Residence in_host_;
   Residence on_disk_;
   double usual_worth_ = 0;  // per byte, of what was offered lately
-  double usual_cost_ = 0;   // worth of the last victims
+  double usual_cost_ = 0;   // worth of the last victims, when they went
   bool any_offer_ = false;
   bool any_victim_ = false;
 };
