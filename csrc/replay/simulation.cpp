@@ -1,6 +1,8 @@
 #include "kvtier/replay/simulation.h"
 
 #include <algorithm>
+#include <deque>
+#include <utility>
 
 #include "tiers.h"
 
@@ -87,19 +89,54 @@ bool Tiers::admitted(const BlockKey& key, SimulationResult& result) {
   return true;
 }
 
-void Tiers::request(std::span<const std::uint32_t> blocks, std::int64_t at_us, SimulationResult& result) {
+void Tiers::advance(std::int64_t at_us) {
   now_us_ = at_us;
   if (disk_ && !budget_) budget_.emplace(bytes_per_day_, at_us);
   host_.advance(at_us);
   if (disk_) disk_->advance(at_us);
+}
+
+void Tiers::take_keys(std::span<const std::uint32_t> blocks) {
   keys_.clear();
   for (const std::uint32_t block : blocks) keys_.push_back(key_of(block));
+}
+
+void Tiers::request(std::span<const std::uint32_t> blocks, SimulationResult& result) {
+  take_keys(blocks);
   const Prefix hit = run(result);
+  loaded_ = std::size_t{hit.host} + hit.disk;
   result.references += blocks.size();
   result.hits_host += hit.host;
   result.hits_disk += hit.disk;
   result.host_of_request.push_back(hit.host);
   result.disk_of_request.push_back(hit.disk);
+}
+
+Tiers::Expected Tiers::expect(std::span<const std::uint32_t> blocks, SimulationResult& result) {
+  take_keys(blocks);
+  const Prefix found = look_up();
+  Expected expected;
+  expected.blocks = std::size_t{found.host} + found.disk;
+  for (std::size_t i = 0; i < expected.blocks; ++i) {
+    if (in_host_[i] == nullptr) expected.on_disk.push_back(static_cast<std::uint32_t>(i));
+    host_.expect(keys_[i], kGroup);
+    if (disk_) disk_->expect(keys_[i], kGroup);
+  }
+  prefetch(expected.blocks, result);
+  return expected;
+}
+
+void Tiers::expect_no_more(std::span<const std::uint32_t> blocks, const Expected& expected) {
+  for (const std::uint32_t block : blocks.first(expected.blocks)) {
+    host_.expect_no_more(key_of(block), kGroup);
+    if (disk_) disk_->expect_no_more(key_of(block), kGroup);
+  }
+}
+
+std::uint64_t Tiers::hidden(const Expected& expected) const {
+  return static_cast<std::uint64_t>(
+      std::count_if(expected.on_disk.begin(), expected.on_disk.end(),
+                    [this](std::uint32_t i) { return i < loaded_ && in_host_[i] != nullptr; }));
 }
 
 void Tiers::finish(SimulationResult& result) const {
@@ -111,14 +148,26 @@ void Tiers::finish(SimulationResult& result) const {
 }
 
 SimulationResult simulate(const TraceView& trace, const SimulationOptions& options) {
+  KVTIER_CHECK(options.look_ahead == 0 || options.form == Form::engine);
   const std::unique_ptr<Tiers> tiers =
       options.form == Form::engine ? make_engine_form(options) : make_plain_form(options);
   SimulationResult result;
   result.host_of_request.reserve(trace.num_requests());
   result.disk_of_request.reserve(trace.num_requests());
+  std::deque<Tiers::Expected> waiting(std::min<std::size_t>(options.look_ahead, trace.num_requests()));
   for (std::size_t r = 0; r < trace.num_requests(); ++r) {
     if (options.progress && r % kRequestsPerCall == 0 && !options.progress(r)) break;
-    tiers->request(trace.request(r), trace.at_us[r], result);
+    tiers->advance(trace.at_us[r]);
+    Tiers::Expected expected;
+    if (options.look_ahead > 0) {
+      expected = std::move(waiting.front());
+      waiting.pop_front();
+      tiers->expect_no_more(trace.request(r), expected);
+      const std::size_t comes = r + options.look_ahead;
+      if (comes < trace.num_requests()) waiting.push_back(tiers->expect(trace.request(comes), result));
+    }
+    tiers->request(trace.request(r), result);
+    result.reads_hidden += tiers->hidden(expected);
   }
   tiers->finish(result);
   return result;

@@ -785,6 +785,7 @@ def simulate(
     block_bytes: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     writes_at_once: typing.SupportsInt | typing.SupportsIndex,
+    look_ahead: typing.SupportsInt | typing.SupportsIndex,
     progress: typing.Any,
 ) -> dict: ...
 def stream_isa() -> str:

@@ -173,15 +173,21 @@ def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path
     assert spared.disk_blocks_written < 400  # a day's, and what eight hours fill
 
 
-def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drive is as fast as one could wish."""
     expect = Engine.expect
 
-    def expect_and_wait(engine: Engine, keys: Any) -> Expected:  # the drive is as fast as one could wish
+    def expect_and_wait(engine: Engine, keys: Any) -> Expected:
         expected = expect(engine, keys)
         expected.prefetch.wait(30.0)
         return expected
 
     monkeypatch.setattr(Engine, "expect", expect_and_wait)
+
+
+@pytest.mark.usefixtures("reads_at_once")
+def test_look_ahead_reads_before_the_request_runs(tmp_path: Path) -> None:
     trace = conversations(5, 90)
     tiers = Tiers(60, 150, policy="return-hazard", admission="all", bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path / "ahead"), look_ahead=4)
@@ -191,6 +197,23 @@ def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: p
     behind = replay_real(trace, tiers, str(tmp_path / "behind"))
     assert (behind.reads_hidden, behind.disk_reads_hidden) == (0, 0.0)
     assert real.hits_disk < behind.hits_disk / 2
+
+
+@pytest.mark.usefixtures("reads_at_once")
+@pytest.mark.parametrize(
+    ("policy", "admission", "look_ahead"),
+    [("lru", "all", 1), ("return-hazard", "second-use", 4), ("s3-fifo", "return-hazard", 9)],
+)
+def test_a_simulation_with_look_ahead_is_the_real_one_s(
+    policy: str, admission: str, look_ahead: int, tmp_path: Path
+) -> None:
+    trace = conversations(5, 150)
+    tiers = Tiers(40, 150, policy=policy, admission=admission, bytes_per_block=64)
+    real = replay_real(trace, tiers, str(tmp_path), look_ahead=look_ahead)
+    simulated = simulate(trace, tiers, look_ahead=look_ahead)
+    same(real, simulated)
+    assert real.reads_hidden == simulated.reads_hidden > 0
+    assert simulate(trace, tiers).reads_hidden == 0
 
 
 def test_what_is_not_allowed_is_said() -> None:
@@ -211,6 +234,10 @@ def test_what_is_not_allowed_is_said() -> None:
         replay_real(trace, Tiers(1, bytes_per_block=12))
     with pytest.raises(ConfigError, match="plain is for simulations"):
         replay_real(trace, Tiers(1, bytes_per_block=8, plain=True))
+    with pytest.raises(ConfigError, match="look_ahead is -1; allowed: 0 or more"):
+        simulate(trace, Tiers(1), look_ahead=-1)
+    with pytest.raises(ConfigError, match="not for the plain form"):
+        simulate(trace, Tiers(1, plain=True), look_ahead=1)
     with pytest.raises(ConfigError, match="needs a directory"):
         replay_real(trace, Tiers(1, 10, bytes_per_block=8))
 
@@ -308,7 +335,11 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
         ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
         ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
         ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),
-        ([str(SMALL), "--look-ahead", "4"], "--look-ahead is 4; allowed: 0 or more, and only with --real"),
+        ([str(SMALL), "--look-ahead", "-1"], "--look-ahead is -1; allowed: 0 or more"),
+        (
+            [str(SMALL), "--plain", "--look-ahead", "4"],
+            "--look-ahead is 4; allowed: 0 or more, and none with",
+        ),
         ([str(SMALL), "--plot", "rates.txt"], "--plot is 'rates.txt'; allowed: a file ending in .png"),
         ([str(SMALL), "--block-tokens", "0"], "block_tokens is 0; allowed: at least 1"),
     ],
