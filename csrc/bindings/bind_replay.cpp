@@ -73,6 +73,7 @@ py::dict dict_of(const replay::SimulationResult& result) {
   out["orphans_host"] = result.orphans_host;
   out["orphans_disk"] = result.orphans_disk;
   out["promotions"] = result.promotions;
+  out["reads_hidden"] = result.reads_hidden;
   out["disk_blocks_written"] = result.disk_blocks_written;
   out["declined_admission"] = result.declined_admission;
   out["declined_budget"] = result.declined_budget;
@@ -85,9 +86,11 @@ py::dict simulate(const BlockArray& blocks, const BeginArray& begins, const Time
                   std::uint32_t host_blocks, std::uint32_t disk_blocks, const Eviction& host_eviction,
                   const Eviction& disk_eviction, bool plain, Admission admission,
                   std::optional<std::uint64_t> write_bytes_per_day, std::uint64_t block_bytes,
-                  std::uint64_t seed, std::uint32_t writes_at_once, const py::object& progress) {
+                  std::uint64_t seed, std::uint32_t writes_at_once, std::uint32_t look_ahead,
+                  const py::object& progress) {
   replay::SimulationOptions options;
   const replay::TraceView view = view_of(blocks, begins, at_us);
+  if (plain && look_ahead > 0) check(Status::invalid_argument("look_ahead is for the engine's form"));
   if (host_blocks == 0) check(Status::invalid_argument("host_blocks is 0; allowed: at least 1"));
   options.host_blocks = host_blocks;
   options.disk_blocks = disk_blocks;
@@ -99,6 +102,7 @@ py::dict simulate(const BlockArray& blocks, const BeginArray& begins, const Time
   options.block_bytes = block_bytes;
   options.seed = seed;
   options.writes_at_once = writes_at_once;
+  options.look_ahead = look_ahead;
   std::optional<py::error_already_set> raised;
   options.progress = [&](std::size_t done) {
     const py::gil_scoped_acquire held;
@@ -149,7 +153,7 @@ void bind_replay(py::module_& m) {
         py::arg("at_us").noconvert(), py::kw_only(), py::arg("host_blocks"), py::arg("disk_blocks"),
         py::arg("host_eviction"), py::arg("disk_eviction"), py::arg("plain"), py::arg("admission"),
         py::arg("write_bytes_per_day"), py::arg("block_bytes"), py::arg("seed"), py::arg("writes_at_once"),
-        py::arg("progress"));
+        py::arg("look_ahead"), py::arg("progress"));
   m.def("belady_hits", &belady_hits, py::arg("blocks").noconvert(), py::arg("begins").noconvert(),
         py::arg("at_us").noconvert(), py::kw_only(), py::arg("capacity"));
   m.def("replay_keys", &replay_keys, py::arg("blocks").noconvert());

@@ -61,7 +61,8 @@ void bind_disk(py::module_& m) {
   py::enum_<Admission>(m, "Admission")
       .value("all", Admission::all)
       .value("second_use", Admission::second_use)
-      .value("tiny_lfu", Admission::tiny_lfu);
+      .value("tiny_lfu", Admission::tiny_lfu)
+      .value("return_hazard", Admission::return_hazard);
   py::class_<DiskOptions>(m, "DiskOptions")
       .def(py::init(&disk_options), py::kw_only(), py::arg("disks"), py::arg("fingerprint"),
            py::arg("second_process"), py::arg("admission"), py::arg("eviction"),

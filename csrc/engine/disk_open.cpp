@@ -163,6 +163,7 @@ Status EngineImpl::open_disks() {
   {
     MutexLock lock(mutex_);
     disk_ = std::move(disk);
+    tier_.tell_uses_to(disk_->admission_policy.observer());
   }
   open_ghosts();
   for (std::uint32_t v = 0; v < opened.size(); ++v) {

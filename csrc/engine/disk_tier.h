@@ -74,6 +74,7 @@ class KeptBudget {
   KeptBudget(std::optional<std::uint64_t> bytes_per_day, const std::optional<SavedBudget>& saved,
              std::int64_t unix_s, std::int64_t now_us);
   bool take(std::uint64_t bytes, std::int64_t now_us) { return budget_.take(bytes, now_us); }
+  double fullness(std::int64_t now_us) { return budget_.fullness(now_us); }
   std::uint64_t left_bytes() const { return budget_.left_bytes(); }
 
   // What is to be saved now, if less is left than was saved; and what is exactly so, at the end.
@@ -103,7 +104,8 @@ struct DiskTier {
   DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,
            std::uint32_t host_slots)
       : index(options),
-        admission_policy(admission, index.index().capacity(), options.hash_seed),
+        admission_policy(admission, {.host_blocks = host_slots, .disk_blocks = index.index().capacity()},
+                         options.hash_seed),
         budget(write_budget),
         most_writing(std::max(1U, host_slots / kWriteBackShare)),
         most_candidates(2 * std::size_t{host_slots}) {}

@@ -217,9 +217,14 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
 
   const Entry* above = tier_.index().parent(host);
   Entry* parent = above == nullptr ? nullptr : disk.index.index().find(above->key, above->group);
+  const GroupSpec& spec = config_.groups[raw(host.group)];
+  Offer offer{.block = {host.key, host.group},
+              .victim = std::nullopt,
+              .bytes = spec.slot_stride_bytes(),
+              .budget = disk.budget.fullness(clock_->now_us())};
   if (above != nullptr && parent == nullptr) {
     // Else a prompt that comes again would get one block further on each time.
-    disk.admission_policy.note(host.key);
+    disk.admission_policy.note(offer);
     return decline(&EngineStats::disk_declined_parent);
   }
   const std::size_t class_index = class_of_group_[raw(host.group)];
@@ -237,12 +242,12 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
     return false;
   }
   const Entry* victim = has_free ? nullptr : disk.index.next_victim(disk_class, host.priority);
-  const bool admitted = disk.admission_policy.admit(host.key, victim == nullptr ? nullptr : &victim->key);
+  if (victim != nullptr) offer.victim.emplace(BlockName{victim->key, victim->group});
+  const bool admitted = disk.admission_policy.admit(offer);
   if (!admitted && host.priority != Priority::high) {
     return decline(&EngineStats::disk_declined_admission);
   }
   if (!has_free && victim == nullptr) return decline(&EngineStats::disk_declined_full);
-  const GroupSpec& spec = config_.groups[raw(host.group)];
   if (!disk.budget.take(spec.slot_stride_bytes(), clock_->now_us())) {
     return decline(&EngineStats::disk_declined_budget);
   }

@@ -42,20 +42,27 @@ std::uint32_t FrequencySketch::estimate(const BlockKey& key) const {
   return least;
 }
 
-AdmissionPolicy::AdmissionPolicy(Admission kind, std::size_t capacity, std::uint64_t seed)
-    : kind_(kind), seen_(kind == Admission::all ? 1 : capacity, seed) {}
-
-void AdmissionPolicy::note(const BlockKey& key) {
-  if (kind_ != Admission::all) seen_.add(key);
+AdmissionPolicy::AdmissionPolicy(Admission kind, const Tiers& tiers, std::uint64_t seed)
+    : kind_(kind),
+      seen_(kind == Admission::second_use || kind == Admission::tiny_lfu ? tiers.disk_blocks : 1, seed) {
+  if (kind == Admission::return_hazard && tiers.disk_blocks > 0) {
+    returns_ = std::make_unique<ReturnAdmission>(tiers.host_blocks, tiers.disk_blocks, seed);
+  }
 }
 
-bool AdmissionPolicy::admit(const BlockKey& key, const BlockKey* victim) {
+void AdmissionPolicy::note(const Offer& offer) {
+  if (returns_) returns_->note(offer);
+  if (kind_ == Admission::second_use || kind_ == Admission::tiny_lfu) seen_.add(offer.block.key);
+}
+
+bool AdmissionPolicy::admit(const Offer& offer) {
+  if (returns_) return returns_->admit(offer);
   if (kind_ == Admission::all) return true;
-  const std::uint32_t before = seen_.estimate(key);
-  seen_.add(key);
-  if (victim == nullptr) return true;
+  const std::uint32_t before = seen_.estimate(offer.block.key);
+  seen_.add(offer.block.key);
+  if (!offer.victim) return true;
   if (kind_ == Admission::second_use) return before > 0;
-  return before + 1 > seen_.estimate(*victim);
+  return before + 1 > seen_.estimate(offer.victim->key);
 }
 
 }  // namespace kvtier

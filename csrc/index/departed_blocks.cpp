@@ -56,6 +56,11 @@ std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
   return past;
 }
 
+BlockPast* DepartedBlocks::find(std::uint64_t digest) {
+  const std::size_t bucket = bucket_of(digest);
+  return table_[bucket] == kNone ? nullptr : &ring_[table_[bucket]].past;
+}
+
 double DepartedBlocks::bytes_for(std::size_t capacity) {
   return static_cast<double>(capacity * sizeof(Departed) + table_size(capacity) * sizeof(std::uint32_t));
 }

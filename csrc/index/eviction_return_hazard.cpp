@@ -6,9 +6,7 @@
 // already and on what it grew out of, and hardly on the single block. So blocks are put into classes by
 //
 //   * returns: how often the block was used again, remembered through evictions (DepartedBlocks);
-//   * for blocks that were never used again, what they follow on: nothing that had been there (a new prompt),
-//   a
-//     conversation's first return, a later one, or a prefix shared by many (a system prompt);
+//   * for blocks that were never used again, what they follow on (return_classes.h);
 //   * and whether they were the last block of their prompt. A partly filled one never comes back under this
 //   key.
 //
@@ -17,8 +15,7 @@
 // The block with the lowest Gittins index goes: a prompt that may come back in a minute can outlive one that
 // was used just now and belongs to a class that does not. Classes and ages are kept by AgeCohorts.
 //
-// Time is the clock's, a tick a second. Where no second passes while many blocks are inserted (a trace
-// without times, or played at many times its speed) insertions count as time instead.
+// Time is TickClock's.
 //
 // Expected blocks go only when nothing else is left. Memory: 32 bytes per record, at most 32 for each of as
 // many departed blocks as the tier has blocks and 32,768 more, and 0.2 MiB, all allocated at the start; the
@@ -31,48 +28,23 @@
 #include <vector>
 
 #include "eviction_policies.h"
+#include "return_classes.h"
 
 #include "kvtier/core/status.h"
 #include "kvtier/index/age_cohorts.h"
 #include "kvtier/index/departed_blocks.h"
 #include "kvtier/index/return_hazards.h"
+#include "kvtier/index/tick_clock.h"
 
 namespace kvtier::internal {
 namespace {
 
-constexpr std::int64_t kTickUs = 1'000'000;
-constexpr Tick kSameUseTicks = 2;
 constexpr Tick kLearnTicks = 16;                      // value() changes slowly
 constexpr std::size_t kLeastDeparted = 32'768;        // small tiers learn from more than they hold
 constexpr std::size_t kLeastUsesUntilHalf = 262'144;  // of returns that are remembered in full
 
-// Where the clock does not keep up: a 64th of the tier inserted is a tick, once there were eight in a second.
-constexpr std::size_t kTicksPerTier = 64;
-constexpr std::size_t kLeastInsertsPerTick = 64;
-constexpr std::size_t kInsertTicksUnheeded = 8;
-
-// What a block's first use followed on.
-constexpr std::uint8_t kNew = 0;
-constexpr std::uint8_t kFirstReturn = 1;
-constexpr std::uint8_t kLaterReturn = 2;
-constexpr std::uint8_t kShared = 3;
-constexpr std::uint32_t kNumChains = 4;
-constexpr std::uint32_t kSharedReturns = 33;  // a conversation hardly has as many turns
-
-constexpr std::uint32_t kReturnClasses = 5;  // 1, 2, 3-4, 5-8, more
-constexpr std::uint32_t kNumBlockClasses = 2 * kNumChains + kReturnClasses;
 constexpr std::uint32_t kExpected = kNumBlockClasses;  // a queue of its own
 constexpr std::uint32_t kNumQueues = kNumBlockClasses + 1;
-
-std::uint8_t chain_after(std::uint32_t returns) {
-  if (returns < 2) return kFirstReturn;
-  return returns < kSharedReturns ? kLaterReturn : kShared;
-}
-
-std::uint32_t return_class(std::uint32_t returns) {
-  if (returns <= 2) return returns - 1;
-  return returns <= 4 ? 2 : returns <= 8 ? 3 : 4;
-}
 
 class ReturnHazardPolicy final : public EvictionPolicy {
  public:
@@ -83,12 +55,12 @@ class ReturnHazardPolicy final : public EvictionPolicy {
         cohorts_(options.records, kNumQueues),
         hazards_(kNumBlockClasses),
         departed_(departed_capacity()),
-        inserts_per_tick_(std::max(kLeastInsertsPerTick, blocks_ / kTicksPerTier)) {}
+        clock_(blocks_) {}
 
   void insert(EntryId id, const BlockFacts& block) override {
     const bool same_prompt = continues_prompt(id, block.parent);
     if (!same_prompt) prompt_.clear();
-    count_insert(same_prompt);
+    pass(clock_.inserted(same_prompt));
     Record& record = records_[raw(id)];
     KVTIER_CHECK(!record.tracked);
     record = {.digest = block_digest(block.key, block.group, seed_),
@@ -146,19 +118,7 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     }
   }
 
-  void advance(std::int64_t now_us) override {
-    const std::int64_t second = now_us / kTickUs;
-    const std::int64_t passed =
-        std::min<std::int64_t>(second - second_, std::numeric_limits<Tick>::max() / 4);
-    second_ = second;
-    if (!clock_runs_ || passed <= 0) {
-      clock_runs_ = true;
-      return;
-    }
-    inserts_since_second_ = 0;
-    insert_ticks_ = kInsertTicksUnheeded - 1;
-    pass(static_cast<Tick>(passed));
-  }
+  void advance(std::int64_t now_us) override { pass(clock_.advance(now_us)); }
 
   void expect(const BlockKey& key, GroupId group) override {
     const std::uint64_t digest = block_digest(key, group, seed_);
@@ -213,17 +173,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     return record.expected ? kExpected : record.past.block_class;
   }
 
-  static std::uint8_t class_of(const Record& record) {
-    if (record.past.returns > 0) {
-      return static_cast<std::uint8_t>(2 * kNumChains + return_class(record.past.returns));
-    }
-    return static_cast<std::uint8_t>(2 * record.past.chain + (record.had_child ? 0 : 1));
-  }
-
   // Into count and queue of its class, as last used when it says.
   void join(EntryId id) {
     Record& record = records_[raw(id)];
-    record.past.block_class = class_of(record);
+    record.past.block_class = class_of(record.past, record.had_child);
     cohorts_.count_in(record.past.used, record.past.block_class);
     if (!record.held) cohorts_.add_last(id, record.past.used, queue(record));
   }
@@ -234,7 +187,7 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
   }
 
-  // A use now. Hardly a second later it is the same use: a request looks up, loads and stores.
+  // A use now.
   void use(BlockPast& past) {
     if (cohorts_.now() - past.used < kSameUseTicks) return;
     hazards_.returned(past.block_class, cohorts_.now() - past.used);
@@ -295,18 +248,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   }
 
   void pass(Tick ticks) {
+    if (ticks == 0) return;
     cohorts_.pass(ticks, [this](std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
       hazards_.waited(block_class, age, block_ticks);
     });
-  }
-
-  void count_insert(bool same_prompt) {
-    ++inserts_since_second_;
-    if (same_prompt) return;  // a prompt has one time
-    const std::size_t ticks = inserts_since_second_ / inserts_per_tick_;
-    if (ticks < kInsertTicksUnheeded || ticks <= insert_ticks_) return;
-    pass(1);
-    ++insert_ticks_;
   }
 
   void rank() {
@@ -349,14 +294,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   std::unordered_map<std::uint64_t, Expectation> expected_;  // by digest
   Tick learned_at_ = 0;
   std::size_t uses_since_halved_ = 0;
-  std::size_t inserts_since_second_ = 0;
-  std::size_t inserts_per_tick_;
-  std::size_t insert_ticks_ = kInsertTicksUnheeded - 1;  // that have passed since the second
+  TickClock clock_;
   std::vector<EntryId> prompt_;  // blocks inserted in a row whose chain is not known yet
   std::uint32_t last_inserted_ = kNowhere;
   std::uint32_t last_parent_ = kNowhere;
-  std::int64_t second_ = 0;
-  bool clock_runs_ = false;
 };
 
 }  // namespace

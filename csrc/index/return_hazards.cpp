@@ -31,7 +31,7 @@ Tick ReturnHazards::begin(std::uint32_t bin) {
 }
 
 ReturnHazards::ReturnHazards(std::uint32_t num_classes)
-    : counts_(std::size_t{num_classes} * kBins), values_(counts_.size()) {
+    : counts_(std::size_t{num_classes} * kBins), values_(counts_.size()), left_(counts_.size()) {
   learn();
 }
 
@@ -88,6 +88,9 @@ void ReturnHazards::learn_class(std::size_t block_class, const std::vector<doubl
     share[b] = hazard * width / (1 + hazard * width);
     wait[b] = width * (1 - 0.5 * share[b]);
   }
+  double* all_left = &left_[block_class * kBins];
+  all_left[0] = 1;
+  for (std::uint32_t b = 1; b < kBins; ++b) all_left[b] = all_left[b - 1] * (1 - share[b - 1]);
   for (std::uint32_t from = 0; from < kBins; ++from) {
     double left = 1;
     double gained = 0;
@@ -102,6 +105,21 @@ void ReturnHazards::learn_class(std::size_t block_class, const std::vector<doubl
     }
     values_[block_class * kBins + from] = static_cast<float>(best);
   }
+}
+
+// The share of the class that has not returned by `age`: evenly fewer within a bin.
+double ReturnHazards::waiting(std::uint32_t block_class, Tick age) const {
+  const std::uint32_t b = bin(age);
+  const double* left = &left_[std::size_t{block_class} * kBins];
+  if (b + 1 == kBins) return left[b];
+  const double part = static_cast<double>(age - begin(b)) / static_cast<double>(begin(b + 1) - begin(b));
+  return left[b] + (left[b + 1] - left[b]) * part;
+}
+
+double ReturnHazards::returning(std::uint32_t block_class, Tick age, Tick ticks) const {
+  const Tick until = ticks > ~age ? ~Tick{0} : age + ticks;
+  const double now = waiting(block_class, age);
+  return now > 0 ? 1 - waiting(block_class, until) / now : 0;
 }
 
 }  // namespace kvtier

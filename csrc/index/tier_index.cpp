@@ -74,6 +74,7 @@ TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, Na
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
   entry.priority = priority;
   if (parent != nullptr) link_parent(entry, *parent);
+  if (observer_ != nullptr) observer_->appears(key, group, parent == nullptr ? nullptr : &parent->key);
   return {ReserveOutcome::reserved, &entry};
 }
 
@@ -274,6 +275,7 @@ void TierIndex::touch(Entry& entry) {
   } else {
     class_for(entry).policy->touch(index_.id(entry));
   }
+  if (observer_ != nullptr) observer_->used(entry.key, entry.group);
 }
 
 void TierIndex::remove(Entry& entry, Departure why) {
@@ -300,6 +302,7 @@ void TierIndex::free_slot(Entry& entry) {
 
 void TierIndex::advance(std::int64_t now_us) {
   for (Class& each : classes_) each.policy->advance(now_us);
+  if (observer_ != nullptr) observer_->advance(now_us);
 }
 
 void TierIndex::expect(const BlockKey& key, GroupId group) {

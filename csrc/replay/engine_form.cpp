@@ -17,6 +17,11 @@ class EngineForm final : public Tiers {
                                                    : std::max(1U, options.host_blocks / kWriteBackShare)) {}
 
  private:
+  struct Promoted {
+    Entry* host;
+    Entry* disk;
+  };
+
   Prefix run(SimulationResult& result) override {
     Prefix hit = look_up();
     hit = load(hit, result);
@@ -40,9 +45,7 @@ class EngineForm final : public Tiers {
       if (in_host_[i] != nullptr) host_.touch(*in_host_[i]);
     }
     for (const Promoted& each : promoted_) {
-      host_.commit(*each.host);
-      disk_->touch(*each.disk);
-      disk_->unpin(*each.disk);
+      end_read(each);
       host_.pin(*each.host);
     }
     result.promotions += promoted_.size();
@@ -61,23 +64,45 @@ class EngineForm final : public Tiers {
     for (std::size_t i = 0; i < n; ++i) {
       if (in_host_[i] != nullptr) {
         if (whole) ++loaded.host;
-        continue;
-      }
-      Entry* on_disk = ready(*disk_, keys_[i]);
-      Entry* above = disk_->index().parent(*on_disk);
-      Entry* parent = above == nullptr ? nullptr : host_.index().find(above->key, kGroup);
-      disk_->pin(*on_disk);
-      const TierIndex::Reservation place =
-          host_.reserve(keys_[i], kGroup, kNamespace, on_disk->depth, parent);
-      if (place.outcome == ReserveOutcome::reserved) {
-        promoted_.push_back({place.entry, on_disk});
+      } else if (begin_read(keys_[i])) {
         if (whole) ++loaded.disk;
       } else {
-        disk_->unpin(*on_disk);
         whole = false;
       }
     }
     return loaded;
+  }
+
+  // Engine::prefetch(): nothing is held, and what is there may go for what comes.
+  void prefetch(std::size_t n, SimulationResult& result) override {
+    promoted_.clear();
+    for (std::size_t i = 0; disk_ && i < n; ++i) {
+      if (ready(host_, keys_[i]) == nullptr && ready(*disk_, keys_[i]) != nullptr) begin_read(keys_[i]);
+    }
+    for (const Promoted& each : promoted_) end_read(each);
+    result.promotions += promoted_.size();
+  }
+
+  // EngineImpl::promote(). False when the host tier has no slot for it.
+  bool begin_read(const BlockKey& key) {
+    Entry* on_disk = ready(*disk_, key);
+    Entry* above = disk_->index().parent(*on_disk);
+    Entry* parent = above == nullptr ? nullptr : host_.index().find(above->key, kGroup);
+    disk_->pin(*on_disk);
+    const TierIndex::Reservation place = host_.reserve(key, kGroup, kNamespace, on_disk->depth, parent);
+    if (place.outcome != ReserveOutcome::reserved) {
+      disk_->unpin(*on_disk);
+      return false;
+    }
+    promoted_.push_back({place.entry, on_disk});
+    return true;
+  }
+
+  // on_read().
+  void end_read(const Promoted& each) {
+    host_.commit(*each.host);
+    disk_->touch(*each.disk);
+    disk_->unpin(*each.disk);
   }
 
   // begin_store(), release_present(), settle_entries() and track_store().
@@ -138,10 +163,6 @@ class EngineForm final : public Tiers {
     disk_->commit(*first.disk);
   }
 
-  struct Promoted {
-    Entry* host;
-    Entry* disk;
-  };
   std::uint32_t writes_at_once_;
   std::vector<Promoted> promoted_;
   std::deque<Promoted> writing_;

@@ -9,6 +9,8 @@ class PlainForm final : public Tiers {
   explicit PlainForm(const SimulationOptions& options) : Tiers(options) {}
 
  private:
+  void prefetch(std::size_t /*n*/, SimulationResult& /*result*/) override {}  // there is no look-ahead here
+
   // An entry that may be evicted meanwhile.
   struct Noted {
     EntryId id{0};

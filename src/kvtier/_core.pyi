@@ -224,10 +224,13 @@ class Admission:
       second_use
 
       tiny_lfu
+
+      return_hazard
     """
 
     __members__: typing.ClassVar[dict[str, Admission]]
     all: typing.ClassVar[Admission]
+    return_hazard: typing.ClassVar[Admission]
     second_use: typing.ClassVar[Admission]
     tiny_lfu: typing.ClassVar[Admission]
     @typing.overload
@@ -782,6 +785,7 @@ def simulate(
     block_bytes: typing.SupportsInt | typing.SupportsIndex,
     seed: typing.SupportsInt | typing.SupportsIndex,
     writes_at_once: typing.SupportsInt | typing.SupportsIndex,
+    look_ahead: typing.SupportsInt | typing.SupportsIndex,
     progress: typing.Any,
 ) -> dict: ...
 def stream_isa() -> str:

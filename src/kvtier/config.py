@@ -140,7 +140,8 @@ class Config:
         chunk: The arena is prefaulted and registered in chunks of this size.
         disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
         disk_admission: Which blocks are written once the drives were full: "all", "second-use" (offered
-            before), or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
+            before), "tiny-lfu" (offered more often than the block it replaces), or "return-hazard" (likelier
+            to return, as learned; it spares a write budget too). Until then, all.
         disk_eviction: As `eviction`, for the drives.
         disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one
             capacity a day, "unlimited" for no limit.
@@ -378,7 +379,7 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
 
 
 _INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "events", "gpu_copy_sms")
-_ADMISSIONS = ("all", "second-use", "tiny-lfu")
+_ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _SECOND_PROCESS = ("next", "refuse")
 _MAX_DISKS = 64
 _MAX_EVENTS = 2**24

@@ -24,7 +24,7 @@ from kvtier.layout import KVLayout
 from kvtier.traces import Trace
 
 Progress = Callable[[int], None]  # requests done
-ADMISSIONS = ("all", "second-use", "tiny-lfu")
+ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
 _SECONDS_PER_DAY = 86400.0
 _WORD = 8  # bytes that a real replay proves of each block, and a multiple of every block
@@ -137,8 +137,8 @@ class Replay:
         disk_blocks_written: Blocks written to disk.
         seconds: What the replay took.
         wrong_blocks: Of a real replay: loaded blocks whose bytes were not what was stored. Must be 0.
-        look_ahead: Of a real replay: requests that were known before they ran.
-        reads_hidden: Of a real replay: blocks that were on disk alone when their request became known, and in
+        look_ahead: Requests that were known before they ran.
+        reads_hidden: Blocks that were on disk alone when their request became known, and in
             the host tier when it ran. hits_disk are those that were not.
     """
 
@@ -189,15 +189,26 @@ class Replay:
         return self.disk_blocks_written * (self.tiers.bytes_per_block or 0)
 
 
-def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progress | None = None) -> Replay:
+def simulate(
+    trace: Trace, tiers: Tiers, *, look_ahead: int = 0, seed: int = _SEED, progress: Progress | None = None
+) -> Replay:
     """Runs a trace through tiers that are empty at first. Does not hold the GIL.
 
     Args:
         trace: From load_trace().
-        tiers: What it runs through.
+        tiers: What it runs through; not `plain` with look-ahead.
+        look_ahead: So many requests behind the one that runs wait and are known: Engine.expect(), with drives
+            whose reads are over before the next request.
         seed: Of the index and the admission's sketch.
         progress: Told from time to time; what it raises ends the simulation.
+
+    Raises:
+        ConfigError: Look-ahead in the plain form, or less than none.
     """
+    if look_ahead < 0:
+        raise ConfigError(f"look_ahead is {look_ahead}; allowed: 0 or more")
+    if look_ahead and tiers.plain:
+        raise ConfigError("look-ahead is not for the plain form; an engine's has it")
     begun = time.perf_counter()
     result = _core.simulate(
         trace.blocks,
@@ -213,6 +224,7 @@ def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progres
         block_bytes=tiers.bytes_per_block or 0,
         seed=seed,
         writes_at_once=0,
+        look_ahead=look_ahead,
         progress=progress,
     )
     return Replay(
@@ -227,6 +239,8 @@ def simulate(trace: Trace, tiers: Tiers, *, seed: int = _SEED, progress: Progres
         promotions=result["promotions"],
         disk_blocks_written=result["disk_blocks_written"],
         seconds=time.perf_counter() - begun,
+        look_ahead=look_ahead,
+        reads_hidden=result["reads_hidden"],
     )
 
 
@@ -295,7 +309,8 @@ def replay_real(
 
     Each request waits until its blocks are where they belong, on disk too, so that the outcome without
     look-ahead is that of the simulation. With it, reads go on beside the requests, which follow each other
-    as fast as they can: no model slows them down. Every loaded block's bytes are checked. The engine's clock
+    as fast as they can: no model slows them down, and the outcome is the simulation's as far as the drive
+    keeps up. Every loaded block's bytes are checked. The engine's clock
     says the times of the trace.
 
     Args:

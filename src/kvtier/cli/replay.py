@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=0,
-        help="with --real: N requests behind the one that runs wait, and what they want is read ahead",
+        help="N requests behind the one that runs wait, and what they want is read ahead; not with --plain",
     )
     parser.add_argument(
         "--dir", metavar="DIR", help="with --real and --disk: where; default a temporary folder"
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("TRACE is missing; allowed: the path of a trace, or --list-policies alone")
     with Report("replay", args.json) as report:
         _check_plot(args.plot)
-        if args.look_ahead < 0 or (args.look_ahead and not args.real):
-            raise ConfigError(f"--look-ahead is {args.look_ahead}; allowed: 0 or more, and only with --real")
+        if args.look_ahead < 0 or (args.look_ahead and args.plain):
+            raise ConfigError(f"--look-ahead is {args.look_ahead}; allowed: 0 or more, and none with --plain")
         setups = _setups(args)
         with Progress(sys.stderr, total=1000 * (len(setups) + 1)) as progress:
             trace = _load(args, progress)
@@ -207,7 +207,7 @@ def _replay(args: argparse.Namespace, trace: Trace, tiers: replay.Tiers, progres
         share(done, trace.num_requests)
 
     if not args.real:
-        done = replay.simulate(trace, tiers, progress=tell)
+        done = replay.simulate(trace, tiers, look_ahead=args.look_ahead, progress=tell)
     elif tiers.disk_blocks:
         with tempfile.TemporaryDirectory(prefix="kvtier-replay-", dir=args.dir) as folder:
             done = replay.replay_real(trace, tiers, folder, look_ahead=args.look_ahead, progress=tell)

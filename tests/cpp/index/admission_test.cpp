@@ -18,6 +18,17 @@ BlockKey key_of(std::uint64_t n) {
   return key;
 }
 
+// The keys must outlive the offer: until the end of the statement, for what is made in it.
+Offer offer(const BlockKey& key) { return {.block = {key}, .victim = std::nullopt}; }
+
+Offer offer(const BlockKey& key, const BlockKey& victim) {
+  return {.block = {key}, .victim = BlockName{victim}};
+}
+
+AdmissionPolicy policy_of(Admission kind) {
+  return {kind, {.host_blocks = 10, .disk_blocks = 100}, /*seed=*/1};
+}
+
 TEST(FrequencySketch, an_estimate_is_never_too_low_and_seldom_too_high) {
   FrequencySketch sketch(4096, 3);
   for (std::uint64_t n = 0; n < 2000; ++n) {
@@ -43,36 +54,41 @@ TEST(FrequencySketch, counts_are_halved_as_it_ages) {
 }
 
 TEST(AdmissionPolicy, while_there_is_room_every_block_is_welcome) {
-  for (const Admission kind : {Admission::all, Admission::second_use, Admission::tiny_lfu}) {
-    AdmissionPolicy policy(kind, 100, 1);
-    for (std::uint64_t n = 0; n < 50; ++n) EXPECT_TRUE(policy.admit(key_of(n), nullptr));
+  for (const Admission kind :
+       {Admission::all, Admission::second_use, Admission::tiny_lfu, Admission::return_hazard}) {
+    AdmissionPolicy policy = policy_of(kind);
+    for (std::uint64_t n = 0; n < 50; ++n) EXPECT_TRUE(policy.admit(offer(key_of(n))));
   }
 }
 
 TEST(AdmissionPolicy, second_use_admits_what_was_offered_before) {
-  AdmissionPolicy policy(Admission::second_use, 100, 1);
+  AdmissionPolicy policy = policy_of(Admission::second_use);
   const BlockKey victim = key_of(1000);
-  EXPECT_FALSE(policy.admit(key_of(1), &victim));
-  EXPECT_TRUE(policy.admit(key_of(1), &victim));
-  EXPECT_TRUE(policy.admit(key_of(2), nullptr));
-  EXPECT_TRUE(policy.admit(key_of(2), &victim));  // offered while there was room
+  EXPECT_FALSE(policy.admit(offer(key_of(1), victim)));
+  EXPECT_TRUE(policy.admit(offer(key_of(1), victim)));
+  EXPECT_TRUE(policy.admit(offer(key_of(2))));
+  EXPECT_TRUE(policy.admit(offer(key_of(2), victim)));  // offered while there was room
 }
 
 TEST(AdmissionPolicy, tiny_lfu_admits_only_what_is_used_more_than_its_victim) {
-  AdmissionPolicy policy(Admission::tiny_lfu, 100, 1);
+  AdmissionPolicy policy = policy_of(Admission::tiny_lfu);
   const BlockKey victim = key_of(1000);
-  for (int use = 0; use < 3; ++use) EXPECT_TRUE(policy.admit(victim, nullptr));
-  EXPECT_FALSE(policy.admit(key_of(1), &victim));
-  EXPECT_FALSE(policy.admit(key_of(1), &victim));
-  EXPECT_FALSE(policy.admit(key_of(1), &victim));
-  EXPECT_TRUE(policy.admit(key_of(1), &victim));
+  for (int use = 0; use < 3; ++use) EXPECT_TRUE(policy.admit(offer(victim)));
+  for (int use = 0; use < 3; ++use) EXPECT_FALSE(policy.admit(offer(key_of(1), victim)));
+  EXPECT_TRUE(policy.admit(offer(key_of(1), victim)));
 }
 
 TEST(AdmissionPolicy, a_block_that_was_refused_for_another_reason_counts_as_offered) {
-  AdmissionPolicy policy(Admission::second_use, 100, 1);
-  const BlockKey victim = key_of(1000);
-  policy.note(key_of(1));
-  EXPECT_TRUE(policy.admit(key_of(1), &victim));
+  AdmissionPolicy policy = policy_of(Admission::second_use);
+  policy.note(offer(key_of(1)));
+  EXPECT_TRUE(policy.admit(offer(key_of(1), key_of(1000))));
+}
+
+TEST(AdmissionPolicy, only_what_learns_from_uses_wants_to_be_told_of_them) {
+  for (const Admission kind : {Admission::all, Admission::second_use, Admission::tiny_lfu}) {
+    EXPECT_EQ(policy_of(kind).observer(), nullptr);
+  }
+  EXPECT_NE(policy_of(Admission::return_hazard).observer(), nullptr);
 }
 
 }  // namespace

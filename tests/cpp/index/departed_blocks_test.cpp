@@ -20,6 +20,16 @@ TEST(DepartedBlocks, what_is_taken_is_forgotten) {
   EXPECT_FALSE(departed.take(5));
 }
 
+TEST(DepartedBlocks, what_is_found_may_be_changed_where_it_stands) {
+  DepartedBlocks departed(2);
+  departed.add(5, {.used = 50, .block_class = 7});
+  EXPECT_EQ(departed.find(6), nullptr);
+  ASSERT_NE(departed.find(5), nullptr);
+  departed.find(5)->block_class = 8;
+  EXPECT_EQ(departed.take(5)->block_class, 8);
+  EXPECT_EQ(departed.find(5), nullptr);
+}
+
 // Digests collide in the table on purpose: they differ in the seven bits that it does not look at, too.
 TEST(DepartedBlocks, the_last_ones_are_remembered_and_no_others) {
   constexpr std::size_t kCapacity = 37;

@@ -47,6 +47,28 @@ TEST(ReturnHazards, classes_differ_by_what_they_did) {
   EXPECT_GT(hazards.value(2, 5), hazards.value(1, 5));
 }
 
+TEST(ReturnHazards, the_share_that_returns_within_a_time) {
+  ReturnHazards hazards(2);
+  // 500,000 returns at age 4 in 500,000 block-ticks: a hazard of 1, and a share of 1 / (1 + 1).
+  teach(hazards, 0, 4, 500);
+  // Ages 56 to 63 are a bin: 500,000 returns in 4 * 1,000,000 + 4 * 500,000 block-ticks, a hazard of 1 / 12;
+  // over 8 ticks 8 / 12 / (1 + 8 / 12) = 0.4.
+  teach(hazards, 1, 60, 500);
+  hazards.learn();
+  EXPECT_NEAR(hazards.returning(0, 4, 1), 0.5, 0.005);
+  EXPECT_NEAR(hazards.returning(0, 0, 100), 0.5, 0.005);
+  EXPECT_NEAR(hazards.returning(0, 5, 100), 0, 0.005);
+  EXPECT_NEAR(hazards.returning(0, 0, 4), 0, 0.005);
+  EXPECT_NEAR(hazards.returning(1, 56, 8), 0.4, 0.005);
+  EXPECT_NEAR(hazards.returning(1, 56, 4), 0.2, 0.005) << "evenly within a bin";
+  EXPECT_NEAR(hazards.returning(1, 60, 4), 0.2 / 0.8, 0.005) << "of those who still wait";
+  EXPECT_EQ(hazards.returning(1, 56, 0), 0);
+  const double ever = hazards.returning(1, 0, 0xffffffffU);
+  EXPECT_GE(ever, 0.4);
+  EXPECT_LE(ever, 1);
+  EXPECT_EQ(hazards.returning(1, 0xffffffffU, 1), 0) << "the last bin has no end";
+}
+
 TEST(ReturnHazards, what_is_halved_gives_way_to_what_follows) {
   ReturnHazards steady(1);
   ReturnHazards changed(1);

@@ -59,6 +59,45 @@ TEST(Simulation, lru_and_fifo_by_hand) {
             (std::vector<std::uint32_t>{0, 0, 1, 0, 0}));
 }
 
+// By hand, two blocks of host tier and one request ahead. Before 3 runs, 0 is read in the place of 1; 3 takes
+// that of 2.
+TEST(Simulation, look_ahead_reads_what_a_waiting_request_wants) {
+  Trace trace;
+  for (const std::uint32_t block : {0U, 1U, 2U, 3U, 0U}) trace.request({block});
+  SimulationOptions options = options_of(2, Form::engine);
+  options.disk_blocks = 10;
+  EXPECT_EQ(simulate(trace.view(), options).disk_of_request, (std::vector<std::uint32_t>{0, 0, 0, 0, 1}));
+  options.look_ahead = 1;
+  const SimulationResult result = simulate(trace.view(), options);
+  EXPECT_EQ(result.host_of_request, (std::vector<std::uint32_t>{0, 0, 0, 0, 1}));
+  EXPECT_EQ(result.hits_disk, 0U);
+  EXPECT_EQ(result.promotions, 1U);
+  EXPECT_EQ(result.reads_hidden, 1U);
+}
+
+// By hand: 0 is still there when the request that wants it becomes known. LRU lets it go for 2,
+// return-hazard lets 1 go.
+TEST(Simulation, what_is_expected_stays) {
+  Trace trace;
+  for (const std::uint32_t block : {0U, 1U, 2U, 0U}) trace.request({block});
+  for (const bool expects : {false, true}) {
+    SimulationOptions options = options_of(2, Form::engine, expects ? "return-hazard" : "lru");
+    options.look_ahead = 1;
+    EXPECT_EQ(simulate(trace.view(), options).hits_host, expects ? 1U : 0U);
+  }
+}
+
+// As many requests ahead as there are, and more.
+TEST(Simulation, look_ahead_may_reach_beyond_the_trace) {
+  Trace trace;
+  for (const std::uint32_t block : {0U, 1U, 0U}) trace.request({block});
+  SimulationOptions options = options_of(2, Form::engine);
+  for (const std::uint32_t ahead : {3U, 100U}) {
+    options.look_ahead = ahead;
+    EXPECT_EQ(simulate(trace.view(), options).hits_host, 1U);
+  }
+}
+
 // By hand: request 1 takes the place of 2, the oldest since the tail is touched first. Request 2 hits 0
 // and 1.
 TEST(Simulation, the_tail_of_a_prompt_goes_first) {

@@ -785,7 +785,10 @@ GOOD: dict[str, Any] = {"groups": [LAYOUT], "block_tokens": 8, "host": "1MiB", "
         ),
         ({"eviction": "mru"}, "eviction is 'mru'; allowed: lru, fifo"),
         ({"trace": 7}, "trace is 7; allowed: the path of a file"),
-        ({"disk_admission": "some"}, "disk_admission is 'some'; allowed: all, second-use, tiny-lfu"),
+        (
+            {"disk_admission": "some"},
+            "disk_admission is 'some'; allowed: all, second-use, tiny-lfu, return-hazard",
+        ),
         ({"disk_second_process": "kill"}, "disk_second_process is 'kill'; allowed: next, refuse"),
         ({"disk_write_budget": "lots"}, "disk_write_budget is 'lots'"),
         ({"disk_queue_depth": 0}, "disk_queue_depth is 0"),

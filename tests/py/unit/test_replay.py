@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
 
 
 @pytest.mark.parametrize(
-    ("policy", "admission"), [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu")]
+    ("policy", "admission"),
+    [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu"), ("lru", "return-hazard")],
 )
 def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
     trace = conversations(5, 90)
@@ -150,15 +152,42 @@ def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> No
     assert real.disk_blocks_written > 0
 
 
-def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path) -> None:
+    # Beside the talks, prompts that nobody asks for again; a request a minute, so that the budget fills.
+    talks = conversations(5, 240)
+    requests = []
+    for number in range(talks.num_requests):
+        once = range(10_000 + 6 * number, 10_006 + 6 * number)
+        requests += [(120.0 * number, talks.request(number).tolist()), (120.0 * number + 60, list(once))]
+    trace = make_trace(requests)
+    free = Tiers(32, 120, admission="return-hazard", bytes_per_block=4096)
+    real = replay_real(trace, free, str(tmp_path / "free"))
+    same(real, simulate(trace, free))
+    takes_all = simulate(trace, replace(free, admission="all"))
+    assert real.hits_disk > takes_all.hits_disk
+    assert real.disk_blocks_written < takes_all.disk_blocks_written
+    scarce = replace(free, write_bytes_per_day=300 * 4096)
+    spared = replay_real(trace, scarce, str(tmp_path / "scarce"))
+    same(spared, simulate(trace, scarce))
+    assert spared.hits_disk > simulate(trace, replace(scarce, admission="all")).hits_disk
+    assert spared.disk_blocks_written < 400  # a day's, and what eight hours fill
+
+
+@pytest.fixture
+def reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drive is as fast as one could wish."""
     expect = Engine.expect
 
-    def expect_and_wait(engine: Engine, keys: Any) -> Expected:  # the drive is as fast as one could wish
+    def expect_and_wait(engine: Engine, keys: Any) -> Expected:
         expected = expect(engine, keys)
         expected.prefetch.wait(30.0)
         return expected
 
     monkeypatch.setattr(Engine, "expect", expect_and_wait)
+
+
+@pytest.mark.usefixtures("reads_at_once")
+def test_look_ahead_reads_before_the_request_runs(tmp_path: Path) -> None:
     trace = conversations(5, 90)
     tiers = Tiers(60, 150, policy="return-hazard", admission="all", bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path / "ahead"), look_ahead=4)
@@ -170,13 +199,33 @@ def test_look_ahead_reads_before_the_request_runs(tmp_path: Path, monkeypatch: p
     assert real.hits_disk < behind.hits_disk / 2
 
 
+@pytest.mark.usefixtures("reads_at_once")
+@pytest.mark.parametrize(
+    ("policy", "admission", "look_ahead"),
+    [("lru", "all", 1), ("return-hazard", "second-use", 4), ("s3-fifo", "return-hazard", 9)],
+)
+def test_a_simulation_with_look_ahead_is_the_real_one_s(
+    policy: str, admission: str, look_ahead: int, tmp_path: Path
+) -> None:
+    trace = conversations(5, 150)
+    tiers = Tiers(40, 150, policy=policy, admission=admission, bytes_per_block=64)
+    real = replay_real(trace, tiers, str(tmp_path), look_ahead=look_ahead)
+    simulated = simulate(trace, tiers, look_ahead=look_ahead)
+    same(real, simulated)
+    assert real.reads_hidden == simulated.reads_hidden > 0
+    assert simulate(trace, tiers).reads_hidden == 0
+
+
 def test_what_is_not_allowed_is_said() -> None:
     trace = make_trace([(0, [1])])
     for tiers, message in [
         (lambda: Tiers(0), "host_blocks is 0; allowed: 1"),
         (lambda: Tiers(1, policy="mru"), "policy is 'mru'; allowed: lru, fifo"),
         (lambda: Tiers(1, disk_policy="mru"), "disk_policy is 'mru'"),
-        (lambda: Tiers(1, admission="none"), "admission is 'none'; allowed: all, second-use, tiny-lfu"),
+        (
+            lambda: Tiers(1, admission="none"),
+            "admission is 'none'; allowed: all, second-use, tiny-lfu, return-hazard",
+        ),
         (lambda: Tiers(1, write_bytes_per_day=5), "a write budget needs bytes_per_block"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -185,6 +234,10 @@ def test_what_is_not_allowed_is_said() -> None:
         replay_real(trace, Tiers(1, bytes_per_block=12))
     with pytest.raises(ConfigError, match="plain is for simulations"):
         replay_real(trace, Tiers(1, bytes_per_block=8, plain=True))
+    with pytest.raises(ConfigError, match="look_ahead is -1; allowed: 0 or more"):
+        simulate(trace, Tiers(1), look_ahead=-1)
+    with pytest.raises(ConfigError, match="not for the plain form"):
+        simulate(trace, Tiers(1, plain=True), look_ahead=1)
     with pytest.raises(ConfigError, match="needs a directory"):
         replay_real(trace, Tiers(1, 10, bytes_per_block=8))
 
@@ -282,7 +335,11 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
         ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
         ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
         ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),
-        ([str(SMALL), "--look-ahead", "4"], "--look-ahead is 4; allowed: 0 or more, and only with --real"),
+        ([str(SMALL), "--look-ahead", "-1"], "--look-ahead is -1; allowed: 0 or more"),
+        (
+            [str(SMALL), "--plain", "--look-ahead", "4"],
+            "--look-ahead is 4; allowed: 0 or more, and none with",
+        ),
         ([str(SMALL), "--plot", "rates.txt"], "--plot is 'rates.txt'; allowed: a file ending in .png"),
         ([str(SMALL), "--block-tokens", "0"], "block_tokens is 0; allowed: at least 1"),
     ],

@@ -1,7 +1,7 @@
 // AdmissionPolicy: whether a block is worth a place on the drive. Decides, never acts.
 //
 // 76 of 100 blocks of real traffic are used once, and a drive may be written only so often. While the tier
-// has free slots every block is welcome; from then on the policy is asked.
+// has free slots every block is welcome (but to return-hazard, where a write budget runs low).
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,15 @@
 #include <vector>
 
 #include "kvtier/core/types.h"
+#include "kvtier/index/return_admission.h"
 
 namespace kvtier {
 
 enum class Admission : std::uint8_t {
   all,
-  second_use,  // a key that was offered before, within about as many offers as the tier has slots
-  tiny_lfu,    // one that was offered more often than the block it would replace
+  second_use,     // a key that was offered before, within about as many offers as the tier has slots
+  tiny_lfu,       // one that was offered more often than the block it would replace
+  return_hazard,  // one of which more is to be expected than of the block it would replace: ReturnAdmission
 };
 
 // How often keys were seen lately: a count-min sketch whose counts are halved as it ages (Einziger, Friedman
@@ -43,16 +45,25 @@ class FrequencySketch {
 // Threads: none of its own; guarded by its owner.
 class AdmissionPolicy {
  public:
-  AdmissionPolicy(Admission kind, std::size_t capacity, std::uint64_t seed);
+  struct Tiers {
+    std::size_t host_blocks = 0;
+    std::size_t disk_blocks = 0;
+  };
+  // `seed`: of FrequencySketch, or of block_digest().
+  AdmissionPolicy(Admission kind, const Tiers& tiers, std::uint64_t seed);
 
-  // Notes that the block was offered, and says whether it should replace `victim` (null: there is room).
-  bool admit(const BlockKey& key, const BlockKey* victim);
+  // Who must be told of the uses in the host tier; null if nobody.
+  UseObserver* observer() { return returns_.get(); }
+
+  // Notes that the block was offered, and says whether it should be written.
+  bool admit(const Offer& offer);
   // Notes that the block was offered, though something else has refused it: it counts as a first use.
-  void note(const BlockKey& key);
+  void note(const Offer& offer);
 
  private:
   Admission kind_;
   FrequencySketch seen_;
+  std::unique_ptr<ReturnAdmission> returns_;  // null unless `kind_` is return_hazard
 };
 
 }  // namespace kvtier

@@ -1,4 +1,4 @@
-// DepartedBlocks: what is still known of the blocks that were evicted last.
+// DepartedBlocks: what is still known of blocks that may have gone.
 #pragma once
 
 #include <cstddef>
@@ -10,11 +10,11 @@
 
 namespace kvtier {
 
-// What ReturnHazardPolicy knows of a block.
+// What ReturnHazardPolicy and ReturnBook know of a block.
 struct BlockPast {
   Tick used = 0;             // when last
   std::uint8_t returns = 0;  // uses after the first, at most 255
-  std::uint8_t chain = 0;    // what its first use followed on: see eviction_return_hazard.cpp
+  std::uint8_t chain = 0;    // what its first use followed on: see return_classes.h
   std::uint8_t block_class = 0;
 };
 
@@ -31,6 +31,9 @@ class DepartedBlocks {
   std::optional<BlockPast> add(std::uint64_t digest, const BlockPast& past);
   // Forgets it, and says what was known.
   std::optional<BlockPast> take(std::uint64_t digest);
+
+  // What is known of it, to be changed in place, until the next add() or take(); or null.
+  BlockPast* find(std::uint64_t digest);
 
   static double bytes_for(std::size_t capacity);
 

@@ -19,7 +19,7 @@ using Tick = std::uint32_t;
 // from now on promises (Gittins, Bandit processes and dynamic allocation indices, JRSS B 1979; for caches the
 // hit density of LHD: Beckmann, Chen and Cidon, NSDI'18). A hazard that will rise counts before it does.
 //
-// Deterministic: IEEE arithmetic without library functions. Memory: 20 bytes per class and bin. Threads: none
+// Deterministic: IEEE arithmetic without library functions. Memory: 28 bytes per class and bin. Threads: none
 // of its own.
 class ReturnHazards {
  public:
@@ -30,15 +30,20 @@ class ReturnHazards {
   void waited(std::uint32_t block_class, Tick age, std::uint64_t block_ticks);
   // Counts for half from now on.
   void halve();
-  // Brings value() up to date with what was counted: a few ten microseconds.
+  // Brings value() and returning() up to date with what was counted: a few ten microseconds.
   void learn();
   // Expected returns per tick of holding a block of this class and age; see above.
   float value(std::uint32_t block_class, Tick age) const {
     return values_[std::size_t{block_class} * kBins + bin(age)];
   }
 
+  // Of the blocks of this class that have not returned by `age`, the share that does within `ticks` more; 0
+  // to 1.
+  double returning(std::uint32_t block_class, Tick age, Tick ticks) const;
+
   static double bytes_for(std::uint32_t num_classes) {
-    return static_cast<double>(std::size_t{num_classes} * kBins * (sizeof(Counts) + sizeof(float)));
+    return static_cast<double>(std::size_t{num_classes} * kBins *
+                               (sizeof(Counts) + sizeof(float) + sizeof(double)));
   }
 
  private:
@@ -52,9 +57,11 @@ class ReturnHazards {
   std::size_t num_classes() const { return counts_.size() / kBins; }
   std::vector<double> common_hazard() const;
   void learn_class(std::size_t block_class, const std::vector<double>& common);
+  double waiting(std::uint32_t block_class, Tick age) const;
 
   std::vector<Counts> counts_;  // [class][bin]
   std::vector<float> values_;   // [class][bin]
+  std::vector<double> left_;    // [class][bin]: the share that has not returned at its beginning
 };
 
 }  // namespace kvtier

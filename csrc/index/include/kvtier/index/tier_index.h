@@ -25,6 +25,7 @@
 #include "kvtier/index/event_feed.h"
 #include "kvtier/index/expiries.h"
 #include "kvtier/index/index.h"
+#include "kvtier/index/use_observer.h"
 
 namespace kvtier {
 
@@ -116,6 +117,9 @@ class TierIndex {
     tier_ = tier;
   }
 
+  // From now on tells it of the time, of what reserve() reserves and of what is touched. Null: nobody.
+  void tell_uses_to(UseObserver* observer) { observer_ = observer; }
+
   // The time of what follows, and what waiting requests want: see EvictionPolicy.
   void advance(std::int64_t now_us);
   void expect(const BlockKey& key, GroupId group);
@@ -180,7 +184,8 @@ class TierIndex {
   std::uint32_t pinned_blocks_ = 0;
   bool has_priorities_ = false;
   Expiries expiries_;
-  EventFeed* feed_ = nullptr;  // null: nobody wants to know
+  EventFeed* feed_ = nullptr;        // null: nobody wants to know
+  UseObserver* observer_ = nullptr;  // as feed_
   Tier tier_ = Tier::host;
 };
 

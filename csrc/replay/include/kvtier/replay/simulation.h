@@ -45,6 +45,9 @@ struct SimulationOptions {
   // Write-backs that hold a reserved slot at the same time; 0: an eighth of the host blocks, as in the
   // engine.
   std::uint32_t writes_at_once = 0;
+  // So many requests behind the one that runs wait and are known: what they want is expected (EvictionPolicy)
+  // and what of it is on disk alone is read. A read is over before the next request. Form::engine only.
+  std::uint32_t look_ahead = 0;
   // Called now and then with the number of requests done; false ends the simulation there.
   std::function<bool(std::size_t)> progress;
 };
@@ -62,14 +65,15 @@ struct SimulationResult {
   std::uint64_t orphans_host = 0;  // see TierIndex::orphans()
   std::uint64_t orphans_disk = 0;
   std::uint64_t promotions = 0;           // disk -> host
+  std::uint64_t reads_hidden = 0;         // loaded from the host tier, on disk alone when they became known
   std::uint64_t disk_blocks_written = 0;  // host -> disk
   std::uint64_t declined_admission = 0;
   std::uint64_t declined_budget = 0;
   std::uint64_t declined_parent = 0;
 };
 
-// Runs the trace through tiers that are empty at first. Requires names of eviction_choices() and at least one
-// host block. Blocks of the calling thread; O(references).
+// Runs the trace through tiers that are empty at first. Requires names of eviction_choices(), at least one
+// host block and no look-ahead in the plain form. Blocks of the calling thread; O(references).
 SimulationResult simulate(const TraceView& trace, const SimulationOptions& options);
 
 }  // namespace kvtier::replay

@@ -1,0 +1,117 @@
+#include "kvtier/index/return_book.h"
+
+#include <algorithm>
+
+#include "return_classes.h"
+
+#include "kvtier/index/eviction.h"
+
+namespace kvtier {
+namespace {
+
+using internal::class_of;
+
+constexpr Tick kLearnTicks = 16;             // hazards change slowly
+constexpr std::size_t kLeastKnown = 32'768;  // a small tier learns from more than it holds
+constexpr std::size_t kLeastUses = 262'144;  // that are remembered in full
+constexpr std::uint8_t kUnknownClass = 2 * internal::kNew;
+
+}  // namespace
+
+ReturnBook::ReturnBook(std::size_t blocks, std::uint64_t seed)
+    : seed_(seed),
+      cohorts_(0, internal::kNumBlockClasses),
+      hazards_(internal::kNumBlockClasses),
+      known_(blocks + kLeastKnown),
+      clock_(blocks),
+      uses_until_halved_(std::max(kLeastUses, 16 * blocks)) {}
+
+void ReturnBook::appears(const BlockKey& key, GroupId group, const BlockKey* parent) {
+  const std::uint64_t digest = block_digest(key, group, seed_);
+  std::uint8_t chain = internal::kNew;
+  bool same_prompt = false;
+  if (parent != nullptr) {
+    const std::uint64_t parent_digest = block_digest(*parent, group, seed_);
+    same_prompt = parent_digest == last_;
+    BlockPast* above = known_.find(parent_digest);
+    chain = chain_behind(above);
+    if (above != nullptr) give_child(*above);
+  }
+  pass(clock_.inserted(same_prompt));
+  if (!began_) began_ = now();
+  last_ = digest;
+  if (use(digest)) return;
+  BlockPast past{.used = now(), .chain = chain};
+  past.block_class = class_of(past, /*had_child=*/false);
+  remember(digest, past);
+}
+
+void ReturnBook::used(const BlockKey& key, GroupId group) { use(block_digest(key, group, seed_)); }
+
+// False when the block is not known.
+bool ReturnBook::use(std::uint64_t digest) {
+  const BlockPast* known = known_.find(digest);
+  if (known == nullptr) return false;
+  if (now() - known->used < internal::kSameUseTicks) return true;
+  BlockPast past = *known;
+  known_.take(digest);
+  cohorts_.count_out(past.used, past.block_class);
+  count_return(past);
+  remember(digest, past);
+  return true;
+}
+
+void ReturnBook::count_return(BlockPast& past) {
+  hazards_.returned(past.block_class, now() - past.used);
+  past.returns = static_cast<std::uint8_t>(std::min<std::uint32_t>(past.returns + 1U, 255));
+  past.used = now();
+  past.block_class = class_of(past, /*had_child=*/true);
+  if (++uses_since_halved_ < uses_until_halved_) return;
+  hazards_.halve();
+  uses_since_halved_ = 0;
+}
+
+void ReturnBook::remember(std::uint64_t digest, const BlockPast& past) {
+  cohorts_.count_in(past.used, past.block_class);
+  if (const std::optional<BlockPast> forgotten = known_.add(digest, past)) {
+    cohorts_.count_out(forgotten->used, forgotten->block_class);
+  }
+}
+
+// What a new block hangs on. The touch of a block that was there is still to come.
+std::uint8_t ReturnBook::chain_behind(const BlockPast* above) const {
+  if (above == nullptr) return internal::kFirstReturn;  // known no more
+  const bool returns_now = now() - above->used >= internal::kSameUseTicks;
+  const std::uint32_t returns = above->returns + (returns_now ? 1U : 0U);
+  return returns == 0 ? above->chain : internal::chain_after(returns);
+}
+
+void ReturnBook::give_child(BlockPast& past) {
+  const std::uint8_t now_of = class_of(past, /*had_child=*/true);
+  if (now_of == past.block_class) return;
+  cohorts_.count_out(past.used, past.block_class);
+  cohorts_.count_in(past.used, now_of);
+  past.block_class = now_of;
+}
+
+void ReturnBook::pass(Tick ticks) {
+  if (ticks == 0) return;
+  cohorts_.pass(ticks, [this](std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
+    hazards_.waited(block_class, age, block_ticks);
+  });
+}
+
+double ReturnBook::returning(const BlockKey& key, GroupId group, Tick unused, Tick ticks) {
+  if (now() - learned_at_ >= kLearnTicks) {
+    hazards_.learn();
+    learned_at_ = now();
+  }
+  const BlockPast* past = known_.find(block_digest(key, group, seed_));
+  if (past == nullptr) {
+    const Tick unseen = now() - began_.value_or(now());
+    return hazards_.returning(kUnknownClass, std::max(unused, unseen), ticks);
+  }
+  return hazards_.returning(past->block_class, std::max(unused, now() - past->used), ticks);
+}
+
+}  // namespace kvtier
