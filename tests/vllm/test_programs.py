@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,22 @@ pytestmark = pytest.mark.timeout(900)
 
 def run(arguments: list[str], folder: Path) -> str:
     keep = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    found = subprocess.run(
-        [sys.executable, *arguments], env=keep, cwd=folder, capture_output=True, text=True, check=False
+    program = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=keep,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert found.returncode == 0, found.stdout + found.stderr[-6000:]
-    return found.stdout
+    try:
+        out, err = program.communicate()
+    except BaseException:  # the test's time is over: its servers have to end, too
+        program.send_signal(signal.SIGINT)
+        program.communicate()
+        raise
+    assert program.returncode == 0, out + err[-6000:]
+    return out
 
 
 def test_the_example_restores_a_prompt_after_a_restart(tmp_path: Path) -> None:
