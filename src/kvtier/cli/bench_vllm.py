@@ -202,12 +202,10 @@ class Contender:
 @contextlib.contextmanager
 def _servers(contenders: list[Contender], progress: Progress) -> Iterator[list[tuple[Contender, VllmServer]]]:
     with contextlib.ExitStack() as stack:
-        servers = []
-        for each in contenders:  # one after the other: two at once are no quicker on few cores
-            server = stack.enter_context(each.start())
+        servers = [(each, stack.enter_context(each.start())) for each in contenders]
+        for _, server in servers:  # at once: most of a start is one thread that imports
             server.wait_until_up()
             progress.step(_START_UNITS)
-            servers.append((each, server))
         for _, server in servers:
             server.ask([5 + n % 400 for n in range(_WARM_UP_TOKENS)])
         yield servers
