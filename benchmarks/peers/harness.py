@@ -24,6 +24,7 @@ import numpy as np
 
 HUGE_PAGE = 2 << 20
 STAMP_EVERY = 4096
+FILL_SECONDS = 105.0  # less than an answer may take
 
 
 class Store:
@@ -121,6 +122,15 @@ def collapse(address: int, size: int) -> bool:
 def keys_of(number: int, count: int) -> list[bytes]:
     """The keys of a round, 32 bytes each."""
     return [hashlib.sha256(f"{number}/{i}".encode()).digest() for i in range(count)]
+
+
+def batches(keys: list, each: int):
+    """Parts of `each` keys, for filling a store. Raises TimeoutError when it takes too long to wait for."""
+    until = time.monotonic() + FILL_SECONDS
+    for begin in range(0, len(keys), each):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{begin} of {len(keys)} keys were in after {FILL_SECONDS:.0f} s")
+        yield keys[begin : begin + each]
 
 
 def drop_caches(home: Path) -> str:

@@ -4,7 +4,7 @@ import os
 import time
 
 import numpy as np
-from harness import Store, keys_of, serve
+from harness import Store, batches, keys_of, serve
 
 import kvtier
 from kvtier.engine import finish_part, grant_store  # what kvtier.ranks, and so the vLLM adapter, stores with
@@ -13,6 +13,9 @@ from kvtier.engine import finish_part, grant_store  # what kvtier.ranks, and so 
 STEP_BATCH = 16
 BATCH_BYTES = 32 << 20  # handed over at once, as with the others: copies and writes overlap
 GOOD = ("ok", 0, "")
+STEP_SLOT_BYTES = 8192  # of 32 bytes: a header of 4096, and as much for the payload
+STEP_FILL = 2048  # stored at once on the way to the drive
+STEP_DISK_BYTES = 12288  # the same, and its part of the catalog
 
 
 def _matrix(keys):
@@ -67,20 +70,26 @@ class Kvtier(Store):
             self.engine.drop(keys)
 
     def put(self, keys):
+        keys = _matrix(keys)
+        if self.on_disk:
+            self._until_durable(lambda: self._store_in_batches(keys), len(keys))
+            return
+        tickets = self._store_in_batches(keys)
+        if (stored := sum(ticket.result().stored for ticket in tickets)) != len(keys):
+            raise RuntimeError(f"stored {stored} of {len(keys)}")
+
+    def _until_durable(self, store, count):
+        """Stores, again where the files of a new store are still growing."""
         until = time.monotonic() + 60
         while True:
-            tickets = self._store_in_batches(_matrix(keys))
-            if not self.on_disk:
-                if (stored := sum(ticket.result().stored for ticket in tickets)) != len(keys):
-                    raise RuntimeError(f"stored {stored} of {len(keys)}")
-                return
+            tickets = store()
             self.engine.flush()
             durable = sum(ticket.durable_blocks for ticket in tickets)
-            if durable == len(keys):
+            if durable == count:
                 return
             if time.monotonic() > until:
-                raise RuntimeError(f"durable {durable} of {len(keys)} after 60 s")
-            time.sleep(0.02)  # the files of a new store are still growing
+                raise RuntimeError(f"durable {durable} of {count} after 60 s")
+            time.sleep(0.02)
 
     def _store_in_batches(self, keys):
         tickets = []
@@ -114,29 +123,51 @@ class Kvtier(Store):
         self.engine.close()
 
     def steps_open(self, count, options):
-        layout = kvtier.KVLayout(1, 1, 16, "uint8", 1)
-        slots = options.get("slots", count)
-        # A slot has a header of 4096 and as much for the payload of 32 bytes.
+        self.count, self.wanted = count, options["steps"]
+        on_disk, slots = options["tier"] == "disk", options["slots"]
+        disk = kvtier.Disk(str(self.home / "disk"), count * STEP_DISK_BYTES + (64 << 20))
+        extra = {"disk": disk, "disk_admission": "all", "disk_write_budget": "unlimited"} if on_disk else {}
         self.config = kvtier.Config(
-            groups=[layout], block_tokens=1, model="kvtier-bench@1", host=slots * 8192 + 8192
+            groups=[kvtier.KVLayout(1, 1, 16, "uint8", 1)],
+            block_tokens=1,
+            model="kvtier-bench@1",
+            host=(2 * STEP_FILL if on_disk else slots + 1) * STEP_SLOT_BYTES,
+            **extra,
         )
+        self._steps_start()
+        if on_disk:
+            self._fill_disk()
+        else:
+            self._fill_host()
+
+    def _steps_start(self):
         self.engine = kvtier.open(self.config)
         self.engine.wait_until_whole()
-        memory = np.zeros((count, 2, 1, 1, 16), np.uint8)
-        self.attached = self.engine.attach([memory])
-        self.count, self.wanted = count, options["steps"]
-        self.slots = self.engine.stats().host[0].capacity
-        self.filled = 0
-        while self.engine.stats().host[0].ready < self.slots:
-            self._store_all(self._keys(-1 - self.filled))
-            self.filled += 1
-        self.present = self._keys(-self.filled)
+        self.attached = self.engine.attach([np.zeros((self.count, 2, 1, 1, 16), np.uint8)])
+
+    def _fill_host(self):
+        slots, filled = self.engine.stats().host[0].capacity, 0
+        while self.engine.stats().host[0].ready < slots:
+            filled += 1
+            self._store_all(self._keys(-filled))
+        self.present = self._keys(-filled)
+
+    def _fill_disk(self):
+        """All keys on the drive, and none in the host tier."""
+        self.present = self._keys(-1)
+        for some in batches(self.present, STEP_FILL):
+            self._until_durable(lambda keys=some: [self._store_all(keys)], len(some))
+        self.engine.close()
+        self._steps_start()
+        there = int((self.engine.lookup(self.present).tiers() == kvtier.Tier.DISK).sum())
+        if there != self.count:
+            raise RuntimeError(f"{there} of {self.count} blocks are on the drive")
 
     def _keys(self, number):
         return _matrix(keys_of(number, self.count))
 
     def _store_all(self, keys):
-        self.engine.store(keys, self.attached, np.arange(len(keys))).wait()
+        return self.engine.store(keys, self.attached, np.arange(len(keys))).wait()
 
     def steps(self, number):
         took = {}

@@ -11,9 +11,10 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import Future, wait
 
 import torch
-from harness import Store, collapse, keys_of, serve
+from harness import Store, batches, collapse, keys_of, serve
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.memory_management import MemoryFormat
@@ -23,6 +24,11 @@ from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend
 from lmcache.v1.storage_backend.plugins.rust_raw_block_backend import RustRawBlockBackend
 
 BATCH_BYTES = 32 << 20  # handed over at once, so that copies and writes overlap
+# Of lookups: 1 layer, 16 tokens, 64 wide, 4 KiB a chunk, which O_DIRECT takes.
+STEP_SHAPE = (1, 2, 16, 1, 64)
+STEP_SLOT_BYTES = 8192  # raw block: a header and the chunk
+STEP_SLACK_BYTES = 256 << 20  # its table of keys, and room
+STEP_BATCH = 256  # the disk backend looks for a key in a list of the running writes
 
 
 def _key(key):
@@ -37,9 +43,19 @@ class LMCache(Store):
     def prepare(self, home, size, blocks, capacity, options):
         """Makes the CPU pool, which it needs whatever is on the drive."""
         tokens = size // (32 * 2 * 8 * 128 * 2)
-        self.shape, self.fmt = torch.Size([2, 32, tokens, 1024]), MemoryFormat.KV_2LTD
+        self._configure(home, (32, 2, tokens, 8, 128), 2 * blocks * size + (256 << 20), capacity, options)
+        pool = self.cpu.memory_allocator.buffer
+        self.huge = collapse(pool.data_ptr(), pool.numel() * pool.element_size())
+        self.each = max(1, BATCH_BYTES // size)
+        self.source = torch.from_numpy(self.pages.source).view(torch.bfloat16)
+        self.target = torch.from_numpy(self.pages.target).view(torch.bfloat16)
+
+    def _configure(self, home, kv_shape, pool_bytes, capacity, options):
+        """kv_shape: layers, 2, tokens of a chunk, heads, width of a head."""
+        layers, parts, tokens, heads, width = kv_shape
+        self.shape, self.fmt = torch.Size([parts, layers, tokens, heads * width]), MemoryFormat.KV_2LTD
         extra = dict(options.get("extra", {}))
-        kind = options["kind"]
+        self.kind = kind = options["kind"]
         if kind == "raw":
             device = home / "raw"
             with device.open("ab") as file:
@@ -50,56 +66,61 @@ class LMCache(Store):
                 "rust_raw_block.use_odirect": True,
             }
         config = {"chunk_size": tokens, "local_cpu": kind == "cpu", "extra_config": extra or None}
-        config["max_local_cpu_size"] = (2 * blocks * size + (256 << 20)) / 2**30
+        config["max_local_cpu_size"] = pool_bytes / 2**30
         if kind == "disk":
             (home / "disk").mkdir(exist_ok=True)
             config |= {"local_disk": str(home / "disk"), "max_local_disk_size": capacity / 2**30}
-        config = LMCacheEngineConfig.from_defaults(**config)
-        metadata = LMCacheMetadata(
-            "bench", 1, 1, 0, 0, torch.bfloat16, (32, 2, tokens, 8, 128), chunk_size=tokens
-        )
-        self.cpu = LocalCPUBackend(config, metadata, "cpu")
-        pool = self.cpu.memory_allocator.buffer
-        self.huge = collapse(pool.data_ptr(), pool.numel() * pool.element_size())
-        self.kind, self.backend = kind, self.cpu
-        self.config, self.metadata = config, metadata
-        self.each = max(1, BATCH_BYTES // size)
-        self.source = torch.from_numpy(self.pages.source).view(torch.bfloat16)
-        self.target = torch.from_numpy(self.pages.target).view(torch.bfloat16)
+        self.config = LMCacheEngineConfig.from_defaults(**config)
+        self.metadata = LMCacheMetadata("bench", 1, 1, 0, 0, torch.bfloat16, kv_shape, chunk_size=tokens)
+        self.backend = self.cpu = LocalCPUBackend(self.config, self.metadata, "cpu")
 
     def open(self, home, size, blocks, capacity, options):
+        self._start()
+        return {"config": f"{options}, {torch.get_num_threads()} torch threads", "huge_pages": self.huge}
+
+    def _start(self):
         if self.kind == "disk":
             self.backend = LocalDiskBackend(self.config, self.loop, self.cpu, "cpu", metadata=self.metadata)
         elif self.kind == "raw":
             self.backend = RustRawBlockBackend(self.config, self.metadata, self.cpu, self.loop, "cpu")
-        return {"config": f"{options}, {torch.get_num_threads()} torch threads", "huge_pages": self.huge}
 
-    def _fill(self, i):
+    def _allocate(self):
         obj = self.cpu.allocate(self.shape, torch.bfloat16, self.fmt)
         if obj is None:
             raise MemoryError("LMCache's CPU pool is full")
+        return obj
+
+    def _fill(self, i):
+        obj = self._allocate()
         obj.tensor.copy_(self.source[i].view(self.shape))
         return obj
 
     def put(self, keys):
-        written = threading.Semaphore(0)
-        futures = []
+        running = []
         for begin in range(0, len(keys), self.each):
             some = [_key(key) for key in keys[begin : begin + self.each]]
-            objs = [self._fill(begin + i) for i in range(len(some))]
-            if self.kind == "disk":
-                for key, obj in zip(some, objs, strict=True):
-                    self.backend.submit_put_task(key, obj, lambda _: written.release())
-            else:
-                futures += self.backend.batched_submit_put_task(some, objs) or []
-            for obj in objs:
-                obj.ref_count_down()
-        for future in futures:
-            future.result(60)
+            running += self._submit(some, [self._fill(begin + i) for i in range(len(some))])
+        self._finish(running)
+
+    def _submit(self, keys, objs):
+        """Hands chunks over, which it takes; futures of what is not in yet."""
         if self.kind == "disk":
-            for i in range(len(keys)):
-                if not written.acquire(timeout=60):
-                    raise TimeoutError(f"{i} of {len(keys)} chunks were written in 60 s")
+            futures = [Future() for _ in keys]
+            for key, obj, future in zip(keys, objs, futures, strict=True):
+                self.backend.submit_put_task(key, obj, lambda _, done=future: done.set_result(None))
+        else:
+            futures = self.backend.batched_submit_put_task(keys, objs) or []
+        for obj in objs:
+            obj.ref_count_down()
+        return futures
+
+    @staticmethod
+    def _finish(futures):
+        done, left = wait(futures, 60)
+        if left:
+            raise TimeoutError(f"{len(left)} of {len(futures)} writes were not over after 60 s")
+        for future in done:
+            future.result()
 
     def get(self, keys):
         # All at once to the threads, or batches so that the pool is not needed twice.
@@ -143,24 +164,20 @@ class LMCache(Store):
         self.loop.call_soon_threadsafe(self.loop.stop)
 
     def steps_open(self, count, options):
-        tokens = 16
-        config = LMCacheEngineConfig.from_defaults(chunk_size=tokens, local_cpu=True, max_local_cpu_size=1.0)
-        shape = (1, 2, tokens, 1, 16)
-        metadata = LMCacheMetadata("bench", 1, 1, 0, 0, torch.bfloat16, shape, chunk_size=tokens)
-        self.backend = self.cpu = LocalCPUBackend(config, metadata, "cpu")
+        pool = (count if options["kind"] == "cpu" else STEP_BATCH) * STEP_SLOT_BYTES + STEP_SLACK_BYTES
+        self._configure(self.home, STEP_SHAPE, pool, count * STEP_SLOT_BYTES + STEP_SLACK_BYTES, options)
+        self._start()
         self.present = [_key(key) for key in keys_of(-1, count)]
-        for key in self.present:
-            obj = self.cpu.allocate(torch.Size([2, 1, tokens, 16]), torch.bfloat16, MemoryFormat.KV_2LTD)
-            self.cpu.submit_put_task(key, obj)
-            obj.ref_count_down()
+        for some in batches(self.present, STEP_BATCH):
+            self._finish(self._submit(some, [self._allocate() for _ in some]))
 
     def steps(self, number):
-        lookup = self.cpu.batched_async_contains("bench", self.present)
+        lookup = self.backend.batched_async_contains("bench", self.present)
         begin = time.perf_counter()
         found = asyncio.run(lookup)
         took = time.perf_counter() - begin
         if found != len(self.present):
-            raise RuntimeError(f"found {found}")
+            raise RuntimeError(f"found {found} of {len(self.present)}")
         return {"lookup": took}
 
 

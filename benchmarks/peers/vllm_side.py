@@ -4,14 +4,19 @@
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from harness import Store, huge_buffer, keys_of, serve
+from harness import Store, batches, huge_buffer, keys_of, serve
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 
 STEP_BATCH = 16
+# Of the file tier's lookups: blocks that O_DIRECT takes, and as much of vLLM's memory as is filled at once.
+FILE_BYTES = 4096
+FILE_ROWS = 4096
+FILE_JOB = 256
 
 
 class Manager(Store):
@@ -80,17 +85,27 @@ class Files(Store):
     """FileSystemTierManager with 16 + 16 threads behind vLLM's CPU memory; torch copies to and from it."""
 
     def prepare(self, home, size, blocks, capacity, options):
-        from vllm.v1.kv_offload.tiering.base import TransferJob
-        from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
-
-        self.job_type, self.tier_type = TransferJob, FileSystemTierManager
+        self._import()
         self.view = huge_buffer(blocks * size).reshape(blocks, size)
         self.memory = torch.from_numpy(self.view)
         self.source, self.target = torch.from_numpy(self.pages.source), torch.from_numpy(self.pages.target)
         self.per_job = max(1, min(16, blocks // 16))
-        self.job = 0
+
+    def _import(self):
+        from vllm.v1.kv_offload.tiering.base import TransferJob
+        from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+
+        self.job_type, self.tier_type = TransferJob, FileSystemTierManager
+        self.job = self.asked = 0
 
     def open(self, home, size, blocks, capacity, options):
+        self._start(home)
+        return {
+            "config": f"16+16 threads, {self.per_job} blocks a job, O_DIRECT {self.tier._use_o_direct}, "
+            f"{torch.get_num_threads()} torch threads",
+        }
+
+    def _start(self, home):
         spec = SimpleNamespace(
             blocks_per_chunk=1,
             config=SimpleNamespace(
@@ -106,10 +121,6 @@ class Files(Store):
             ),
         )
         self.tier = self.tier_type(spec, memoryview(self.view), "fs", str(home / "files"))
-        return {
-            "config": f"16+16 threads, {self.per_job} blocks a job, O_DIRECT {self.tier._use_o_direct}, "
-            f"{torch.get_num_threads()} torch threads",
-        }
 
     def _jobs(self, keys, submit, before):
         jobs = {}
@@ -153,30 +164,55 @@ class Files(Store):
         return found
 
     def found(self, keys):
-        context = ReqContext(f"found{time.monotonic()}")
-        names = [make_offload_key(key, 0) for key in keys]
+        return self._ask([make_offload_key(key, 0) for key in keys])[0]
+
+    def _ask(self, names):
+        """How many are there, and seconds: asked, looked for by the tier's thread, and asked once more."""
+        self.asked += 1
+        context = ReqContext(f"found{self.asked}")
         self.tier.on_new_request(context)
-        until = time.monotonic() + 120
-        while True:
+        begin = time.perf_counter()
+        results = [self.tier.lookup(name, context) for name in names]
+        while LookupResult.RETRY in results:
+            self._wait_for(names[-1], context, begin + 90)  # a batch is answered as a whole
             results = [self.tier.lookup(name, context) for name in names]
-            if LookupResult.RETRY not in results:
-                break
-            if time.monotonic() > until:
-                raise TimeoutError("lookups are not answered after 120 s")
-            self.tier.on_schedule_end(None)
-            time.sleep(1e-4)
+        took = time.perf_counter() - begin
         self.tier.on_request_finished(context)
-        return sum(result is LookupResult.HIT for result in results)
+        return sum(result is LookupResult.HIT for result in results), took
+
+    def _wait_for(self, name, context, until):
+        self.tier.on_schedule_end(None)
+        while self.tier.lookup(name, context) is LookupResult.RETRY:
+            if time.perf_counter() > until:
+                raise TimeoutError("lookups are not answered after 90 s")
+            time.sleep(1e-4)
+            self.tier.on_schedule_end(None)
 
     def forget(self, keys):
-        from pathlib import Path
-
         for key in keys:  # the tier has no way to remove a block
             Path(self.tier.file_mapper.get_file_name(make_offload_key(key, 0))).unlink(missing_ok=True)
 
     def close(self):
         self.tier.drain_jobs()
         self.tier.shutdown()
+
+    def steps_open(self, count, options):
+        self._import()
+        self.view = huge_buffer(FILE_ROWS * FILE_BYTES).reshape(FILE_ROWS, FILE_BYTES)
+        self.per_job = FILE_JOB
+        self._start(self.home)
+        keys = keys_of(-1, count)
+        for some in batches(keys, FILE_ROWS):
+            jobs = self._jobs(some, self.tier.submit_store, lambda _: None)
+            if not all(success for _, success in self._finished(jobs)):
+                raise OSError("a store failed")
+        self.present = [make_offload_key(key, 0) for key in keys]
+
+    def steps(self, number):
+        found, took = self._ask(self.present)
+        if found != len(self.present):
+            raise RuntimeError(f"found {found} of {len(self.present)}")
+        return {"lookup": took}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from vllm.v1.kv_offload.config import OffloadingCacheConfig, OffloadingGroupConf
 from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from kvtier.adapters.vllm_tier import KVTierSecondaryTier
+from kvtier.cli.vllm_server import forget_offloaded_memory
 from kvtier.errors import ConfigError
 
 PROMPTS = [prompt(seed, 300 + 50 * seed) for seed in range(3)]
@@ -41,9 +42,12 @@ def offloading(model: Path, path: Path) -> Iterator[tuple[Server, Any]]:
     transfer = KVTransferConfig(
         kv_connector="OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra
     )
-    with serving(model, connector=False, kv_transfer_config=transfer) as server:
-        manager = server.vllm_scheduler.connector.connector_scheduler.manager
-        yield server, manager.secondary_tiers[0]
+    try:
+        with serving(model, connector=False, kv_transfer_config=transfer) as server:
+            manager = server.vllm_scheduler.connector.connector_scheduler.manager
+            yield server, manager.secondary_tiers[0]
+    finally:
+        forget_offloaded_memory(transfer.engine_id)  # of an engine that did not start or end in order
 
 
 @pytest.fixture(scope="module")

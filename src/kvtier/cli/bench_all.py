@@ -102,7 +102,7 @@ STEPS = (
     Step("reopen", ("bench", "reopen", "--dir", "{dir}"), 1),
     Step("disk", ("bench", "disk", "--dir", "{dir}"), 7, _no_fio),
     Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch")),
-    Step("peers", ("bench", "peers", "--dir", "{dir}"), 15, _no_module("kvtier.cli.bench_peers")),
+    Step("peers", ("bench", "peers", "--dir", "{dir}"), 18, _no_module("kvtier.cli.bench_peers")),
     Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 10, _no_vllm, _vllm_python),
     Step("gpu", ("bench", "device"), 3, _no_gpu),
     Step("ttft-gpu", ("bench", "ttft", "--device", "cuda", "--dir", "{dir}"), 10, _no_gpu_torch),

@@ -324,8 +324,8 @@ def _record(
 
 
 def index_work(run: Run, peer: Peer) -> None:
-    """Rounds of lookups, and of what else both can do, on keys of small values."""
-    ours = replace(KVTIER, tier="host", options={"steps": peer.steps, "slots": peer.slots or _KEYS})
+    """Rounds of lookups, and of what else both can do, on keys of small values in the peer's tier."""
+    ours = replace(KVTIER, tier=peer.tier, options={"tier": peer.tier})
     ms: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
         sides = []

@@ -41,6 +41,9 @@ METHOD = {
     "lossless": "yes: logits are bit-identical to the recompute's (where it was extrapolated: to those of "
     "the pages in place); a control with one damaged block differs; KV of 8 bits is so in the recompute, too",
     "limit": "KV bytes over plain copies / O_DIRECT reads of up to 512 MiB in the same round",
+    "energy": "J per first token by the counters of the packages (RAPL) and of the GPU (NVML), read before "
+    "and after each run; ttft/<shape>/energy_from says which. Absent where what computes has none, "
+    "or a counter did not step in one of the runs (RAPL's about every ms, NVML's every 20 to 100)",
     "page_cache": "no part of it: the disk tier and the plain reads use O_DIRECT",
     "extrapolated": "a * linear operations + b * attention operations, fitted to the measured recomputes",
 }
@@ -214,7 +217,11 @@ class _Run:
             self._leave_out(**said["left_out"])
         if "expect" in said:
             self.progress.expect(self.progress.done + said["expect"] + self.seconds_behind)
-        self.facts.update(said.get("facts", {}))
+        facts = said.get("facts", {})
+        if "energy_from" in facts:
+            sources, missing = (", ".join(facts[key]) for key in ("energy_from", "energy_missing"))
+            print(f"energy: {sources or 'absent'}{missing and f' ({missing})'}", file=self.report.out)
+        self.facts.update(facts)
 
     def _bytes(self, tokens: int) -> int:
         return tokens * self.shape.kv_bytes_per_token(self.layer.kv_dtype)
@@ -240,7 +247,7 @@ class _Run:
                 measured(f"restore/{where}/{tier}", rates, "GB/s", plain),
                 measured(f"overhead/{where}/{tier}", over, "ms"),
             )
-        if joules:
+        if joules and len(joules) == len(seconds):
             report.add(measured(f"energy/{where}/{tier}", joules, "J"))
 
     def finish(self) -> None:

@@ -39,7 +39,8 @@ from kvtier.cli.bench_ttft_plan import (
     schedule,
 )
 from kvtier.cli.demo_life import wait_for_room
-from kvtier.cli.limits import DriveFile, Energy, HostCopy
+from kvtier.cli.energy import Energy
+from kvtier.cli.limits import DriveFile, HostCopy
 from kvtier.cli.lives import Lines, end, say
 from kvtier.cli.shapes import Latent, Shape
 
@@ -96,8 +97,7 @@ class World:
         rng = np.random.default_rng(life.seed)
         ids = rng.integers(0, self.shape.vocab_size, self.longest + SUFFIX_TOKENS, np.int32)
         self.prefix, self.suffix = ids[: self.longest], ids[self.longest :]
-        gpu = torch.device(life.device).index or 0 if life.device.startswith("cuda") else None
-        self.energy = Energy(gpu)
+        self.energy = Energy(self.decoder.gpu_uuid)
         self.lines = Lines()
         self.opens: list[float] = []
 
@@ -216,7 +216,8 @@ def recompute(world: World, plan: Schedule, model: Fit) -> dict[int, Any]:
     allowed = 60 * world.life.minutes * RECOMPUTE_AT_MOST
     passes = [plan.repeated] * (world.life.rounds - 1) if plan.repeated else []
     for lengths in [*passes, plan.recomputed]:
-        took, joules, done = 0.0, 0.0, 0
+        took, done = 0.0, 0
+        joules: float | None = 0.0
         for tokens in lengths:
             if done and took * model.seconds(tokens) / model.seconds(done) > allowed:
                 break  # slower than the calibration said
@@ -225,15 +226,17 @@ def recompute(world: World, plan: Schedule, model: Fit) -> dict[int, Any]:
             for at in range(done, tokens, world.layer.chunk):
                 until = min(at + world.layer.chunk, tokens)
                 world.decoder.prefill(world.prefix[at:until], at)
+                world.energy.read()  # so that no counter goes round twice
                 world.lines.step(model.seconds(until - at, at))
             took += time.perf_counter() - begin
-            joules += world.energy.since(before) or 0.0
+            used = world.energy.since(before)
+            joules = None if joules is None or used is None else joules + used
             done = tokens
             one = Samples()
             logits = world.first_token(tokens, one)
             same = same and torch.equal(expected.setdefault(tokens, logits), logits)
             samples[tokens].seconds.append(took + one.seconds[0])
-            samples[tokens].joules += [joules + j for j in one.joules]
+            samples[tokens].joules += [joules + j for j in one.joules if joules is not None]
             if lengths is plan.recomputed:
                 row(tokens, "recompute", samples[tokens])
     if passes:
@@ -313,6 +316,7 @@ def first(life: Life) -> None:
             "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(),
             "energy_from": world.energy.sources,
+            "energy_missing": world.energy.missing,
             "kv_bytes_per_token": world.shape.kv_bytes_per_token(world.layer.kv_dtype),
             "calibration": {"linear": model.linear, "attention": model.attention},
         },

@@ -127,6 +127,13 @@ class Decoder:
         for part in self.tokens(begin, end):
             part.copy_((part.to(self.dtype) * -4).to(part.dtype))
 
+    @property
+    def gpu_uuid(self) -> str | None:
+        """As NVML names the GPU (its numbers are not CUDA's); None without one."""
+        if self.device.type != "cuda":
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
     def synchronize(self) -> None:
         """Waits for the device."""
         if self.device.type == "cuda":

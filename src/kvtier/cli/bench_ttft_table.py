@@ -23,7 +23,7 @@ def cells(document: dict[str, Any], shape: str) -> tuple[list[str], list[list[st
     with_energy = any(name.startswith(f"energy/{shape}/") for name in found)
     prefix = f"kv_bytes/{shape}/"
     lengths = sorted(int(name[len(prefix) :]) for name in found if name.startswith(prefix))
-    header = _HEADER + (["recompute J", "host J"] if with_energy else [])
+    header = _HEADER + (["recompute J", "host J", "disk J"] if with_energy else [])
     return header, [_row(found, f"{shape}/{tokens}", tokens, with_energy) for tokens in lengths]
 
 
@@ -42,5 +42,5 @@ def _row(found: dict[str, dict[str, Any]], at: str, tokens: int, with_energy: bo
         row += [f"{rate} / {plain}" if rate else "", cell(f"overhead/{at}/{tier}", ".0f")]
     row.append(cell(f"break_even/{at}", ".2g"))
     if with_energy:
-        row += [cell(f"energy/{at}/{tier}", ".3g") for tier in ("recompute", "host")]
+        row += [cell(f"energy/{at}/{tier}", ".3g") for tier in ("recompute", "host", "disk")]
     return row

@@ -1,4 +1,4 @@
-"""What the machine itself can do, in plain calls: copies, reads and writes of a drive, energy.
+"""What the machine itself can do, in plain calls: copies, reads and writes of a drive.
 
 Measured beside what is held against it, in the same round. A drive is read and written with `preadv`,
 `pwritev` and O_DIRECT by threads, 2 MiB at a time, in buffers in huge pages where the kernel gives them.
@@ -6,7 +6,6 @@ Measured beside what is held against it, in the same round. A drive is read and 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import threading
@@ -23,7 +22,6 @@ from kvtier.engine import copy_limit
 _REQUEST_BYTES = 2 << 20
 _THREADS = 16
 _HUGE_PAGE = 2 << 20
-_RAPL = Path("/sys/class/powercap")
 
 
 def huge_buffer(size: int) -> npt.NDArray[np.uint8]:
@@ -129,56 +127,3 @@ def _open_direct(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDWR | os.O_DIRECT), True
     except OSError:
         return os.open(path, os.O_RDWR), False
-
-
-class Energy:
-    """Joules used so far, of the packages (RAPL) and the GPU (NVML), where the machine tells them.
-
-    Attributes:
-        sources: What is counted; empty: nothing is known, and nothing is guessed.
-    """
-
-    def __init__(self, gpu: int | None = None) -> None:
-        self._zones: list[tuple[Path, int]] = []
-        for zone in sorted(_RAPL.glob("intel-rapl:[0-9]")) if _RAPL.is_dir() else []:
-            try:
-                most = int((zone / "max_energy_range_uj").read_text())
-                int((zone / "energy_uj").read_text())
-            except (OSError, ValueError):
-                continue  # for root only, on most machines
-            self._zones.append((zone, most))
-        self._gpu = _nvml_counter(gpu) if gpu is not None else None
-        self.sources = [f"RAPL {zone.name}" for zone, _ in self._zones]
-        self.sources += ["NVML"] if self._gpu is not None else []
-
-    def read(self) -> list[float]:
-        """Joules of each source, from a point of its own; give it to `since`."""
-        found = [int((zone / "energy_uj").read_text()) / 1e6 for zone, _ in self._zones]
-        return [*found, *([self._gpu()] if self._gpu is not None else [])]
-
-    def since(self, before: list[float]) -> float | None:
-        """Joules of all sources since `before`; None without any."""
-        if not self.sources:
-            return None
-        ranges = [most / 1e6 for _, most in self._zones] + ([0.0] if self._gpu is not None else [])
-        pairs = zip(self.read(), before, ranges, strict=True)
-        return sum(now - then if now >= then else now - then + most for now, then, most in pairs)
-
-
-def _nvml_counter(gpu: int) -> Callable[[], float] | None:
-    """Reads the GPU's energy counter, in joules (NVML: nvmlDeviceGetTotalEnergyConsumption)."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    device, total = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(gpu, ctypes.byref(device)):
-        return None
-    if nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total)):
-        return None
-
-    def joules() -> float:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total))
-        return total.value / 1e3
-
-    return joules

@@ -59,9 +59,8 @@ class Peer:
 
 
 def _lmcache(name: str, about: str, kind: str, **extra: Any) -> Peer:
-    return Peer(
-        f"lmcache-{name}", about, "lmcache", ("lmcache_side.py",), options={"kind": kind, "extra": extra}
-    )
+    options = {"kind": kind, "extra": extra}
+    return Peer(f"lmcache-{name}", about, "lmcache", ("lmcache_side.py",), options=options, steps=_STEPS)
 
 
 KVTIER = Peer("kvtier", "the whole engine", "kvtier", ("kvtier_side.py",), options={"tier": "disk"})
@@ -107,6 +106,7 @@ PEERS = (
         "vLLM FileSystemTierManager, O_DIRECT, 16+16 threads, copies by torch",
         "vllm",
         ("vllm_side.py", "files"),
+        steps=_STEPS,
     ),
     Peer(
         "mooncake",

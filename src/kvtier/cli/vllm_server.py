@@ -6,13 +6,16 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvtier.errors import ConfigError, UnsupportedError
@@ -20,6 +23,7 @@ from kvtier.errors import ConfigError, UnsupportedError
 START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
 _NAME = "m"
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where vLLM puts it
 
 
 class Answer(NamedTuple):
@@ -36,8 +40,21 @@ class Answer(NamedTuple):
     cached_tokens: int
 
 
+def forget_offloaded_memory(engine_id: str) -> None:
+    """Removes what vLLM's own tiering leaves of its host memory when it is killed.
+
+    A file of all of that memory (vllm/v1/kv_offload/cpu/shared_offload_region.py), named by the engine_id of
+    --kv-transfer-config, so that nobody else's is touched; with data parallelism one for each engine.
+    """
+    for path in _SHARED_MEMORY.glob(f"vllm_offload_{engine_id}*.mmap"):
+        path.unlink(missing_ok=True)
+
+
 class VllmServer:
-    """One server in a process group of its own; a context manager that ends it."""
+    """One server in a process group of its own; a context manager that ends it.
+
+    However it ends, also by a signal from elsewhere: `kill` and `stop` leave nothing of it in shared memory.
+    """
 
     def __init__(
         self, model: str, transfer: Mapping[str, Any], arguments: Sequence[str] = (), **environment: str
@@ -55,7 +72,9 @@ class VllmServer:
             self._port = free.getsockname()[1]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", _NAME]
-        command += ["--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)]
+        self._engine_id = str(transfer.get("engine_id") or f"kvtier-{uuid.uuid4()}")
+        config = json.dumps({**transfer, "engine_id": self._engine_id})
+        command += ["--enable-prompt-tokens-details", "--kv-transfer-config", config]
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"} | environment
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - stop() closes it
         self._server = subprocess.Popen(  # noqa: S603 - this very Python
@@ -97,6 +116,7 @@ class VllmServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
+        forget_offloaded_memory(self._engine_id)
 
     def stop(self) -> None:
         """Asks it to end, and kills what has not after a minute. Idempotent."""
@@ -152,8 +172,22 @@ class VllmServer:
 
     def metric(self, name: str) -> float:
         """The sum of a Prometheus counter over its labels."""
+        return sum(float(line.rsplit(" ", 1)[1]) for line in self._metrics(name))
+
+    def block_tokens(self) -> int:
+        """Tokens of one of vLLM's blocks, which only as a whole are found again.
+
+        Raises:
+            UnsupportedError: It does not say.
+        """
+        for line in self._metrics("vllm:cache_config_info{"):
+            if (found := re.search(r'[{,]block_size="(\d+)"', line)) is not None:
+                return int(found[1])
+        raise UnsupportedError("vLLM's metrics do not say its block_size")
+
+    def _metrics(self, name: str) -> list[str]:
         lines = self.request("GET", "/metrics")[1].decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+        return [line for line in lines if line.startswith(name)]
 
 
 def _read(response: http.client.HTTPResponse, begin: float) -> Answer:

@@ -1,4 +1,4 @@
-"""What benchmarks stand on: plain copies and reads, joules, the time left, processes that are killed."""
+"""What benchmarks stand on: plain copies and reads, the time left, processes that are killed."""
 
 import io
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.cli import limits, lives, progress
-from kvtier.cli.limits import DriveFile, Energy, HostCopy, huge_buffer
+from kvtier.cli import lives, progress
+from kvtier.cli.limits import DriveFile, HostCopy, huge_buffer
 from kvtier.cli.progress import Progress
 from kvtier.errors import StorageError
 
@@ -50,32 +50,6 @@ def test_a_plain_write_writes_the_whole_file(tmp_path: Path) -> None:
     assert len(written) == drive.size
     assert {written[0], written[-1]} <= {1, 2}  # whichever thread had it
     drive.close()
-
-
-class TestEnergy:
-    @pytest.fixture
-    def zone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        zone = tmp_path / "intel-rapl:0"
-        zone.mkdir()
-        (zone / "max_energy_range_uj").write_text("1000000000")
-        (zone / "energy_uj").write_text("999000000")
-        monkeypatch.setattr(limits, "_RAPL", tmp_path)
-        return zone
-
-    def test_joules_since(self, zone: Path) -> None:
-        energy = Energy()
-        assert energy.sources == ["RAPL intel-rapl:0"]
-        before = energy.read()
-        (zone / "energy_uj").write_text("999500000")
-        assert energy.since(before) == pytest.approx(0.5)
-        (zone / "energy_uj").write_text("1500000")  # the counter went round
-        assert energy.since(before) == pytest.approx(2.5)
-
-    def test_nothing_is_guessed(self, zone: Path) -> None:
-        (zone / "energy_uj").write_text("denied")
-        energy = Energy()
-        assert energy.sources == []
-        assert energy.since(energy.read()) is None
 
 
 def test_lines_tell_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,17 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         name: Peer(name, f"a fake that {name}", "kvtier", (str(script),), options={name: True})
         for name in ("works", "lies", "dies", "hangs")
     }
-    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=STEPS, holder=True)
+    fake["works"] = Peer("works", "a fake", "kvtier", (str(script),), steps=STEPS[:1], holder=True)
+    fake["counts"] = Peer(
+        "counts",
+        "a fake that moves nothing",
+        "kvtier",
+        (str(script),),
+        tier="host",
+        steps=STEPS,
+        moves=(),
+        survives=False,
+    )
     fake["absent"] = Peer(
         "absent", "needs what is not there", "kvtier", (str(script),), program="no-such-program"
     )
@@ -114,12 +124,13 @@ def run(folder: Path, *words: str) -> tuple[int, Any]:
 
 
 def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, document = run(fakes, "--only", "works")
+    status, document = run(fakes, "--only", "works", "--only", "counts")
     assert status == 0
     of = {result["name"]: result for result in document["results"]}
-    for what in ("put/2MiB", "get/2MiB", "lookup/1024"):
-        ours, theirs = of[f"kvtier/{what}/works"], of[f"works/{what}"]
-        ratio = of[f"kvtier/{what}/works/ratio"]
+    rows = [("works", "put/2MiB"), ("works", "get/2MiB"), ("works", "lookup/1024"), ("counts", "lookup/1024")]
+    for peer, what in rows:
+        ours, theirs = of[f"kvtier/{what}/{peer}"], of[f"{peer}/{what}"]
+        ratio = of[f"kvtier/{what}/{peer}/ratio"]
         assert ours["limit"] == theirs["value"] > 0
         assert ratio["min"] <= ratio["value"] == ours["ratio"] <= ratio["max"]
     for what in ("put/2MiB", "get/2MiB"):  # both beside the machine's own
@@ -129,10 +140,10 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
         assert of[f"kvtier/{what}/works/of_machine"]["value"] == pytest.approx(share)  # one round
     # Ours with the bytes copied stands beside the peer's index work, and under its own name.
     for what in STEPS[1:]:
-        theirs = of[f"works/{what}/1024"]["value"]
-        assert of[f"kvtier/{what}/1024/works"]["limit"] == theirs
-        assert of[f"kvtier/{what}_copied/1024/works"]["limit"] == theirs
-        assert f"works/{what}_copied/1024" not in of
+        theirs = of[f"counts/{what}/1024"]["value"]
+        assert of[f"kvtier/{what}/1024/counts"]["limit"] == theirs
+        assert of[f"kvtier/{what}_copied/1024/counts"]["limit"] == theirs
+        assert f"counts/{what}_copied/1024" not in of
     assert document["machine"]["skipped"] == document["machine"]["wrong_bytes"] == {}
     # kvtier beside itself alone: nothing is lost, nothing wrong is served, and the cap holds.
     for end in ("killed", "closed"):
