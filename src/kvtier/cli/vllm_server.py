@@ -22,6 +22,7 @@ from kvtier.errors import ConfigError, UnsupportedError
 
 START_SECONDS = 600.0
 _STOP_SECONDS = 60.0
+_OTHERS_SECONDS = 10.0
 _NAME = "m"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where vLLM puts it
 
@@ -53,7 +54,7 @@ def forget_offloaded_memory(engine_id: str) -> None:
 class VllmServer:
     """One server in a process group of its own; a context manager that ends it.
 
-    However it ends, also by a signal from elsewhere: `kill` and `stop` leave nothing of it in shared memory.
+    However it ended, also by a signal from elsewhere: `kill` and `stop` leave nothing of it in shared memory.
     """
 
     def __init__(
@@ -112,10 +113,18 @@ class VllmServer:
         return self._log.read()[-4000:]
 
     def kill(self) -> None:
-        """Kill -9 of the server and its engine. Idempotent."""
+        """Kill -9 of the server and its engine. Idempotent.
+
+        Python's trackers of shared memory live on until they have removed what the killed left of theirs.
+        """
+        for pid in _group(self._server.pid):
+            if not _is_tracker(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._server.wait()
+        self._wait_for_the_others()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.wait()
         forget_offloaded_memory(self._engine_id)
 
     def stop(self) -> None:
@@ -124,8 +133,15 @@ class VllmServer:
             self._server.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._server.wait(_STOP_SECONDS)
+                self._wait_for_the_others()
         self.kill()  # the engine's process too, where the server left it behind
         self._log.close()
+
+    def _wait_for_the_others(self) -> None:
+        """Until nothing of its group runs, or for some seconds."""
+        end = time.monotonic() + _OTHERS_SECONDS
+        while _group(self._server.pid) and time.monotonic() < end:
+            time.sleep(0.02)
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         """One request: status and answer."""
@@ -188,6 +204,25 @@ class VllmServer:
     def _metrics(self, name: str) -> list[str]:
         lines = self.request("GET", "/metrics")[1].decode().splitlines()
         return [line for line in lines if line.startswith(name)]
+
+
+def _group(leader: int) -> list[int]:
+    """Processes of a group that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether it is multiprocessing's, which removes what is registered when its processes have ended."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _read(response: http.client.HTTPResponse, begin: float) -> Answer:
