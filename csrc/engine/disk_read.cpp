@@ -308,7 +308,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
 
 // Gives up what only these wait for and no drive has begun.
 std::uint64_t EngineImpl::cancel_reads(const std::vector<std::shared_ptr<Operation>>& prefetches) {
-  std::vector<std::shared_ptr<Promotion>> mine;
+  std::vector<std::pair<std::shared_ptr<Promotion>, StoreJob>> mine;
   {
     MutexLock lock(mutex_);
     for (const auto& [host, promotion] : disk_->promotions) {
@@ -318,12 +318,12 @@ std::uint64_t EngineImpl::cancel_reads(const std::vector<std::shared_ptr<Operati
           });
       if (!only_these || promotion->cancelled || !promotion->job) continue;
       promotion->cancelled = true;  // nobody may join any more
-      mine.push_back(promotion);
+      mine.emplace_back(promotion, *promotion->job);
     }
   }
   std::uint64_t cancelled = 0;
-  for (const std::shared_ptr<Promotion>& promotion : mine) {
-    if (disk_->volumes[promotion->volume].store->cancel(*promotion->job)) {
+  for (const auto& [promotion, job] : mine) {
+    if (disk_->volumes[promotion->volume].store->cancel(job)) {
       ++cancelled;
     } else {
       MutexLock lock(mutex_);
