@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.costs import pairs
+from kvtier.engine import Engine
 from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
+from kvtier.testing import SimulatedDrive
 
 T, D, PAGES = 4, 8, 64
 
@@ -227,6 +230,69 @@ def test_a_failed_load_drops_its_blocks_and_is_not_tried_again(bench: Bench) -> 
     bench.side.on_new_request(other)
     assert bench.side.match(other, 0) == 0
     assert bench.side.counters.take()["load_failures"] == 1
+
+
+def fail_a_load(bench: Bench, one: Request) -> None:
+    bench.side.on_new_request(one)
+    found = bench.side.match(one, 0)
+    assert found
+    bench.side.grant(one, ([4, 5, 6],), found)
+    ((_, copies),), _, _ = bench.step()
+    bench.execute(copies)
+    bench.side.received({one.request_id}, {one.request_id})
+
+
+def test_a_failed_load_ends_no_server_whose_drive_is_out_of_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drive = SimulatedDrive(1)
+    monkeypatch.setattr(
+        "kvtier.adapters.vllm.scheduler.open_engine", lambda config: Engine(config, drive=drive)
+    )
+    bench = Bench(tmp_path, disk=True)
+    try:
+        bench.store(request("a", 3), [1, 2, 3])
+        bench.side._engine.flush(30)
+        drive.power_loss()
+        fail_a_load(bench, request("b", 3))
+        other = request("c", 3)
+        bench.side.on_new_request(other)
+        assert bench.side.match(other, 0) == 0
+        assert bench.side._drops.wait(30)
+        assert bench.side.match(other, 0) == 0
+        assert bench.side._engine.stats().host[0].ready == 0
+        assert "may be found again after a restart" in caplog.text
+    finally:
+        bench.close()
+
+
+def test_nobody_waits_for_a_drop_and_nobody_finds_its_blocks_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    bench.store(request("other", 3, seed=1), [1, 2, 3])
+    confirmed = threading.Event()
+    drop = bench.side._engine.drop
+
+    def slow(keys: Any) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        confirmed.wait(30)
+        return drop(keys)
+
+    monkeypatch.setattr(bench.side._engine, "drop", slow)
+    try:
+        fail_a_load(bench, request("b", 3))
+        waiting = request("c", 3)
+        bench.side.on_new_request(waiting)
+        assert bench.side.match(waiting, 0) == 0
+        again = request("d", 3, seed=1)
+        bench.side.on_new_request(again)
+        assert bench.side.match(again, 0) == 3 * T
+    finally:
+        confirmed.set()
+    assert bench.side._drops.wait(30)
+    bench.store(request("e", 3), [1, 2, 3])
+    assert bench.side.match(waiting, 0) == 3 * T
 
 
 def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
@@ -477,6 +543,7 @@ def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
         whole = Stored(one.block_hashes, None, tokens[: 3 * T], T, None, None, "CPU", 0)
         assert bench.side.take_events() == [whole]
         bench.side.received({"b"}, {"b"})  # a rank has failed
+        assert bench.side._drops.wait(30)
         (gone,) = bench.side.take_events()
         assert isinstance(gone, Removed)
         assert (sorted(gone.block_hashes), gone.medium) == (sorted(one.block_hashes), "CPU")

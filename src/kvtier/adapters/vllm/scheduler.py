@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
+from kvtier.adapters.vllm.drops import BlockDrops
 from kvtier.adapters.vllm.events import Event, EventLog
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
@@ -101,6 +102,7 @@ class SchedulerSide:
         except BaseException:
             self._engine.close()
             raise
+        self._drops = BlockDrops(self._engine)
 
     # --- requests ---
 
@@ -139,6 +141,9 @@ class SchedulerSide:
         if state.options.max_load_tokens is not None:
             last = min(last, first + state.options.max_load_tokens // block_tokens)
         if not state.may_load or last <= first or computed_tokens % block_tokens:
+            return 0
+        last = first + self._drops.before_hidden(state.keys.rows(first, last))
+        if last == first:
             return 0
         # Before the lookup: reads that end behind it are seen by the next one.
         reading = state.prefetch is not None and not state.prefetch.done()
@@ -250,7 +255,7 @@ class SchedulerSide:
         return loads, stores, stale
 
     def received(self, finished: set[str], failed: set[str]) -> None:
-        """Every rank has reported these loads."""
+        """Every rank has reported these loads. Never waits: the blocks of failed ones are dropped later."""
         now = self._clock()
         for request_id in finished:
             load = self._loading.pop(request_id, None)
@@ -267,7 +272,7 @@ class SchedulerSide:
                 continue
             self.counters.add("load_failures")
             if not load.stale:  # those of a reset are gone
-                self._engine.drop(load.keys)
+                self._drops.add(load.keys)
             state = self._requests.get(request_id)
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
@@ -314,6 +319,7 @@ class SchedulerSide:
             load.stale = True
             self._stale.append(request_id)
         self._engine.reset()
+        self._drops.clear()
         for namespace in self._namespaces:
             with contextlib.suppress(StorageError):  # no key of the new epoch finds what is left there
                 self._engine.drop(namespace=namespace)
@@ -326,6 +332,7 @@ class SchedulerSide:
         self._requests.clear()
         self._pins.clear()
         self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
+        self._drops.close(_CLOSE_SECONDS)
         self._keeper.close(_CLOSE_SECONDS)
         with contextlib.suppress(OSError):  # somebody's own things stand there; or it is gone already
             Path(self._directory).rmdir()
