@@ -418,6 +418,21 @@ def test_tenants_adapters_and_what_a_request_allows(bench: Bench) -> None:
     assert match("unknown", kv_transfer_params={"kvtier": {"what": 1}}) == 0
 
 
+def test_an_adapter_that_cannot_be_read_is_not_cached(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter.safetensors").symlink_to("/proc/self/mem")  # reads of it fail
+    adapter = SimpleNamespace(lora_name="l", lora_path=str(tmp_path / "lora"))
+    for name in ("a", "b"):
+        one = request(name, 3, lora_request=adapter)
+        bench.side.on_new_request(one)
+        assert bench.side.match(one, 0) == 0
+        assert bench.step({name: (one.num_tokens, ([1, 2, 3],))})[1] == []
+        bench.side.finish(one)
+    assert caplog.text.count("its adapter") == 1
+
+
 def test_a_request_pins_its_blocks_for_a_time(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     try:

@@ -86,6 +86,7 @@ class SchedulerSide:
         self._clock = clock
         self._directory = directory
         self._loras = LoRAIdentity()
+        self._lora_refused = False
         self._roots: dict[tuple[str, bytes], bytes] = {}
         self._namespaces: set[str] = set()
         self._requests: dict[str, RequestState] = {}
@@ -113,7 +114,16 @@ class SchedulerSide:
         except ConfigError as error:  # whose cache it would be is not known: it is left alone
             _log.warning("request %s is not cached: %s", request.request_id, error)
             return
-        root = self._root(options.namespace, self._loras.of(request.lora_request))
+        try:
+            lora = self._loras.of(request.lora_request)
+        except OSError as error:
+            if not self._lora_refused:
+                _log.warning(
+                    "request %s is not cached: its adapter: %s. Said once", request.request_id, error
+                )
+            self._lora_refused = True
+            return
+        root = self._root(options.namespace, lora)
         keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
         state = RequestState(request, options, keys, may_store=not options.prefetch_only)
         self._requests[request.request_id] = state
