@@ -16,14 +16,16 @@ import pytest
 from kvtier import Config, Disk, KVLayout
 from kvtier.adapters.vllm.events import Cleared, Removed, Stored
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.costs import pairs
 from kvtier.engine import Engine
+from kvtier.errors import ConfigError, DeviceError
 from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
-from kvtier.testing import SimulatedDrive
+from kvtier.testing import FaultPlan, SimulatedDevice, SimulatedDrive, cpu_device, faulty_device
 
 T, D, PAGES = 4, 8, 64
 
@@ -112,7 +114,7 @@ class Bench:
     def settle(self) -> None:
         """Until every page is free."""
         for ended in self.side.holds.poll(self.now, patience=10):
-            assert ended.ticket.result().failed == 0
+            assert ended.ticket.result().error is None
 
     def store(self, one: Request, pages: list[int]) -> None:
         """Computes and stores the whole of a request that is new."""
@@ -293,6 +295,61 @@ def test_nobody_waits_for_a_drop_and_nobody_finds_its_blocks_meanwhile(
     assert bench.side._drops.wait(30)
     bench.store(request("e", 3), [1, 2, 3])
     assert bench.side.match(waiting, 0) == 3 * T
+
+
+def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, window=2 * T)
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6], [0, 8, 9]), bench.side.match(again, 0) or 0)
+    ((_, ((first, first_pages), (second, second_pages))),), _, _ = bench.step()
+    device = SimulatedDevice()
+    device.hold()
+    there = bench.worker.attach([device.empty((PAGES, T, D), np.uint8) for _ in "ab"], 0, axes="PTD")
+    running = bench.worker.execute(first, there, first_pages)
+    with pytest.raises(ConfigError):
+        bench.worker.execute(second, bench.pages[1], second_pages + PAGES)
+    loads = RankLoads()
+    loads.begin("b", [running, None])
+    for idle in (False, True):
+        assert loads.take_ended(idle=idle) == (set(), set())
+    bench.side.received({"b"}, {"b"})  # had a rank said so nevertheless: nobody may have these pages
+    assert [bench.pool.references.get(page) for page in (4, 5, 6)] == [1, 1, 1]
+    device.release()
+    running.wait(10)
+    assert loads.take_ended(idle=False) == ({"b"}, {"b"})
+    assert loads.take_ended(idle=False) == (set(), set())
+    bench.side._poll(bench.now, patience=10)
+    assert bench.pool.references == {}
+    there.detach(10)
+    bench.close()
+
+
+def test_pages_of_a_load_that_may_never_be_over_are_never_used_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    ((_, ((instruction, pages),)),), _, _ = bench.step()
+    plan = FaultPlan()
+    broken = faulty_device(cpu_device(1), plan)
+    there = bench.worker.attach(bench.tensors[0], 0, axes="PTD", device=broken)
+    plan.fail(1, call="synchronize", code="device", native_code=719, from_then_on=True)
+    ticket = bench.worker.execute(instruction, there, pages).wait(10)
+    loads = RankLoads()
+    loads.begin("b", [ticket])
+    assert loads.take_ended(idle=False) == ({"b"}, {"b"})
+    bench.side.received({"b"}, {"b"})
+    bench.side.holds.poll(bench.now, patience=10)
+    assert bench.side.holds.quarantined_pages == 3
+    assert bench.pool.references == {4: 1, 5: 1, 6: 1}
+    assert not bench.side.holds.pending
+    with pytest.raises(DeviceError):
+        bench.worker.close(10)
+    with pytest.raises(DeviceError):
+        bench.side.close()
 
 
 def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:

@@ -20,7 +20,7 @@ from kvtier.adapters.vllm.events import Event, EventLog
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
-from kvtier.adapters.vllm.matching import on_disk_alone, pages_of, pending_after, servable_blocks
+from kvtier.adapters.vllm.matching import PageIds, on_disk_alone, pages_of, pending_after, servable_blocks
 from kvtier.adapters.vllm.options import Options, parse_request_options
 from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
@@ -31,7 +31,7 @@ from kvtier.engine import BlockOutcome, Engine, Match, open_engine
 from kvtier.errors import ConfigError, StorageError
 from kvtier.keys import root_key
 from kvtier.ranks import Instruction, Keeper
-from kvtier.tickets import StoreResult
+from kvtier.tickets import LoadTicket, StoreResult, StoreTicket
 
 _log = logging.getLogger(__name__)
 
@@ -200,6 +200,7 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
+        parts: list[tuple[LoadTicket, PageIds]] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -207,6 +208,7 @@ class SchedulerSide:
             if len(here):
                 order = self._keeper.load(keys[here], g, first_block=first)
                 copies.append((order.instruction, pages[here].reshape(-1)))
+                parts.append((order.ticket, copies[-1][1]))
                 num_bytes += len(here) * self._block_bytes(g)
                 if self._events is not None:
                     begin = int(here[0])
@@ -217,7 +219,7 @@ class SchedulerSide:
         if first == 0:
             state.stored_blocks = count
         self._new_loads.append((request.request_id, copies))
-        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock(), plan)
+        self._loading[request.request_id] = RunningLoad(keys, parts, num_bytes, self._clock(), plan)
 
     def disk_tokens(self, request: Any, external_tokens: int) -> int:
         """How many of the tokens that match() promised were on disk alone when their request arrived."""
@@ -265,7 +267,11 @@ class SchedulerSide:
         return loads, stores, stale
 
     def received(self, finished: set[str], failed: set[str]) -> None:
-        """Every rank has reported these loads. Never waits: the blocks of failed ones are dropped later."""
+        """Every rank has reported these loads.
+
+        Never waits: blocks of failed ones are dropped later, and pages of theirs are held for as long as a
+        rank may write to them.
+        """
         now = self._clock()
         for request_id in finished:
             load = self._loading.pop(request_id, None)
@@ -281,6 +287,8 @@ class SchedulerSide:
                     self._planner.settle(load.plan, now - load.began)
                 continue
             self.counters.add("load_failures")
+            for ticket, pages in load.parts if self.holds.bound else ():  # it may be written to even now
+                self.holds.add(ticket, pages.tolist(), 0, now)
             if not load.stale:  # those of a reset are gone
                 self._drops.add(load.keys)
             state = self._requests.get(request_id)
@@ -485,6 +493,8 @@ class SchedulerSide:
 
     def _poll(self, now: float, patience: float = 0.0) -> None:
         for ended in self.holds.poll(now, patience=patience):
+            if not isinstance(ended.ticket, StoreTicket):
+                continue
             result = ended.ticket.result()
             self._count_store(result, ended.num_bytes, ended.seconds)
             if self._events is not None:

@@ -15,7 +15,7 @@ from kvtier.costs import Plan
 from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
 from kvtier.handles import Lease
 from kvtier.keys import Keys
-from kvtier.tickets import StoreTicket
+from kvtier.tickets import LoadTicket, StoreTicket
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class RunningLoad:
 
     Attributes:
         keys: Of its blocks.
+        parts: For each group the keeper's ticket and the pages that are written to.
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
         plan: What was decided, None if there was nothing to decide.
@@ -85,6 +86,7 @@ class RunningLoad:
     """
 
     keys: Keys
+    parts: list[tuple[LoadTicket, npt.NDArray[np.uint32]]]
     num_bytes: int
     began: float
     plan: Plan | None = None
@@ -92,7 +94,7 @@ class RunningLoad:
 
 
 class _Hold(NamedTuple):
-    ticket: StoreTicket
+    ticket: StoreTicket | LoadTicket
     blocks: list[Any]
     num_bytes: int
     began: float
@@ -100,9 +102,9 @@ class _Hold(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A store that is over: its ticket, its bytes, the seconds it took, and what add() was told of it."""
+    """What is over: its ticket, its bytes, the seconds it took, and what add() was told of it."""
 
-    ticket: StoreTicket
+    ticket: StoreTicket | LoadTicket
     num_bytes: int
     seconds: float
     about: Any
@@ -111,6 +113,7 @@ class Ended(NamedTuple):
 class PageHolds:
     """Keeps pages under a store from being reused, whatever frees them: preemption, finish, abort, a window.
 
+    And those of a load that failed on a rank, for others may still write to them.
     A hold is one more reference in vLLM's block pool. Only for the scheduler's thread.
     """
 
@@ -139,14 +142,19 @@ class PageHolds:
         return self._quarantined
 
     def add(
-        self, ticket: StoreTicket, page_ids: Sequence[int], num_bytes: int, now: float, about: Any = None
+        self,
+        ticket: StoreTicket | LoadTicket,
+        page_ids: Sequence[int],
+        num_bytes: int,
+        now: float,
+        about: Any = None,
     ) -> None:
-        """Holds pages until a store has let go of them.
+        """Holds pages until a store or load has let go of them.
 
         Args:
             ticket: The keeper's, which all ranks' parts settle.
             page_ids: vLLM's block ids.
-            num_bytes: What is stored.
+            num_bytes: What is copied.
             now: Monotonic seconds.
             about: Whatever is wanted back when it is over.
         """
@@ -155,14 +163,14 @@ class PageHolds:
         self._holds.append(_Hold(ticket, blocks, num_bytes, now, about))
 
     def poll(self, now: float, *, patience: float = 0.0) -> list[Ended]:
-        """Lets go of pages whose stores are over.
+        """Lets go of pages whose stores and loads are over.
 
         Args:
             now: Monotonic seconds.
             patience: Seconds to wait for those that are not, all together.
 
         Returns:
-            The stores that are over.
+            What is over.
         """
         if not self._holds:
             return []
