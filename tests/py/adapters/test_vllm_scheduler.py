@@ -403,6 +403,46 @@ def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
         second.close()
 
 
+def test_from_disk_alone_only_what_was_on_disk_is_loaded(tmp_path: Path) -> None:
+    from_disk = {"kvtier": {"tiers": ["disk"]}}
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        again = request("b", 3, kv_transfer_params=from_disk)
+        second.side.on_new_request(again)
+        second.side._requests["b"].prefetch.wait(30)
+        assert second.side.match(again, 0) == 3 * T
+        assert second.side._requests["b"].fetches == 0
+        second.side.grant(again, ([4, 5, 6],), 3 * T)
+        ((_, copies),), _, _ = second.step()
+        second.execute(copies)
+        second.side.received({"b"}, set())
+        assert [int(second.tensors[0][0][page, 0, 0]) for page in (4, 5, 6)] == [1, 2, 3]
+        later = request("c", 3, kv_transfer_params=from_disk)  # now they are in host memory
+        second.side.on_new_request(later)
+        assert second.side.match(later, 0) == 0
+        assert "ask_again" not in second.side.counters.take()
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize("tiers", [[], ["disk"]])
+def test_who_loads_nothing_does_not_wait_for_a_store(bench: Bench, tiers: list[str]) -> None:
+    storing = request("a", 3)
+    bench.side.on_new_request(storing)
+    _, stores, _ = bench.step({"a": (storing.num_tokens, ([1, 2, 3],))})
+    one, other = request("b", 3, kv_transfer_params={"kvtier": {"tiers": tiers}}), request("c", 3)
+    for each in (one, other):
+        bench.side.on_new_request(each)
+    assert bench.side.match(other, 0) is None
+    assert bench.side.match(one, 0) == 0
+    bench.execute(stores)
+    bench.settle()
+    assert bench.side.match(one, 0) == 0
+
+
 def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

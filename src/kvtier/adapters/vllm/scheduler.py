@@ -150,6 +150,8 @@ class SchedulerSide:
         last = min((request.num_tokens - 1) // block_tokens, state.keys.update(request.block_hashes))
         if state.options.max_load_tokens is not None:
             last = min(last, first + state.options.max_load_tokens // block_tokens)
+        if "host" not in state.options.tiers:  # what came from disk is served from host memory, nothing else
+            last = min(last, first + state.run_on_disk(first))
         if not state.may_load or last <= first or computed_tokens % block_tokens:
             return 0
         last = first + self._drops.before_hidden(state.keys.rows(first, last))
@@ -158,8 +160,7 @@ class SchedulerSide:
         # Before the lookup: reads that end behind it are seen by the next one.
         reading = state.prefetch is not None and not state.prefetch.done()
         match = self._engine.lookup(state.keys.rows(first, last))
-        # What comes from disk is served from host memory too, once it is there.
-        ready = servable_blocks(match, self._plan.groups) if "host" in state.options.tiers else 0
+        ready = servable_blocks(match, self._plan.groups)
         pending = pending_after(match, ready, self._plan.groups)
         state.plan = self._plan_load(match, ready, state, request.num_tokens, computed_tokens)
         wanted = match.ready_blocks if state.plan is None else state.plan.decision.load_blocks
@@ -376,12 +377,12 @@ class SchedulerSide:
     ) -> Plan | None:
         """How much of what was found to load: what is servable, and what is on disk behind it.
 
-        None where there is nothing to decide: nothing was found, all of it is wanted in host memory only, or
-        a window makes another end of the load need other blocks.
+        None where there is nothing to decide: nothing was found, all of it is wanted in host memory, or a
+        window makes another end of the load need other blocks.
         """
         on_disk = match.ready_blocks - ready if self._options.disk and "disk" in state.options.tiers else 0
         windows = any(group.layout.window_tokens is not None for group in self._plan.groups)
-        if not ready + on_disk or state.options.prefetch_only or windows or "host" not in state.options.tiers:
+        if not ready + on_disk or state.options.prefetch_only or windows:
             return None
         block_bytes = sum(self._block_bytes(g) for g in range(len(self._plan.groups)))
         hit = Hit(

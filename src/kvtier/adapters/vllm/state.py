@@ -65,6 +65,11 @@ class RequestState:
         """How many those are."""
         return int(np.count_nonzero(self.found_on_disk[first:last]))
 
+    def run_on_disk(self, first: int) -> int:
+        """How many blocks that follow each other from `first` on were on disk alone when it arrived."""
+        found = self.found_on_disk[first:]
+        return len(found) if found.all() else int(found.argmin())
+
     def end_lease(self) -> None:
         """Lets go of what was promised and not taken. Idempotent."""
         if self.lease is not None:
