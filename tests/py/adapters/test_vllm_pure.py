@@ -114,6 +114,7 @@ def test_request_options() -> None:
         ({"max_load_tokens": -1}, "max_load_tokens is -1"),
         ({"max_store_tokens": "9"}, "max_store_tokens is '9'"),
         ({"namespace": 3}, "namespace is 3; allowed: a str"),
+        ({"namespace": "\u00fc" * 129}, "namespace has 258 bytes; allowed: up to 256"),
         ({"prefetch_only": 1}, "prefetch_only is 1; allowed: true or false"),
         ({"pin": 0}, "pin is 0; allowed: seconds, above 0 and up to 86400"),
         ({"pin": True}, "pin is True; allowed: seconds"),

@@ -367,9 +367,35 @@ def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
     fresh = request("c", 3)
     bench.side.on_new_request(fresh)
     assert bench.side.match(fresh, 0) == 0
-    assert bench.side._engine.stats().host[0].ready == 0
     bench.store(request("d", 3), [1, 2, 3])
     assert bench.side.match(fresh, 0) == 3 * T
+
+
+def test_a_reset_drops_nothing_itself_whatever_tenants_there_were(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = bench.side._engine.drop
+    dropped: list[str | None] = []
+
+    def elsewhere(keys: Any = None, namespace: str | None = None) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        dropped.append(namespace)
+        return drop(keys, namespace)
+
+    monkeypatch.setattr(bench.side._engine, "drop", elsewhere)
+    for n in range(2000):
+        wishes = {"namespace": f"tenant {n}", "priority": "high" if n < 2 else None}
+        one = request(f"r{n}", 1, seed=n, kv_transfer_params={"kvtier": wishes})
+        if n < 5:
+            bench.store(one, [1])
+        else:
+            bench.side.on_new_request(one)
+            bench.side.finish(one)
+    bench.side.reset()
+    assert bench.side._drops.wait(30)
+    assert dropped == ["tenant 0", "tenant 1"]  # nothing of normal priority could take their place
+    assert bench.side._engine.stats().host[0].ready == 3
+    assert bench.side._root.cache_info().currsize == 1024
 
 
 def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:

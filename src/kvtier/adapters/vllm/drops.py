@@ -1,8 +1,9 @@
-"""BlockDrops: blocks whose load has failed are dropped in the background, and hidden until they are."""
+"""BlockDrops: drops blocks in the background; those whose load has failed are hidden until they are gone."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -27,6 +28,8 @@ class BlockDrops:
         self._changed = threading.Condition()
         self._waiting: set[bytes] = set()
         self._running: set[bytes] = set()  # given to the engine, which has not answered
+        self._namespaces: list[str] = []
+        self._busy = False
         self._closed = False
         self._said = False
         self._thread = threading.Thread(target=self._run, name="kvtier-drops", daemon=True)
@@ -43,6 +46,12 @@ class BlockDrops:
             self._waiting.update(_names(keys))
             self._changed.notify_all()
 
+    def add_namespaces(self, namespaces: Iterable[str]) -> None:
+        """Drops what is in namespaces when their turn has come, and hides nothing. Never waits."""
+        with self._changed:
+            self._namespaces.extend(namespaces)
+            self._changed.notify_all()
+
     def before_hidden(self, keys: Keys) -> int:
         """How many blocks at the beginning of `keys` [n, 32] are not being dropped. Never waits."""
         with self._changed:
@@ -57,12 +66,11 @@ class BlockDrops:
         with self._changed:
             self._waiting.clear()
             self._running = set()
-            self._changed.notify_all()
 
     def wait(self, timeout: float) -> bool:
         """Waits until nothing is left to drop; False if it is not over after so many seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._waiting or self._running), timeout)
+            return self._changed.wait_for(lambda: not (self._busy or self._asked()), timeout)
 
     def close(self, timeout: float) -> None:
         """Gives up what has not begun, and waits so many seconds at most for what has. Idempotent."""
@@ -72,23 +80,34 @@ class BlockDrops:
             self._changed.notify_all()
         self._thread.join(timeout)
 
+    def _asked(self) -> bool:
+        return bool(self._waiting or self._namespaces)
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
+                self._running, self._busy = set(), False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or self._asked())
                 if self._closed:
                     return
+                self._busy = True
                 self._running, self._waiting = self._waiting, set()
-                keys = np.frombuffer(b"".join(self._running), np.uint8).reshape(-1, KEY_BYTES)
-            try:
-                self._engine.drop(keys)
-            except KVTierError as error:  # they are gone from memory all the same
-                if not self._said:
-                    _log.warning("blocks whose load failed may be found again after a restart: %s", error)
-                self._said = True
-            with self._changed:
-                self._running = set()
-                self._changed.notify_all()
+                names = list(self._running)
+                namespace = None if names else self._namespaces.pop(0)
+            if namespace is None:
+                self._drop(np.frombuffer(b"".join(names), np.uint8).reshape(-1, KEY_BYTES))
+            else:
+                with contextlib.suppress(KVTierError):  # no key of a new epoch finds what is left there
+                    self._engine.drop(namespace=namespace)
+
+    def _drop(self, keys: Keys) -> None:
+        try:
+            self._engine.drop(keys)
+        except KVTierError as error:  # they are gone from memory all the same
+            if not self._said:
+                _log.warning("blocks whose load failed may be found again after a restart: %s", error)
+            self._said = True
 
 
 def _names(keys: Keys) -> Iterator[bytes]:

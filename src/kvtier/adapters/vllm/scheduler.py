@@ -4,9 +4,11 @@ It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLL
 """
 
 import contextlib
+import functools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.config import Config
 from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import BlockOutcome, Engine, Match, open_engine
-from kvtier.errors import ConfigError, StorageError
+from kvtier.errors import ConfigError
 from kvtier.keys import root_key
 from kvtier.ranks import Instruction, Keeper
 from kvtier.tickets import LoadTicket, StoreResult, StoreTicket
@@ -40,6 +42,8 @@ _IDLE_PATIENCE_SECONDS = 0.5
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
+_MOST_ROOTS = 1024  # of tenants and adapters, that are not made again for each request
+_MOST_HIGH = 64
 _EVENTS = 1 << 18  # that the engine keeps for the next step; 9 MiB
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
@@ -87,8 +91,9 @@ class SchedulerSide:
         self._directory = directory
         self._loras = LoRAIdentity()
         self._lora_refused = False
-        self._roots: dict[tuple[str, bytes], bytes] = {}
-        self._namespaces: set[str] = set()
+        self._root = functools.lru_cache(_MOST_ROOTS)(functools.partial(root_key, config))
+        # Blocks of high priority make room for no others: of an earlier epoch they would stay for ever.
+        self._high: deque[str] = deque(maxlen=_MOST_HIGH)  # namespaces that have any
         self._requests: dict[str, RequestState] = {}
         self._leased: list[RequestState] = []
         self._loading: dict[str, RunningLoad] = {}
@@ -326,7 +331,8 @@ class SchedulerSide:
         """Forgets every block of every tier: nothing stored before is ever served.
 
         What requests that are running now have computed may be as old as what is forgotten: they neither
-        store nor load any more, and their running loads are reported as failed. Waits for the drives.
+        store nor load any more, and their running loads are reported as failed. Waits for the drives, a sync
+        each.
         """
         self._pins.clear()
         if self._events is not None:
@@ -339,9 +345,8 @@ class SchedulerSide:
             self._stale.append(request_id)
         self._engine.reset()
         self._drops.clear()
-        for namespace in self._namespaces:
-            with contextlib.suppress(StorageError):  # no key of the new epoch finds what is left there
-                self._engine.drop(namespace=namespace)
+        self._drops.add_namespaces(self._high)
+        self._high.clear()
         self.counters.add("resets")
 
     def close(self) -> None:
@@ -358,14 +363,6 @@ class SchedulerSide:
         self._engine.close(_CLOSE_SECONDS)
 
     # --- inside ---
-
-    def _root(self, namespace: str, lora: bytes) -> bytes:
-        root = self._roots.get((namespace, lora))
-        if root is None:
-            root = root_key(self._config, namespace, lora)
-            self._roots[namespace, lora] = root
-            self._namespaces.add(namespace)
-        return root
 
     def _block_bytes(self, g: int) -> int:
         layout = self._config.groups[g]
@@ -457,6 +454,8 @@ class SchedulerSide:
         if last <= first or block_ids is None or not self.holds.bound:
             return
         state.stored_blocks = last
+        if state.options.priority == "high" and state.options.namespace not in self._high:
+            self._high.append(state.options.namespace)
         keys = state.keys.rows(first, last)
         parent = state.keys.rows(first - 1, first)[0] if first else None
         for g, group in enumerate(self._plan.groups):
