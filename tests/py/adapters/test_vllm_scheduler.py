@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvtier import Config, Disk, KVLayout
-from kvtier.adapters.vllm.events import Cleared, Removed, Stored
+from kvtier.adapters.vllm.events import Cleared, EventLog, Removed, Stored
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
@@ -23,6 +23,7 @@ from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.costs import pairs
 from kvtier.engine import Engine
 from kvtier.errors import ConfigError, DeviceError
+from kvtier.handles import EventKind, Events, Tier
 from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
 from kvtier.testing import FaultPlan, SimulatedDevice, SimulatedDrive, cpu_device, faulty_device
@@ -40,6 +41,7 @@ class Request:
     kv_transfer_params: Any = None
     lora_request: Any = None
     skip_reading_prefix_cache: bool = False
+    session_id: str | None = None
 
     @property
     def all_token_ids(self) -> list[int]:
@@ -745,9 +747,93 @@ def test_events_that_were_lost_take_everything_back(tmp_path: Path, monkeypatch:
         one = request("a", 3)
         bench.side.on_new_request(one)
         store_blocks(bench, "a", 3 * T, [1, 2, 3])
-        assert bench.side.take_events() == [Cleared()]
+        # The one of the last block, of which nobody heard, is not told; the others are still there.
+        stored = Stored(one.block_hashes[:2], None, one.all_token_ids[: 2 * T], T, None, None, "CPU", 0)
+        assert bench.side.take_events() == [stored]
+        other = request("b", 3, seed=1)
+        bench.side.on_new_request(other)
+        store_blocks(bench, "b", 3 * T, [4, 5, 6])
+        removed, stored = bench.side.take_events()
+        assert removed == Removed(one.block_hashes[:2], "CPU", 0)
+        assert isinstance(stored, Stored)
+        assert stored.block_hashes == other.block_hashes[:2]
+        assert len(bench.side._events._known) == 2
     finally:
         bench.close()
+
+
+def test_what_came_before_a_reset_is_not_told_after_it(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True, events=True)
+    try:
+        one = request("b", 3)
+        second.side.on_new_request(one)
+        second.side._requests["b"].prefetch.wait(30)  # they came into host memory, and nobody has heard of it
+        second.side.finish(one)
+        second.side.reset()
+        again = request("c", 3)
+        second.side.on_new_request(again)
+        _, stores, _ = second.step({"c": (again.num_tokens, ([1, 2, 3],))})
+        assert second.side.take_events() == [Cleared()]  # those of now are only about to come
+        second.execute(stores)
+        second.side._poll(second.now, patience=10)
+        told = [event for event in second.side.take_events() if isinstance(event, Stored)]
+        assert [event.block_hashes for event in told if event.medium == "CPU"] == [again.block_hashes]
+    finally:
+        second.close()
+
+
+def heard_of(log: EventLog, key: Any, *told: tuple[EventKind, Tier]) -> list[Any]:
+    """What the log makes of events of one block."""
+    n = len(told)
+    kinds, tiers = (np.array(each, np.uint8) for each in zip(*told, strict=True))
+    log.heard(Events(np.tile(key, (n, 1)), np.zeros(n, np.uint16), tiers, kinds, lost=0))
+    return list(log.take())
+
+
+def test_a_store_in_flight_is_told_though_the_block_leaves_another_tier_meanwhile() -> None:
+    log = EventLog(T, T, [0])
+    one = request("a", 1)
+    keys = np.ones((1, 32), np.uint8)
+    blocks = log.watch(one, 0, keys, np.ones(1, np.bool_), 0)
+    assert heard_of(log, keys[0], (EventKind.EVICTED, Tier.DISK)) == []  # never announced there
+    (stored,) = heard_of(log, keys[0], (EventKind.STORED, Tier.HOST))
+    assert (stored.block_hashes, stored.medium) == (one.block_hashes, "CPU")
+    log.forget(blocks, keys)
+    assert heard_of(log, keys[0], (EventKind.EVICTED, Tier.HOST)) == [Removed(one.block_hashes, "CPU", 0)]
+
+
+def test_what_one_store_does_not_bring_another_may() -> None:
+    log = EventLog(T, T, [0])
+    one = request("a", 1)
+    keys = np.ones((1, 32), np.uint8)
+    first = log.watch(one, 0, keys, np.zeros(1, np.bool_), 0)  # of another request, which came later
+    second = log.watch(one, 0, keys, np.ones(1, np.bool_), 0)
+    log.forget(first, keys)
+    assert len(heard_of(log, keys[0], (EventKind.STORED, Tier.HOST))) == 1
+    log.forget(second, keys)
+    assert len(heard_of(log, keys[0], (EventKind.DROPPED, Tier.HOST))) == 1
+
+
+def test_an_event_says_what_hashes_cover_besides_tokens_and_whose_session_it_was() -> None:
+    def salted(_: Any, first: int, last: int, tokens: int) -> list[Any]:
+        assert tokens == T
+        return [("salt",) if n == 0 else None for n in range(first, last)]
+
+    log = EventLog(T, T, [0], salted)
+    one = request("a", 4)
+    one.session_id = "session"
+    keys = np.arange(4 * 32, dtype=np.uint8).reshape(4, 32)
+    log.loaded(one, 0, keys[:2], np.zeros(2, np.bool_), 0)
+    log.loaded(one, 2, keys[2:], np.zeros(2, np.bool_), 0)
+    (told,) = log.take()
+    assert isinstance(told, Stored)
+    assert (told.block_hashes, told.session_id) == (one.block_hashes, "session")
+    assert told.extra_keys == [("salt",), None, None, None]
+    log.loaded(request("b", 4, seed=1), 0, keys[:2], np.ones(2, np.bool_), 0)
+    assert {each.session_id for each in log.take()} == {None}
 
 
 def test_blocks_on_disk_alone_are_announced_when_they_are_loaded(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class BlockDrops:
     def add_namespaces(self, namespaces: Iterable[str]) -> None:
         """Drops what is in namespaces when their turn has come, and hides nothing. Never waits."""
         with self._changed:
-            self._namespaces.extend(namespaces)
+            self._namespaces = list(dict.fromkeys([*self._namespaces, *namespaces]))
             self._changed.notify_all()
 
     def before_hidden(self, keys: Keys) -> int:

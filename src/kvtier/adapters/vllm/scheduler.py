@@ -18,7 +18,7 @@ import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
 from kvtier.adapters.vllm.drops import BlockDrops
-from kvtier.adapters.vllm.events import Event, EventLog
+from kvtier.adapters.vllm.events import Event, EventLog, ExtraKeys
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
@@ -61,6 +61,7 @@ class SchedulerSide:
         directory: str,
         *,
         events: bool = False,
+        extra_keys: ExtraKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens the engine and begins to serve the workers.
@@ -71,6 +72,7 @@ class SchedulerSide:
             options: The connector's.
             directory: Where the workers find the keeper.
             events: Whether to collect KV events.
+            extra_keys: As of EventLog.
             clock: Monotonic seconds, for tests.
 
         Raises:
@@ -81,7 +83,7 @@ class SchedulerSide:
         self._events: EventLog | None = None
         if events:
             self._events = EventLog(
-                plan.block_tokens, plan.hash_tokens, [group.index for group in plan.groups]
+                plan.block_tokens, plan.hash_tokens, [group.index for group in plan.groups], extra_keys
             )
             config = replace(config, events=_EVENTS)
         self._config = config
@@ -335,18 +337,21 @@ class SchedulerSide:
         each.
         """
         self._pins.clear()
-        if self._events is not None:
-            self._events.cleared()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
         for request_id, load in self._loading.items():
             load.stale = True
             self._stale.append(request_id)
-        self._engine.reset()
-        self._drops.clear()
-        self._drops.add_namespaces(self._high)
-        self._high.clear()
+        try:
+            self._engine.reset()
+        finally:  # whatever a drive said, nothing of before is served
+            self._drops.clear()
+            self._drops.add_namespaces(self._high)
+            self._high.clear()
+            if self._events is not None:
+                self._hear()  # what was not told yet of before
+                self._events.cleared()
         self.counters.add("resets")
 
     def close(self) -> None:
@@ -475,16 +480,19 @@ class SchedulerSide:
             running = instruction.outcomes == BlockOutcome.RUNNING
             if instruction.grant:
                 stores.append((instruction, pages[here].reshape(-1)))
+                about = None
+                if self._events is not None:
+                    begin = int(here[0])
+                    coming = np.zeros(last - first - begin, np.bool_)
+                    coming[here[running] - begin] = True
+                    about = self._events.watch(request, first + begin, keys[begin:], coming, g), keys[here]
                 self.holds.add(
                     ticket,
                     pages[here][running].reshape(-1).tolist(),
                     int(np.count_nonzero(running)) * self._block_bytes(g),
                     now,
-                    (keys[here].copy(), g),
+                    about,
                 )
-                if self._events is not None:
-                    begin = int(here[0])
-                    self._events.watch(request, first + begin, keys[begin:], g)
             else:
                 self._count_store(ticket.result(), 0, 0.0)
             declined = instruction.outcomes == BlockOutcome.DECLINED
@@ -498,9 +506,8 @@ class SchedulerSide:
             result = ended.ticket.result()
             self._count_store(result, ended.num_bytes, ended.seconds)
             if self._events is not None:
-                about, g = ended.about
                 self._hear()
-                self._events.forget(about[result.outcomes != BlockOutcome.STORED], g)
+                self._events.forget(*ended.about)
 
     def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
         for name in ("stored", "present", "pending", "declined", "failed", "dropped"):
