@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvtier
 from kvtier import Config, Disk, KVLayout
 from kvtier.adapters.vllm.events import Cleared, EventLog, Removed, Stored
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
@@ -20,6 +21,7 @@ from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
+from kvtier.adapters.vllm.state import PageHolds
 from kvtier.costs import pairs
 from kvtier.engine import Engine
 from kvtier.errors import ConfigError, DeviceError
@@ -195,6 +197,60 @@ def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Ben
     bench.settle()
     assert bench.pool.references == {}
     assert not bench.side.holds.pending
+
+
+def test_patience_with_many_stores_is_that_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Slow:
+        released: Any
+
+        def __init__(self) -> None:
+            self.released = self
+
+        def done(self) -> bool:
+            return False
+
+        def wait(self, seconds: float) -> None:  # it takes 0.4 s
+            nonlocal now
+            now += min(seconds, 0.4)
+            if seconds < 0.4:
+                raise kvtier.TimeoutError("not yet")
+
+    monkeypatch.setattr("kvtier.adapters.vllm.state.time.monotonic", lambda: now)
+    holds = PageHolds()
+    holds.bind(Pool())
+    slow: list[Any] = [Slow() for _ in range(5)]
+    for page, ticket in enumerate(slow):
+        holds.add(ticket, [page], 0, 0.0)
+    assert [ended.ticket for ended in holds.poll(0.0, patience=0.5)] == slow[:1]
+    assert now == pytest.approx(0.5)
+
+
+def test_nobody_waits_for_stores_while_a_request_runs_though_it_is_not_cached(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3],))})
+    refused = request("b", 3, kv_transfer_params={"kvtier": {"what": 1}})
+    bench.side.on_new_request(refused)
+    bench.side.finish(one)
+    patience: list[float] = []
+    poll = bench.side.holds.poll
+
+    def spy(now: float, **how: float) -> Any:
+        patience.append(how["patience"])
+        return poll(now, patience=0.0)
+
+    monkeypatch.setattr(bench.side.holds, "poll", spy)
+    bench.side.settle()
+    bench.side.finish(refused)
+    bench.side.settle()
+    assert (patience[0], patience[1] > 0) == (0.0, True)
+    monkeypatch.undo()
+    bench.execute(stores)
+    bench.settle()
 
 
 def test_nothing_is_stored_twice_nor_before_it_is_computed(bench: Bench) -> None:

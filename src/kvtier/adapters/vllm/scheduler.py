@@ -97,6 +97,7 @@ class SchedulerSide:
         # Blocks of high priority make room for no others: of an earlier epoch they would stay for ever.
         self._high: deque[str] = deque(maxlen=_MOST_HIGH)  # namespaces that have any
         self._requests: dict[str, RequestState] = {}
+        self._alive: set[str] = set()  # those too that are not cached
         self._leased: list[RequestState] = []
         self._loading: dict[str, RunningLoad] = {}
         self._new_loads: list[tuple[str, Copies]] = []
@@ -116,6 +117,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: Any) -> None:
         """A request has arrived: the earliest moment to read its prefix from disk."""
+        self._alive.add(request.request_id)
         try:
             options = parse_request_options(request.kv_transfer_params)
         except ConfigError as error:  # whose cache it would be is not known: it is left alone
@@ -239,6 +241,7 @@ class SchedulerSide:
 
     def finish(self, request: Any) -> None:
         """The request is over. Its pages under a store are held; a load of it goes on and is reported."""
+        self._alive.discard(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if state is not None:
             state.end_lease()
@@ -326,7 +329,7 @@ class SchedulerSide:
         the sake of pages that were free long ago.
         """
         if self.holds.pending:
-            self._poll(self._clock(), patience=0.0 if self._requests else _IDLE_PATIENCE_SECONDS)
+            self._poll(self._clock(), patience=0.0 if self._alive else _IDLE_PATIENCE_SECONDS)
         self._pins.poll(self._clock())
 
     def reset(self) -> None:

@@ -1,6 +1,7 @@
 """What the scheduler side remembers: requests, running loads, and pages under a store."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,16 +182,17 @@ class PageHolds:
             return []
         ended: list[Ended] = []
         left: deque[_Hold] = deque()
+        deadline = time.monotonic() + patience
         for hold in self._holds:
             released = hold.ticket.released
             try:
-                if not released.done() and patience <= 0:
+                seconds = max(0.0, deadline - time.monotonic()) if patience else 0.0
+                if not released.done() and not seconds:
                     left.append(hold)
                     continue
-                released.wait(patience)
+                released.wait(seconds)
             except TimeoutError:
                 left.append(hold)
-                patience = 0.0
                 continue
             except KVTierError as error:
                 self._quarantined += len(hold.blocks)
