@@ -253,6 +253,27 @@ def test_nobody_waits_for_stores_while_a_request_runs_though_it_is_not_cached(
     bench.settle()
 
 
+def test_a_store_that_does_not_end_promises_no_free_pages(bench: Bench) -> None:
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    assert not bench.side.frees_soon()
+    _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
+    bench.now = 4.0
+    assert bench.side.frees_soon()
+    bench.now = 6.0
+    assert not bench.side.frees_soon()
+    one.num_computed_tokens = 2 * T
+    _, more, _ = bench.step({"a": (T, ([1, 2, 3],))})
+    assert bench.side.frees_soon()
+    bench.now = 20.0
+    bench.side.settle()
+    assert not bench.side.frees_soon()
+    assert bench.pool.references == {1: 1, 2: 1, 3: 1}  # and they are held all the same
+    bench.execute(stores + more)
+    bench.settle()
+    assert bench.pool.references == {}
+
+
 def test_nothing_is_stored_twice_nor_before_it_is_computed(bench: Bench) -> None:
     one = request("a", 4)
     bench.side.on_new_request(one)

@@ -161,8 +161,8 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return False, None
 
     def has_pending_block_frees(self) -> bool:
-        """Whether pages will be free soon that a store holds, so that nobody need be preempted for them."""
-        return self._scheduler is not None and self._scheduler.holds.pending
+        """See SchedulerSide.frees_soon(): then nobody need be preempted for want of pages."""
+        return self._scheduler is not None and self._scheduler.frees_soon()
 
     def has_pending_push_work(self) -> bool:
         """Whether steps are needed, even without requests, to let go of pages."""

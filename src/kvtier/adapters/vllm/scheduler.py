@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
+_STUCK_PATIENCE_SECONDS = 0.02  # for what may never end: the next request is not to wait long
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
@@ -328,9 +329,18 @@ class SchedulerSide:
         An engine without requests stops stepping, and would otherwise refuse to reset its prefix cache for
         the sake of pages that were free long ago.
         """
+        now = self._clock()
         if self.holds.pending:
-            self._poll(self._clock(), patience=0.0 if self._alive else _IDLE_PATIENCE_SECONDS)
-        self._pins.poll(self._clock())
+            idle = _IDLE_PATIENCE_SECONDS if self.holds.pending_soon(now) else _STUCK_PATIENCE_SECONDS
+            self._poll(now, patience=0.0 if self._alive else idle)
+        self._pins.poll(now)
+
+    def frees_soon(self) -> bool:
+        """Whether pages will be free soon that a store or a failed load holds.
+
+        Not for the sake of holds that last: who waited for them would never be scheduled.
+        """
+        return self.holds.pending_soon(self._clock())
 
     def reset(self) -> None:
         """Forgets every block of every tier: nothing stored before is ever served.

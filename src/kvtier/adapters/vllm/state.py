@@ -20,6 +20,8 @@ from kvtier.tickets import LoadTicket, StoreTicket
 
 _log = logging.getLogger(__name__)
 
+_SOON_SECONDS = 5.0  # a hold that is older may never end
+
 
 @dataclass(eq=False)
 class RequestState:
@@ -141,6 +143,10 @@ class PageHolds:
     def pending(self) -> bool:
         """Whether pages are held that will be let go."""
         return bool(self._holds)
+
+    def pending_soon(self, now: float) -> bool:
+        """Whether pages will be let go soon: the youngest hold is at most 5 s old."""
+        return bool(self._holds) and now - self._holds[-1].began <= _SOON_SECONDS
 
     @property
     def quarantined_pages(self) -> int:
