@@ -559,15 +559,19 @@ def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
         again = request("b", 3)
         answers: list[Any] = []
         look_up = second.side._engine.lookup
+        over = False
 
         def slow(keys: Any) -> Any:  # match() gets what was true before the reads, which are over by then
+            nonlocal over
             answers.append(look_up(keys))
             if len(answers) == 2:
                 second.side._requests["b"].prefetch.wait(30)
+                over = True
             return answers[0] if len(answers) == 2 else answers[-1]
 
         monkeypatch.setattr(second.side._engine, "lookup", slow)
         second.side.on_new_request(again)
+        monkeypatch.setattr(second.side._requests["b"].prefetch, "done", lambda: over)  # not before
         assert second.side.match(again, 0) is None
         assert second.side.match(again, 0) == 3 * T
         assert second.side._requests["b"].fetches == 0
