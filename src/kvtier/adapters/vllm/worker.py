@@ -67,9 +67,9 @@ class WorkerSide:
 
     def start_loads(self, loads: Iterable[tuple[str, list[Copy]]], stale: Iterable[str]) -> None:
         """Begins the loads of a step, behind what the compute stream was given."""
-        self._loads.fail(stale)
         for request_id, copies in loads:
             self._loads.begin(request_id, map(self._execute, copies))
+        self._loads.fail(stale)
 
     def start_stores(self, stores: Iterable[Copy]) -> None:
         """Begins the stores of a step, behind the kernels that write their pages; the keeper hears of it."""
