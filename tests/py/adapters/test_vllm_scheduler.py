@@ -393,12 +393,14 @@ def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_p
     loads.begin("b", [running, None])
     for idle in (False, True):
         assert loads.take_ended(idle=idle) == (set(), set())
+    assert len(loads) == 1
     bench.side.received({"b"}, {"b"})  # had a rank said so nevertheless: nobody may have these pages
     assert [bench.pool.references.get(page) for page in (4, 5, 6)] == [1, 1, 1]
     device.release()
     running.wait(10)
     assert loads.take_ended(idle=False) == ({"b"}, {"b"})
     assert loads.take_ended(idle=False) == (set(), set())
+    assert not loads
     bench.side._poll(bench.now, patience=10)
     assert bench.pool.references == {}
     there.detach(10)

@@ -23,6 +23,10 @@ class RankLoads:
         self._loads: dict[str, _Load] = {}
         self._stale: set[str] = set()
 
+    def __len__(self) -> int:
+        """Those that are not reported yet."""
+        return len(self._loads)
+
     def begin(self, request_id: str, tickets: Iterable[Ticket | None]) -> None:
         """A load has begun: a ticket for each of its copies, None for one that could not begin."""
         begun = list(tickets)
