@@ -369,10 +369,14 @@ def test_nobody_waits_for_a_drop_and_nobody_finds_its_blocks_meanwhile(
         again = request("d", 3, seed=1)
         bench.side.on_new_request(again)
         assert bench.side.match(again, 0) == 3 * T
+        _, stores, _ = bench.step({"c": (waiting.num_tokens, ([1, 2, 3],))})
+        assert stores == []  # they would be found, and dropped then
     finally:
         confirmed.set()
     assert bench.side._drops.wait(30)
-    bench.store(request("e", 3), [1, 2, 3])
+    _, stores, _ = bench.step({"c": (waiting.num_tokens, ([1, 2, 3],))})
+    bench.execute(stores)
+    bench.settle()
     assert bench.side.match(waiting, 0) == 3 * T
 
 

@@ -471,6 +471,10 @@ class SchedulerSide:
         block_ids = output.kv_connector_block_state.get_block_ids(request.request_id)
         if last <= first or block_ids is None or not self.holds.bound:
             return
+        # What is being dropped is stored in a later step: now it would be found, and then be gone.
+        last = first + self._drops.before_hidden(state.keys.rows(first, last))
+        if last == first:
+            return
         state.stored_blocks = last
         if state.options.priority == "high" and state.options.namespace not in self._high:
             self._high.append(state.options.namespace)
