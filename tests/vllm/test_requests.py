@@ -125,7 +125,8 @@ def test_events_tell_what_is_stored_and_what_a_request_finds_after_a_restart(
         server.llm.generate(asked, server.params(1), use_tqdm=False)
         server.drain()
         list(server.vllm_scheduler.connector.take_events())
-        salted = [event.extra_keys for event in heard if isinstance(event, BlockStored) and event.extra_keys]
+        stored_now = [event for event in heard if isinstance(event, BlockStored) and event.medium == "CPU"]
+        salted = [event.extra_keys for event in stored_now if event.extra_keys]
         assert salted == [[("pepper",)] + [None] * (HIT // BLOCK - 1)]
         found = told(heard, "STORAGE")
         assert list(chain.from_iterable(found.values())) == PROMPT[:HIT]

@@ -411,6 +411,19 @@ def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_p
     bench.close()
 
 
+def test_a_load_that_no_rank_began_is_over(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    bench.step()
+    bench.side.received({"b"}, {"b"})  # the keeper was told nothing
+    bench.side._poll(bench.now, patience=10)
+    assert bench.pool.references == {}
+    assert bench.side._drops.wait(30)
+    assert bench.side._engine.stats().pins == 0
+
+
 def test_pages_of_a_load_that_may_never_be_over_are_never_used_again(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.store(request("a", 3), [1, 2, 3])

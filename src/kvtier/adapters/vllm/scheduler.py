@@ -32,8 +32,8 @@ from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import BlockOutcome, Engine, Match, open_engine
 from kvtier.errors import ConfigError
 from kvtier.keys import root_key
-from kvtier.ranks import Instruction, Keeper
-from kvtier.tickets import LoadTicket, StoreResult, StoreTicket
+from kvtier.ranks import Instruction, Keeper, LoadOrder
+from kvtier.tickets import StoreResult, StoreTicket
 
 _log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
-        parts: list[tuple[LoadTicket, PageIds]] = []
+        parts: list[tuple[LoadOrder, PageIds]] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -219,7 +219,7 @@ class SchedulerSide:
             if len(here):
                 order = self._keeper.load(keys[here], g, first_block=first)
                 copies.append((order.instruction, pages[here].reshape(-1)))
-                parts.append((order.ticket, copies[-1][1]))
+                parts.append((order, copies[-1][1]))
                 num_bytes += len(here) * self._block_bytes(g)
                 if self._events is not None:
                     begin = int(here[0])
@@ -299,8 +299,10 @@ class SchedulerSide:
                     self._planner.settle(load.plan, now - load.began)
                 continue
             self.counters.add("load_failures")
-            for ticket, pages in load.parts if self.holds.bound else ():  # it may be written to even now
-                self.holds.add(ticket, pages.tolist(), 0, now)
+            for order, pages in load.parts:
+                self._keeper.cancel(order.instruction)  # a rank that could not begin it has told nobody
+                if self.holds.bound:  # it may be written to even now
+                    self.holds.add(order.ticket, pages.tolist(), 0, now)
             if not load.stale:  # those of a reset are gone
                 self._drops.add(load.keys)
             state = self._requests.get(request_id)

@@ -16,6 +16,7 @@ from kvtier.costs import Plan
 from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
 from kvtier.handles import Lease
 from kvtier.keys import Keys
+from kvtier.ranks import LoadOrder
 from kvtier.tickets import LoadTicket, StoreTicket
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class RunningLoad:
 
     Attributes:
         keys: Of its blocks.
-        parts: For each group the keeper's ticket and the pages that are written to.
+        parts: For each group the keeper's order and the pages that are written to.
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
         plan: What was decided, None if there was nothing to decide.
@@ -94,7 +95,7 @@ class RunningLoad:
     """
 
     keys: Keys
-    parts: list[tuple[LoadTicket, npt.NDArray[np.uint32]]]
+    parts: list[tuple[LoadOrder, npt.NDArray[np.uint32]]]
     num_bytes: int
     began: float
     plan: Plan | None = None
