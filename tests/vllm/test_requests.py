@@ -120,6 +120,9 @@ def test_events_tell_what_is_stored_and_what_a_request_finds_after_a_restart(
         heard = listen(server)
         again = ask(server)
         assert same([again], [cold]) == [True]
+        found = told(heard, "STORAGE")
+        assert list(chain.from_iterable(found.values())) == PROMPT[:HIT]
+        assert found.items() <= stored.items()
         server.forget_device()
         asked: list[Any] = [{"prompt_token_ids": PROMPT, "cache_salt": "pepper"}]
         server.llm.generate(asked, server.params(1), use_tqdm=False)
@@ -128,9 +131,6 @@ def test_events_tell_what_is_stored_and_what_a_request_finds_after_a_restart(
         stored_now = [event for event in heard if isinstance(event, BlockStored) and event.medium == "CPU"]
         salted = [event.extra_keys for event in stored_now if event.extra_keys]
         assert salted == [[("pepper",)] + [None] * (HIT // BLOCK - 1)]
-        found = told(heard, "STORAGE")
-        assert list(chain.from_iterable(found.values())) == PROMPT[:HIT]
-        assert found.items() <= stored.items()
         server.llm.reset_prefix_cache(reset_connector=True)
         ask(server, tokens=1, tiers=[])
         assert any(isinstance(event, AllBlocksCleared) for event in heard)
