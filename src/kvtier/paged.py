@@ -41,6 +41,7 @@ from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout, check_extent
 from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagedStats, PagePool
 from kvtier.page_tables import block_table, csr, slot_mapping
+from kvtier.tickets import StoreTicket
 
 
 class PagedSequence:
@@ -512,8 +513,7 @@ class PagedKVCache:
                 parent=chain[0].parent,
                 namespace=chain[0].namespace,
             )
-            for extent in chain:
-                extent.stores.append(ticket.released)
+            _add_store(chain, ticket)
 
     def _store_blocks(self, seq: PagedSequence, begin: int, end: int, stream: object) -> None:
         """Starts to store the sequence's blocks `[begin, end)`."""
@@ -527,8 +527,7 @@ class PagedKVCache:
             parent=keys[begin - 1].tobytes() if begin else None,
             namespace=seq._namespace,
         )
-        for extent in seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)]:
-            extent.stores.append(ticket.released)
+        _add_store(seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)], ticket)
 
     def _block_pages(self, seq: PagedSequence, begin: int, end: int) -> NDArray[np.int64]:
         """Page ids of blocks `[begin, end)` as `Engine.store` takes them: pages_per_block of each, int64."""
@@ -747,6 +746,13 @@ def _token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
 
 def _pages_of(seqs: Seq[PagedSequence]) -> list[NDArray[np.int32]]:
     return [seq._pages.view() for seq in seqs]
+
+
+def _add_store(extents: Iterable[Extent], ticket: StoreTicket) -> None:
+    """A store reads the extents' pages. Forgets those that are over: pages may be stored again and again."""
+    for extent in extents:
+        extent.settle_stores(running="keep")
+        extent.stores.append(ticket.released)
 
 
 def _leading(mask: NDArray[np.bool_]) -> int:

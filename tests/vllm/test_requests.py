@@ -100,6 +100,7 @@ def test_events_tell_what_is_stored_and_what_a_request_finds_after_a_restart(
         for event in heard:
             if isinstance(event, BlockStored) and event.medium == medium:
                 assert event.block_size == BLOCK
+                assert event.kv_cache_spec_kind == "full_attention"
                 assert len(event.token_ids) == BLOCK * len(event.block_hashes)
                 for n, each in enumerate(event.block_hashes):
                     blocks[each] = event.token_ids[n * BLOCK : (n + 1) * BLOCK]
@@ -122,6 +123,14 @@ def test_events_tell_what_is_stored_and_what_a_request_finds_after_a_restart(
         found = told(heard, "STORAGE")
         assert list(chain.from_iterable(found.values())) == PROMPT[:HIT]
         assert found.items() <= stored.items()
+        server.forget_device()
+        asked: list[Any] = [{"prompt_token_ids": PROMPT, "cache_salt": "pepper"}]
+        server.llm.generate(asked, server.params(1), use_tqdm=False)
+        server.drain()
+        list(server.vllm_scheduler.connector.take_events())
+        stored_now = [event for event in heard if isinstance(event, BlockStored) and event.medium == "CPU"]
+        salted = [event.extra_keys for event in stored_now if event.extra_keys]
+        assert salted == [[("pepper",)] + [None] * (HIT // BLOCK - 1)]
         server.llm.reset_prefix_cache(reset_connector=True)
         ask(server, tokens=1, tiers=[])
         assert any(isinstance(event, AllBlocksCleared) for event in heard)

@@ -114,6 +114,7 @@ def test_request_options() -> None:
         ({"max_load_tokens": -1}, "max_load_tokens is -1"),
         ({"max_store_tokens": "9"}, "max_store_tokens is '9'"),
         ({"namespace": 3}, "namespace is 3; allowed: a str"),
+        ({"namespace": "\u00fc" * 129}, "namespace has 258 bytes; allowed: up to 256"),
         ({"prefetch_only": 1}, "prefetch_only is 1; allowed: true or false"),
         ({"pin": 0}, "pin is 0; allowed: seconds, above 0 and up to 86400"),
         ({"pin": True}, "pin is True; allowed: seconds"),
@@ -397,6 +398,42 @@ def test_adapters_are_named_by_their_weights(tmp_path: Path) -> None:
     assert loras.of(one) == loras.of(one) == LoRAIdentity().of(one)
     assert loras.of(one) != loras.of(other)
     assert loras.of(SimpleNamespace(lora_name="hub", lora_path="org/hub")) == b"lora\0hub\0org/hub"
+
+
+def test_an_adapter_that_is_overwritten_in_place_is_another_one(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"1" * 100)
+    folder = tmp_path.stat()
+    sql = SimpleNamespace(lora_name="sql", lora_path=str(tmp_path))
+    loras = LoRAIdentity()
+    before = loras.of(sql)
+    with file.open("r+b") as handle:
+        handle.write(b"2" * 100)
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+    assert tmp_path.stat().st_mtime_ns == folder.st_mtime_ns
+    assert loras.of(sql) != before
+    assert loras.of(sql) == LoRAIdentity().of(sql)
+
+
+def test_an_adapter_that_cannot_be_read_has_no_identity(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").symlink_to("/proc/self/mem")  # EIO, for root too
+    with pytest.raises(OSError, match="Input/output error"):
+        LoRAIdentity().of(SimpleNamespace(lora_name="sql", lora_path=str(tmp_path)))
+    for path in (str(tmp_path / "nothing"), "org/hub", "a\0b"):
+        of_path = LoRAIdentity().of(SimpleNamespace(lora_name="sql", lora_path=path))
+        assert of_path == f"lora\0sql\0{path}".encode()
+
+
+def test_no_more_adapters_are_remembered_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier.adapters.vllm.identity._MOST_ADAPTERS", 2)
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(b"1")
+    loras = LoRAIdentity()
+    found = [loras.of(SimpleNamespace(lora_name=name, lora_path=str(file))) for name in "abcab"]
+    assert found[3:] == found[:2]
+    assert len(loras._known) == 2
 
 
 def test_a_digest_reads_one_file_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,15 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+import kvtier
 from kvtier import Config, Disk, KVLayout
-from kvtier.adapters.vllm.events import Cleared, Removed, Stored
+from kvtier.adapters.vllm.events import Cleared, EventLog, Removed, Stored
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.options import DiskOption, Options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
+from kvtier.adapters.vllm.state import PageHolds
 from kvtier.costs import pairs
+from kvtier.engine import Engine
+from kvtier.errors import ConfigError, DeviceError
+from kvtier.handles import EventKind, Events, Tier
 from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
+from kvtier.testing import FaultPlan, SimulatedDevice, SimulatedDrive, cpu_device, faulty_device
 
 T, D, PAGES = 4, 8, 64
 
@@ -35,6 +43,7 @@ class Request:
     kv_transfer_params: Any = None
     lora_request: Any = None
     skip_reading_prefix_cache: bool = False
+    session_id: str | None = None
 
     @property
     def all_token_ids(self) -> list[int]:
@@ -109,7 +118,7 @@ class Bench:
     def settle(self) -> None:
         """Until every page is free."""
         for ended in self.side.holds.poll(self.now, patience=10):
-            assert ended.ticket.result().failed == 0
+            assert ended.ticket.result().error is None
 
     def store(self, one: Request, pages: list[int]) -> None:
         """Computes and stores the whole of a request that is new."""
@@ -190,6 +199,81 @@ def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Ben
     assert not bench.side.holds.pending
 
 
+def test_patience_with_many_stores_is_that_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Slow:
+        released: Any
+
+        def __init__(self) -> None:
+            self.released = self
+
+        def done(self) -> bool:
+            return False
+
+        def wait(self, seconds: float) -> None:  # it takes 0.4 s
+            nonlocal now
+            now += min(seconds, 0.4)
+            if seconds < 0.4:
+                raise kvtier.TimeoutError("not yet")
+
+    monkeypatch.setattr("kvtier.adapters.vllm.state.time.monotonic", lambda: now)
+    holds = PageHolds()
+    holds.bind(Pool())
+    slow: list[Any] = [Slow() for _ in range(5)]
+    for page, ticket in enumerate(slow):
+        holds.add(ticket, [page], 0, 0.0)
+    assert [ended.ticket for ended in holds.poll(0.0, patience=0.5)] == slow[:1]
+    assert now == pytest.approx(0.5)
+
+
+def test_nobody_waits_for_stores_while_a_request_runs_though_it_is_not_cached(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3],))})
+    refused = request("b", 3, kv_transfer_params={"kvtier": {"what": 1}})
+    bench.side.on_new_request(refused)
+    bench.side.finish(one)
+    patience: list[float] = []
+    poll = bench.side.holds.poll
+
+    def spy(now: float, **how: float) -> Any:
+        patience.append(how["patience"])
+        return poll(now, patience=0.0)
+
+    monkeypatch.setattr(bench.side.holds, "poll", spy)
+    bench.side.settle()
+    bench.side.finish(refused)
+    bench.side.settle()
+    assert (patience[0], patience[1] > 0) == (0.0, True)
+    monkeypatch.undo()
+    bench.execute(stores)
+    bench.settle()
+
+
+def test_a_store_that_does_not_end_promises_no_free_pages(bench: Bench) -> None:
+    one = request("a", 3)
+    bench.side.on_new_request(one)
+    assert not bench.side.frees_soon()
+    _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
+    bench.now = 4.0
+    assert bench.side.frees_soon()
+    bench.now = 6.0
+    assert not bench.side.frees_soon()
+    one.num_computed_tokens = 2 * T
+    _, more, _ = bench.step({"a": (T, ([1, 2, 3],))})
+    assert bench.side.frees_soon()
+    bench.now = 20.0
+    bench.side.settle()
+    assert not bench.side.frees_soon()
+    assert bench.pool.references == {1: 1, 2: 1, 3: 1}  # and they are held all the same
+    bench.execute(stores + more)
+    bench.settle()
+    assert bench.pool.references == {}
+
+
 def test_nothing_is_stored_twice_nor_before_it_is_computed(bench: Bench) -> None:
     one = request("a", 4)
     bench.side.on_new_request(one)
@@ -229,6 +313,143 @@ def test_a_failed_load_drops_its_blocks_and_is_not_tried_again(bench: Bench) -> 
     assert bench.side.counters.take()["load_failures"] == 1
 
 
+def fail_a_load(bench: Bench, one: Request) -> None:
+    bench.side.on_new_request(one)
+    found = bench.side.match(one, 0)
+    assert found
+    bench.side.grant(one, ([4, 5, 6],), found)
+    ((_, copies),), _, _ = bench.step()
+    bench.execute(copies)
+    bench.side.received({one.request_id}, {one.request_id})
+
+
+def test_a_failed_load_ends_no_server_whose_drive_is_out_of_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drive = SimulatedDrive(1)
+    monkeypatch.setattr(
+        "kvtier.adapters.vllm.scheduler.open_engine", lambda config: Engine(config, drive=drive)
+    )
+    bench = Bench(tmp_path, disk=True)
+    try:
+        bench.store(request("a", 3), [1, 2, 3])
+        bench.side._engine.flush(30)
+        drive.power_loss()
+        fail_a_load(bench, request("b", 3))
+        other = request("c", 3)
+        bench.side.on_new_request(other)
+        assert bench.side.match(other, 0) == 0
+        assert bench.side._drops.wait(30)
+        assert bench.side.match(other, 0) == 0
+        assert bench.side._engine.stats().host[0].ready == 0
+        assert "may be found again after a restart" in caplog.text
+    finally:
+        bench.close()
+
+
+def test_nobody_waits_for_a_drop_and_nobody_finds_its_blocks_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    bench.store(request("other", 3, seed=1), [1, 2, 3])
+    confirmed = threading.Event()
+    drop = bench.side._engine.drop
+
+    def slow(keys: Any) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        confirmed.wait(30)
+        return drop(keys)
+
+    monkeypatch.setattr(bench.side._engine, "drop", slow)
+    try:
+        fail_a_load(bench, request("b", 3))
+        waiting = request("c", 3)
+        bench.side.on_new_request(waiting)
+        assert bench.side.match(waiting, 0) == 0
+        again = request("d", 3, seed=1)
+        bench.side.on_new_request(again)
+        assert bench.side.match(again, 0) == 3 * T
+        _, stores, _ = bench.step({"c": (waiting.num_tokens, ([1, 2, 3],))})
+        assert stores == []  # they would be found, and dropped then
+    finally:
+        confirmed.set()
+    assert bench.side._drops.wait(30)
+    _, stores, _ = bench.step({"c": (waiting.num_tokens, ([1, 2, 3],))})
+    bench.execute(stores)
+    bench.settle()
+    assert bench.side.match(waiting, 0) == 3 * T
+
+
+def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, window=2 * T)
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6], [0, 8, 9]), bench.side.match(again, 0) or 0)
+    ((_, ((first, first_pages), (second, second_pages))),), _, _ = bench.step()
+    device = SimulatedDevice()
+    device.hold()
+    there = bench.worker.attach([device.empty((PAGES, T, D), np.uint8) for _ in "ab"], 0, axes="PTD")
+    running = bench.worker.execute(first, there, first_pages)
+    with pytest.raises(ConfigError):
+        bench.worker.execute(second, bench.pages[1], second_pages + PAGES)
+    loads = RankLoads()
+    loads.begin("b", [running, None])
+    for idle in (False, True):
+        assert loads.take_ended(idle=idle) == (set(), set())
+    assert len(loads) == 1
+    bench.side.received({"b"}, {"b"})  # had a rank said so nevertheless: nobody may have these pages
+    assert [bench.pool.references.get(page) for page in (4, 5, 6)] == [1, 1, 1]
+    device.release()
+    running.wait(10)
+    assert loads.take_ended(idle=False) == ({"b"}, {"b"})
+    assert loads.take_ended(idle=False) == (set(), set())
+    assert not loads
+    bench.side._poll(bench.now, patience=10)
+    assert bench.pool.references == {}
+    there.detach(10)
+    bench.close()
+
+
+def test_a_load_that_no_rank_began_is_over(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    bench.step()
+    bench.side.received({"b"}, {"b"})  # the keeper was told nothing
+    bench.side._poll(bench.now, patience=10)
+    assert bench.pool.references == {}
+    assert bench.side._drops.wait(30)
+    assert bench.side._engine.stats().pins == 0
+
+
+def test_pages_of_a_load_that_may_never_be_over_are_never_used_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.store(request("a", 3), [1, 2, 3])
+    again = request("b", 3)
+    bench.side.on_new_request(again)
+    bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
+    ((_, ((instruction, pages),)),), _, _ = bench.step()
+    plan = FaultPlan()
+    broken = faulty_device(cpu_device(1), plan)
+    there = bench.worker.attach(bench.tensors[0], 0, axes="PTD", device=broken)
+    plan.fail(1, call="synchronize", code="device", native_code=719, from_then_on=True)
+    ticket = bench.worker.execute(instruction, there, pages).wait(10)
+    loads = RankLoads()
+    loads.begin("b", [ticket])
+    assert loads.take_ended(idle=False) == ({"b"}, {"b"})
+    bench.side.received({"b"}, {"b"})
+    bench.side.holds.poll(bench.now, patience=10)
+    assert bench.side.holds.quarantined_pages == 3
+    assert bench.pool.references == {4: 1, 5: 1, 6: 1}
+    assert not bench.side.holds.pending
+    with pytest.raises(DeviceError):
+        bench.worker.close(10)
+    with pytest.raises(DeviceError):
+        bench.side.close()
+
+
 def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
     bench.store(request("a", 3), [1, 2, 3])
     again = request("b", 3)
@@ -244,9 +465,35 @@ def test_a_reset_hides_everything_and_fails_running_loads(bench: Bench) -> None:
     fresh = request("c", 3)
     bench.side.on_new_request(fresh)
     assert bench.side.match(fresh, 0) == 0
-    assert bench.side._engine.stats().host[0].ready == 0
     bench.store(request("d", 3), [1, 2, 3])
     assert bench.side.match(fresh, 0) == 3 * T
+
+
+def test_a_reset_drops_nothing_itself_whatever_tenants_there_were(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = bench.side._engine.drop
+    dropped: list[str | None] = []
+
+    def elsewhere(keys: Any = None, namespace: str | None = None) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        dropped.append(namespace)
+        return drop(keys, namespace)
+
+    monkeypatch.setattr(bench.side._engine, "drop", elsewhere)
+    for n in range(2000):
+        wishes = {"namespace": f"tenant {n}", "priority": "high" if n < 2 else None}
+        one = request(f"r{n}", 1, seed=n, kv_transfer_params={"kvtier": wishes})
+        if n < 5:
+            bench.store(one, [1])
+        else:
+            bench.side.on_new_request(one)
+            bench.side.finish(one)
+    bench.side.reset()
+    assert bench.side._drops.wait(30)
+    assert dropped == ["tenant 0", "tenant 1"]  # nothing of normal priority could take their place
+    assert bench.side._engine.stats().host[0].ready == 3
+    assert bench.side._root.cache_info().currsize == 1024
 
 
 def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
@@ -280,6 +527,46 @@ def test_a_prefix_comes_back_from_disk_after_a_restart(tmp_path: Path) -> None:
         second.close()
 
 
+def test_from_disk_alone_only_what_was_on_disk_is_loaded(tmp_path: Path) -> None:
+    from_disk = {"kvtier": {"tiers": ["disk"]}}
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True)
+    try:
+        again = request("b", 3, kv_transfer_params=from_disk)
+        second.side.on_new_request(again)
+        second.side._requests["b"].prefetch.wait(30)
+        assert second.side.match(again, 0) == 3 * T
+        assert second.side._requests["b"].fetches == 0
+        second.side.grant(again, ([4, 5, 6],), 3 * T)
+        ((_, copies),), _, _ = second.step()
+        second.execute(copies)
+        second.side.received({"b"}, set())
+        assert [int(second.tensors[0][0][page, 0, 0]) for page in (4, 5, 6)] == [1, 2, 3]
+        later = request("c", 3, kv_transfer_params=from_disk)  # now they are in host memory
+        second.side.on_new_request(later)
+        assert second.side.match(later, 0) == 0
+        assert "ask_again" not in second.side.counters.take()
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize("tiers", [[], ["disk"]])
+def test_who_loads_nothing_does_not_wait_for_a_store(bench: Bench, tiers: list[str]) -> None:
+    storing = request("a", 3)
+    bench.side.on_new_request(storing)
+    _, stores, _ = bench.step({"a": (storing.num_tokens, ([1, 2, 3],))})
+    one, other = request("b", 3, kv_transfer_params={"kvtier": {"tiers": tiers}}), request("c", 3)
+    for each in (one, other):
+        bench.side.on_new_request(each)
+    assert bench.side.match(other, 0) is None
+    assert bench.side.match(one, 0) == 0
+    bench.execute(stores)
+    bench.settle()
+    assert bench.side.match(one, 0) == 0
+
+
 def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,15 +578,19 @@ def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
         again = request("b", 3)
         answers: list[Any] = []
         look_up = second.side._engine.lookup
+        over = False
 
         def slow(keys: Any) -> Any:  # match() gets what was true before the reads, which are over by then
+            nonlocal over
             answers.append(look_up(keys))
             if len(answers) == 2:
                 second.side._requests["b"].prefetch.wait(30)
+                over = True
             return answers[0] if len(answers) == 2 else answers[-1]
 
         monkeypatch.setattr(second.side._engine, "lookup", slow)
         second.side.on_new_request(again)
+        monkeypatch.setattr(second.side._requests["b"].prefetch, "done", lambda: over)  # not before
         assert second.side.match(again, 0) is None
         assert second.side.match(again, 0) == 3 * T
         assert second.side._requests["b"].fetches == 0
@@ -350,6 +641,21 @@ def test_tenants_adapters_and_what_a_request_allows(bench: Bench) -> None:
     assert match("little", kv_transfer_params={"kvtier": {"max_load_tokens": 2 * T + 1}}) == 2 * T
     assert match("elsewhere", kv_transfer_params={"kvtier": {"tiers": ["disk"]}}) == 0
     assert match("unknown", kv_transfer_params={"kvtier": {"what": 1}}) == 0
+
+
+def test_an_adapter_that_cannot_be_read_is_not_cached(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter.safetensors").symlink_to("/proc/self/mem")  # reads of it fail
+    adapter = SimpleNamespace(lora_name="l", lora_path=str(tmp_path / "lora"))
+    for name in ("a", "b"):
+        one = request(name, 3, lora_request=adapter)
+        bench.side.on_new_request(one)
+        assert bench.side.match(one, 0) == 0
+        assert bench.step({name: (one.num_tokens, ([1, 2, 3],))})[1] == []
+        bench.side.finish(one)
+    assert caplog.text.count("its adapter") == 1
 
 
 def test_a_request_pins_its_blocks_for_a_time(tmp_path: Path) -> None:
@@ -477,6 +783,7 @@ def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
         whole = Stored(one.block_hashes, None, tokens[: 3 * T], T, None, None, "CPU", 0)
         assert bench.side.take_events() == [whole]
         bench.side.received({"b"}, {"b"})  # a rank has failed
+        assert bench.side._drops.wait(30)
         (gone,) = bench.side.take_events()
         assert isinstance(gone, Removed)
         assert (sorted(gone.block_hashes), gone.medium) == (sorted(one.block_hashes), "CPU")
@@ -540,9 +847,93 @@ def test_events_that_were_lost_take_everything_back(tmp_path: Path, monkeypatch:
         one = request("a", 3)
         bench.side.on_new_request(one)
         store_blocks(bench, "a", 3 * T, [1, 2, 3])
-        assert bench.side.take_events() == [Cleared()]
+        # The one of the last block, of which nobody heard, is not told; the others are still there.
+        stored = Stored(one.block_hashes[:2], None, one.all_token_ids[: 2 * T], T, None, None, "CPU", 0)
+        assert bench.side.take_events() == [stored]
+        other = request("b", 3, seed=1)
+        bench.side.on_new_request(other)
+        store_blocks(bench, "b", 3 * T, [4, 5, 6])
+        removed, stored = bench.side.take_events()
+        assert removed == Removed(one.block_hashes[:2], "CPU", 0)
+        assert isinstance(stored, Stored)
+        assert stored.block_hashes == other.block_hashes[:2]
+        assert len(bench.side._events._known) == 2
     finally:
         bench.close()
+
+
+def test_what_came_before_a_reset_is_not_told_after_it(tmp_path: Path) -> None:
+    first = Bench(tmp_path, disk=True)
+    first.store(request("a", 3), [1, 2, 3])
+    first.close()
+    second = Bench(tmp_path, disk=True, events=True)
+    try:
+        one = request("b", 3)
+        second.side.on_new_request(one)
+        second.side._requests["b"].prefetch.wait(30)  # they came into host memory, and nobody has heard of it
+        second.side.finish(one)
+        second.side.reset()
+        again = request("c", 3)
+        second.side.on_new_request(again)
+        _, stores, _ = second.step({"c": (again.num_tokens, ([1, 2, 3],))})
+        assert second.side.take_events() == [Cleared()]  # those of now are only about to come
+        second.execute(stores)
+        second.side._poll(second.now, patience=10)
+        told = [event for event in second.side.take_events() if isinstance(event, Stored)]
+        assert [event.block_hashes for event in told if event.medium == "CPU"] == [again.block_hashes]
+    finally:
+        second.close()
+
+
+def heard_of(log: EventLog, key: Any, *told: tuple[EventKind, Tier]) -> list[Any]:
+    """What the log makes of events of one block."""
+    n = len(told)
+    kinds, tiers = (np.array(each, np.uint8) for each in zip(*told, strict=True))
+    log.heard(Events(np.tile(key, (n, 1)), np.zeros(n, np.uint16), tiers, kinds, lost=0))
+    return list(log.take())
+
+
+def test_a_store_in_flight_is_told_though_the_block_leaves_another_tier_meanwhile() -> None:
+    log = EventLog(T, T, [0])
+    one = request("a", 1)
+    keys = np.ones((1, 32), np.uint8)
+    blocks = log.watch(one, 0, keys, np.ones(1, np.bool_), 0)
+    assert heard_of(log, keys[0], (EventKind.EVICTED, Tier.DISK)) == []  # never announced there
+    (stored,) = heard_of(log, keys[0], (EventKind.STORED, Tier.HOST))
+    assert (stored.block_hashes, stored.medium) == (one.block_hashes, "CPU")
+    log.forget(blocks, keys)
+    assert heard_of(log, keys[0], (EventKind.EVICTED, Tier.HOST)) == [Removed(one.block_hashes, "CPU", 0)]
+
+
+def test_what_one_store_does_not_bring_another_may() -> None:
+    log = EventLog(T, T, [0])
+    one = request("a", 1)
+    keys = np.ones((1, 32), np.uint8)
+    first = log.watch(one, 0, keys, np.zeros(1, np.bool_), 0)  # of another request, which came later
+    second = log.watch(one, 0, keys, np.ones(1, np.bool_), 0)
+    log.forget(first, keys)
+    assert len(heard_of(log, keys[0], (EventKind.STORED, Tier.HOST))) == 1
+    log.forget(second, keys)
+    assert len(heard_of(log, keys[0], (EventKind.DROPPED, Tier.HOST))) == 1
+
+
+def test_an_event_says_what_hashes_cover_besides_tokens_and_whose_session_it_was() -> None:
+    def salted(_: Any, first: int, last: int, tokens: int) -> list[Any]:
+        assert tokens == T
+        return [("salt",) if n == 0 else None for n in range(first, last)]
+
+    log = EventLog(T, T, [0], salted)
+    one = request("a", 4)
+    one.session_id = "session"
+    keys = np.arange(4 * 32, dtype=np.uint8).reshape(4, 32)
+    log.loaded(one, 0, keys[:2], np.zeros(2, np.bool_), 0)
+    log.loaded(one, 2, keys[2:], np.zeros(2, np.bool_), 0)
+    (told,) = log.take()
+    assert isinstance(told, Stored)
+    assert (told.block_hashes, told.session_id) == (one.block_hashes, "session")
+    assert told.extra_keys == [("salt",), None, None, None]
+    log.loaded(request("b", 4, seed=1), 0, keys[:2], np.ones(2, np.bool_), 0)
+    assert {each.session_id for each in log.take()} == {None}
 
 
 def test_blocks_on_disk_alone_are_announced_when_they_are_loaded(tmp_path: Path) -> None:

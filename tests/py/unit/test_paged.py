@@ -345,6 +345,14 @@ def test_write_on_eviction_stores_nothing_before(serve: Callable[..., Server]) -
     assert server.engine.stats().store_stored == 4
 
 
+def test_flushing_again_and_again_keeps_nothing_of_the_last_time(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    server.run(prompt(16))
+    for _ in range(20):
+        server.cache.flush()
+    assert [len(extent.stores) for extent in server.cache._pool.shareable] == [1] * 4
+
+
 def test_a_page_is_reused_only_after_its_store_has_released_it(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:

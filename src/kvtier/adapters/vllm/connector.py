@@ -22,7 +22,7 @@ from kvtier.adapters.vllm.metadata import Copy, KVTierMetadata
 from kvtier.adapters.vllm.options import Options, parse_options
 from kvtier.adapters.vllm.scheduler import SchedulerSide
 from kvtier.adapters.vllm.stats import KVTierPromMetrics, KVTierStats
-from kvtier.adapters.vllm.vllm_events import vllm_event
+from kvtier.adapters.vllm.vllm_events import extra_keys, group_fields, vllm_event
 from kvtier.adapters.vllm.worker import WorkerSide
 from kvtier.config import Config, Disk
 from kvtier.errors import KVTierError, UnsupportedError
@@ -44,6 +44,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._idle_step = False
+        self._event_groups: dict[int, dict[str, Any]] = {}
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check_parallel(vllm_config.parallel_config)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -64,7 +65,10 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 'kv_load_failure_policy is "fail": a block that cannot be loaded fails its request; '
                 '"recompute" only costs time'
             )
-        self._scheduler = SchedulerSide(config, plan, options, directory, events=_wants_events(vllm_config))
+        self._event_groups = group_fields(kv_cache_config.kv_cache_groups)
+        self._scheduler = SchedulerSide(
+            config, plan, options, directory, events=_wants_events(vllm_config), extra_keys=extra_keys
+        )
 
     # --- what it is ---
 
@@ -142,7 +146,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             return ()
         self._scheduler.step_ended()
         self._scheduler.settle()
-        return [vllm_event(event) for event in self._scheduler.take_events()]
+        return [vllm_event(event, self._event_groups) for event in self._scheduler.take_events()]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """As request_finished_all_groups()."""
@@ -157,8 +161,8 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return False, None
 
     def has_pending_block_frees(self) -> bool:
-        """Whether pages will be free soon that a store holds, so that nobody need be preempted for them."""
-        return self._scheduler is not None and self._scheduler.holds.pending
+        """See SchedulerSide.frees_soon(): then nobody need be preempted for want of pages."""
+        return self._scheduler is not None and self._scheduler.frees_soon()
 
     def has_pending_push_work(self) -> bool:
         """Whether steps are needed, even without requests, to let go of pages."""

@@ -6,7 +6,7 @@ left every tier. Of what an earlier server left on the drives nothing is known u
 it is announced, and every later load announces its blocks again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ MEDIUM_HOST, MEDIUM_DISK = "CPU", "STORAGE"  # vLLM's names
 _MEDIA = {int(Tier.HOST): MEDIUM_HOST, int(Tier.DISK): MEDIUM_DISK}
 
 Mask = npt.NDArray[np.bool_]
+ExtraKey = tuple[Any, ...] | None
+# Of a request's blocks of so many tokens from one to before another: request, first, last, tokens.
+ExtraKeys = Callable[[Any, int, int, int], list[ExtraKey] | None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Stored:
         lora_name: Of the adapter, None without.
         medium: MEDIUM_HOST or MEDIUM_DISK.
         group_idx: vLLM's cache group.
+        extra_keys: What each block's hash covers besides tokens, as vLLM publishes it; None if nothing.
+        session_id: Of the request that stored or loaded them, None without.
     """
 
     block_hashes: list[bytes]
@@ -46,6 +51,8 @@ class Stored:
     lora_name: str | None
     medium: str
     group_idx: int
+    extra_keys: list[ExtraKey] | None = None
+    session_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,16 @@ class Blocks:
         token_ids: Of all of them, int32 [blocks * block_tokens].
         lora: (id, name), None without.
         group: kvtier's.
+        extra_keys: As in Stored.
+        session_id: As in Stored.
     """
 
     hashes: list[bytes | None]
     token_ids: npt.NDArray[np.int32]
     lora: tuple[int, str] | None
     group: int
+    extra_keys: list[ExtraKey] | None
+    session_id: str | None
 
 
 @dataclass(eq=False)
@@ -99,22 +110,41 @@ class _Coming(NamedTuple):
 class EventLog:
     """Collects events between two calls of take(). Only for the scheduler's thread."""
 
-    def __init__(self, block_tokens: int, hash_tokens: int, groups: Sequence[int]) -> None:
+    def __init__(
+        self,
+        block_tokens: int,
+        hash_tokens: int,
+        groups: Sequence[int],
+        extra_keys: ExtraKeys | None = None,
+    ) -> None:
         """Begins empty.
 
         Args:
             block_tokens: Tokens of a block.
             hash_tokens: Tokens of one of vLLM's hashes; the last one in a block names it.
             groups: vLLM's index of each group of kvtier's.
+            extra_keys: vLLM's word on what its hashes cover besides tokens; None: nothing.
         """
         self._tokens = block_tokens
         self._each = block_tokens // hash_tokens
         self._groups = groups
+        self._extra_keys = extra_keys
         self._known: dict[tuple[int, bytes], _Known] = {}
         self._events: list[Event] = []
 
-    def watch(self, request: Any, first: int, keys: Keys, group: int) -> Blocks:
-        """Blocks of a request of vLLM's from index `first` on, which are about to come: [n, 32]."""
+    def watch(self, request: Any, first: int, keys: Keys, coming: Mask, group: int) -> Blocks:
+        """A request stores or loads blocks from index `first` on.
+
+        Args:
+            request: vLLM's.
+            first: Index of the first one in the request.
+            keys: kvtier's, [n, 32].
+            coming: Which of them it brings, bool [n]: somebody else may bring the others.
+            group: kvtier's.
+
+        Returns:
+            The blocks, for forget().
+        """
         last = first + len(keys)
         hashes: list[bytes | None] = [
             None if b < 0 else bytes(request.block_hashes[(b + 1) * self._each - 1])
@@ -123,17 +153,21 @@ class EventLog:
         tokens = np.asarray(request.all_token_ids[first * self._tokens : last * self._tokens], np.int32)
         lora = request.lora_request
         name = None if lora is None else (int(lora.lora_int_id), str(lora.lora_name))
-        blocks = Blocks(hashes, tokens, name, group)
-        for i, key in enumerate(keys):
-            self._known.setdefault((group, key.tobytes()), _Known(blocks, i, set()))
+        extra = None if self._extra_keys is None else self._extra_keys(request, first, last, self._tokens)
+        session = getattr(request, "session_id", None)
+        blocks = Blocks(hashes, tokens, name, group, extra, session)
+        for i in np.flatnonzero(coming):
+            known = self._known.get((group, keys[i].tobytes()))
+            if known is None or not known.media:
+                self._known[group, keys[i].tobytes()] = _Known(blocks, int(i), set())
         return blocks
 
-    def forget(self, keys: Keys, group: int) -> None:
-        """Blocks that did not come after all, [n, 32]; those that are there all the same stay known."""
+    def forget(self, blocks: Blocks, keys: Keys) -> None:
+        """What watch() was told of has come or will not: of what has not nothing is known any more."""
         for key in keys:
-            known = self._known.get((group, key.tobytes()))
-            if known is not None and not known.media:
-                del self._known[group, key.tobytes()]
+            known = self._known.get((blocks.group, key.tobytes()))
+            if known is not None and known.blocks is blocks and not known.media:
+                del self._known[blocks.group, key.tobytes()]
 
     def loaded(self, request: Any, first: int, keys: Keys, on_disk: Mask, group: int) -> None:
         """A request loads blocks from `first` on, [n, 32]: all are in host memory.
@@ -145,8 +179,8 @@ class EventLog:
             on_disk: Which were on disk alone when it arrived, bool [n].
             group: kvtier's.
         """
-        blocks = self.watch(request, first, keys, group)
         everywhere = np.ones(len(keys), np.bool_)
+        blocks = self.watch(request, first, keys, everywhere, group)
         for medium, which in ((MEDIUM_DISK, on_disk), (MEDIUM_HOST, everywhere)):
             self._announce(blocks, which, medium)
             for key in keys[which]:
@@ -155,7 +189,7 @@ class EventLog:
     def heard(self, events: Events) -> None:
         """The engine's next events. If some were lost, all that was announced is taken back."""
         if events.lost:
-            self.cleared()
+            self._take_back()
         came: _Coming | None = None  # the engine tells of a store's blocks from its end; we from its head
         columns = (events.keys, events.groups, events.tiers, events.kinds)
         for key, group, tier, kind in zip(*columns, strict=True):
@@ -173,10 +207,20 @@ class EventLog:
                 came.which[known.place] = True
             elif not stored and medium in known.media:
                 self._left(known, medium)
-            if not known.media:
-                del self._known[int(group), key.tobytes()]
+                if not known.media:
+                    del self._known[int(group), key.tobytes()]
         if came is not None:
             self._announce(*came)
+
+    def _take_back(self) -> None:
+        """All that was announced; what is only about to come stays known."""
+        announced = {name: known for name, known in self._known.items() if known.media}
+        for medium in _MEDIA.values():
+            for known in announced.values():
+                if medium in known.media:
+                    self._left(known, medium)
+        for name in announced:
+            del self._known[name]
 
     def _left(self, known: _Known, medium: str) -> None:
         known.media.discard(medium)
@@ -203,11 +247,15 @@ class EventLog:
                 lora_name=lora_name,
                 medium=medium,
                 group_idx=self._groups[blocks.group],
+                extra_keys=None if blocks.extra_keys is None else blocks.extra_keys[begin:end],
+                session_id=blocks.session_id,
             )
             last = self._events[-1] if self._events else None
             if isinstance(last, Stored) and _continues(last, event):
                 last.block_hashes.extend(named)
                 last.token_ids.extend(tokens)
+                if last.extra_keys is not None:
+                    last.extra_keys.extend(event.extra_keys or [])
             else:
                 self._events.append(event)
 
@@ -224,9 +272,12 @@ class EventLog:
 
 def _continues(last: Stored, event: Stored) -> bool:
     """Whether an event can be told together with the one before it."""
-    return event.parent_block_hash == last.block_hashes[-1] and (
-        (event.medium, event.group_idx, event.lora_id) == (last.medium, last.group_idx, last.lora_id)
-    )
+    return event.parent_block_hash == last.block_hashes[-1] and _common(event) == _common(last)
+
+
+def _common(event: Stored) -> tuple[object, ...]:
+    """What blocks that are told of together have in common."""
+    return event.medium, event.group_idx, event.lora_id, event.session_id, event.extra_keys is None
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:

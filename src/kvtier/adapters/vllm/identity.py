@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _SAMPLES = 32
 _SAMPLE_BYTES = 1 << 16
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 _HUB_SNAPSHOT_DIGITS = 40
+_MOST_ADAPTERS = 1024  # whose digests are kept
 
 
 def model_identity(vllm_config: Any, kv_cache_config: Any, version: str, backend: str) -> str:
@@ -107,25 +109,38 @@ class LoRAIdentity:
     """What an adapter's weights add to the keys: vLLM hashes its name and path, not what is in it."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], bytes] = {}
+        self._known: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()  # the last one was used last
 
     def of(self, lora_request: Any) -> bytes:
         """Bytes that name the adapter of a request; empty without one.
 
-        Read once for each path and time of change of its directory.
+        The files are read again whenever name, size or time of change of one of them is another.
+
+        Raises:
+            OSError: The adapter is on this machine and cannot be read: what it is, is not known.
         """
         if lora_request is None:
             return b""
         name, path = str(lora_request.lora_name), str(lora_request.lora_path)
         try:
-            changed = Path(path).stat().st_mtime_ns
-        except OSError:
+            Path(path).stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return f"lora\0{name}\0{path}".encode()  # not local: by name and path, as vLLM
-        found = self._known.get((path, changed))
+        state = (name, path, *_states_of(_weight_files(Path(path))))
+        found = self._known.pop(state, None)
         if found is None:
             found = f"lora\0{name}\0{files_digest(Path(path))}".encode()
-            self._known[path, changed] = found
+        self._known[state] = found
+        if len(self._known) > _MOST_ADAPTERS:
+            self._known.popitem(last=False)
         return found
+
+
+def _states_of(files: Iterable[Path]) -> Iterator[tuple[str, int, int, int]]:
+    """What changes when a file is written again, in place or not."""
+    for file in files:
+        stat = file.stat()
+        yield file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def check_persistent(vllm_config: Any) -> None:

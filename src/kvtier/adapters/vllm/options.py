@@ -17,6 +17,7 @@ STORE_CHOICES = ("all", "prompt")
 TIERS = ("host", "disk")
 PRIORITIES = ("low", "normal", "high")
 _MAX_TOKENS = 2**31 - 1
+_MAX_NAMESPACE_BYTES = 256
 _MAX_PIN_SECONDS = 86400
 _MAX_TTL_SECONDS = 366 * 86400
 
@@ -178,13 +179,23 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
         raise ConfigError(f"{source}: priority is {priority!r}; allowed: {', '.join(PRIORITIES)}")
     return RequestOptions(
         tiers=tuple(tiers),
-        namespace=check_namespace(values.get("namespace", "")),
+        namespace=_parse_namespace(values.get("namespace", ""), source),
         prefetch_only=prefetch_only,
         pin=_parse_seconds("pin", values.get("pin"), _MAX_PIN_SECONDS, source),
         priority=priority,
         ttl=_parse_seconds("ttl", values.get("ttl"), _MAX_TTL_SECONDS, source),
         **limits,
     )
+
+
+def _parse_namespace(value: object, source: str) -> str:
+    namespace = check_namespace(value)
+    size = len(namespace.encode())
+    if size > _MAX_NAMESPACE_BYTES:  # it is a client's, and the index keeps every one that stores
+        raise ConfigError(
+            f"{source}: namespace has {size} bytes; allowed: up to {_MAX_NAMESPACE_BYTES} (in UTF-8)"
+        )
+    return namespace
 
 
 def _parse_seconds(name: str, value: object, most: int, source: str) -> float | None:

@@ -4,9 +4,11 @@ It imports no vLLM: it reads attributes of what vLLM hands over. One thread, vLL
 """
 
 import contextlib
+import functools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from kvtier.adapters.vllm.counters import Counters
-from kvtier.adapters.vllm.events import Event, EventLog
+from kvtier.adapters.vllm.drops import BlockDrops
+from kvtier.adapters.vllm.events import Event, EventLog, ExtraKeys
 from kvtier.adapters.vllm.groups import CachePlan
 from kvtier.adapters.vllm.identity import LoRAIdentity
 from kvtier.adapters.vllm.keys import BlockKeys
-from kvtier.adapters.vllm.matching import on_disk_alone, pages_of, pending_after, servable_blocks
+from kvtier.adapters.vllm.matching import PageIds, on_disk_alone, pages_of, pending_after, servable_blocks
 from kvtier.adapters.vllm.options import Options, parse_request_options
 from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
@@ -27,18 +30,21 @@ from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.config import Config
 from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import BlockOutcome, Engine, Match, open_engine
-from kvtier.errors import ConfigError, StorageError
+from kvtier.errors import ConfigError
 from kvtier.keys import root_key
-from kvtier.ranks import Instruction, Keeper
-from kvtier.tickets import StoreResult
+from kvtier.ranks import Instruction, Keeper, LoadOrder
+from kvtier.tickets import StoreResult, StoreTicket
 
 _log = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 60.0  # a promise lapses in the same step; this is for a scheduler that never takes one
 _IDLE_PATIENCE_SECONDS = 0.5
+_STUCK_PATIENCE_SECONDS = 0.02  # for what may never end: the next request is not to wait long
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
+_MOST_ROOTS = 1024  # of tenants and adapters, that are not made again for each request
+_MOST_HIGH = 64
 _EVENTS = 1 << 18  # that the engine keeps for the next step; 9 MiB
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
 
@@ -56,6 +62,7 @@ class SchedulerSide:
         directory: str,
         *,
         events: bool = False,
+        extra_keys: ExtraKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Opens the engine and begins to serve the workers.
@@ -66,6 +73,7 @@ class SchedulerSide:
             options: The connector's.
             directory: Where the workers find the keeper.
             events: Whether to collect KV events.
+            extra_keys: As of EventLog.
             clock: Monotonic seconds, for tests.
 
         Raises:
@@ -76,7 +84,7 @@ class SchedulerSide:
         self._events: EventLog | None = None
         if events:
             self._events = EventLog(
-                plan.block_tokens, plan.hash_tokens, [group.index for group in plan.groups]
+                plan.block_tokens, plan.hash_tokens, [group.index for group in plan.groups], extra_keys
             )
             config = replace(config, events=_EVENTS)
         self._config = config
@@ -85,9 +93,12 @@ class SchedulerSide:
         self._clock = clock
         self._directory = directory
         self._loras = LoRAIdentity()
-        self._roots: dict[tuple[str, bytes], bytes] = {}
-        self._namespaces: set[str] = set()
+        self._lora_refused = False
+        self._root = functools.lru_cache(_MOST_ROOTS)(functools.partial(root_key, config))
+        # Blocks of high priority make room for no others: of an earlier epoch they would stay for ever.
+        self._high: deque[str] = deque(maxlen=_MOST_HIGH)  # namespaces that have any
         self._requests: dict[str, RequestState] = {}
+        self._alive: set[str] = set()  # those too that are not cached
         self._leased: list[RequestState] = []
         self._loading: dict[str, RunningLoad] = {}
         self._new_loads: list[tuple[str, Copies]] = []
@@ -101,17 +112,28 @@ class SchedulerSide:
         except BaseException:
             self._engine.close()
             raise
+        self._drops = BlockDrops(self._engine)
 
     # --- requests ---
 
     def on_new_request(self, request: Any) -> None:
         """A request has arrived: the earliest moment to read its prefix from disk."""
+        self._alive.add(request.request_id)
         try:
             options = parse_request_options(request.kv_transfer_params)
         except ConfigError as error:  # whose cache it would be is not known: it is left alone
             _log.warning("request %s is not cached: %s", request.request_id, error)
             return
-        root = self._root(options.namespace, self._loras.of(request.lora_request))
+        try:
+            lora = self._loras.of(request.lora_request)
+        except OSError as error:
+            if not self._lora_refused:
+                _log.warning(
+                    "request %s is not cached: its adapter: %s. Said once", request.request_id, error
+                )
+            self._lora_refused = True
+            return
+        root = self._root(options.namespace, lora)
         keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
         state = RequestState(request, options, keys, may_store=not options.prefetch_only)
         self._requests[request.request_id] = state
@@ -138,13 +160,17 @@ class SchedulerSide:
         last = min((request.num_tokens - 1) // block_tokens, state.keys.update(request.block_hashes))
         if state.options.max_load_tokens is not None:
             last = min(last, first + state.options.max_load_tokens // block_tokens)
+        if "host" not in state.options.tiers:  # what came from disk is served from host memory, nothing else
+            last = min(last, first + state.run_on_disk(first))
         if not state.may_load or last <= first or computed_tokens % block_tokens:
+            return 0
+        last = first + self._drops.before_hidden(state.keys.rows(first, last))
+        if last == first:
             return 0
         # Before the lookup: reads that end behind it are seen by the next one.
         reading = state.prefetch is not None and not state.prefetch.done()
         match = self._engine.lookup(state.keys.rows(first, last))
-        # What comes from disk is served from host memory too, once it is there.
-        ready = servable_blocks(match, self._plan.groups) if "host" in state.options.tiers else 0
+        ready = servable_blocks(match, self._plan.groups)
         pending = pending_after(match, ready, self._plan.groups)
         state.plan = self._plan_load(match, ready, state, request.num_tokens, computed_tokens)
         wanted = match.ready_blocks if state.plan is None else state.plan.decision.load_blocks
@@ -185,6 +211,7 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
+        parts: list[tuple[LoadOrder, PageIds]] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -192,6 +219,7 @@ class SchedulerSide:
             if len(here):
                 order = self._keeper.load(keys[here], g, first_block=first)
                 copies.append((order.instruction, pages[here].reshape(-1)))
+                parts.append((order, copies[-1][1]))
                 num_bytes += len(here) * self._block_bytes(g)
                 if self._events is not None:
                     begin = int(here[0])
@@ -202,7 +230,7 @@ class SchedulerSide:
         if first == 0:
             state.stored_blocks = count
         self._new_loads.append((request.request_id, copies))
-        self._loading[request.request_id] = RunningLoad(keys, num_bytes, self._clock(), plan)
+        self._loading[request.request_id] = RunningLoad(keys, parts, num_bytes, self._clock(), plan)
 
     def disk_tokens(self, request: Any, external_tokens: int) -> int:
         """How many of the tokens that match() promised were on disk alone when their request arrived."""
@@ -214,6 +242,7 @@ class SchedulerSide:
 
     def finish(self, request: Any) -> None:
         """The request is over. Its pages under a store are held; a load of it goes on and is reported."""
+        self._alive.discard(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if state is not None:
             state.end_lease()
@@ -250,7 +279,11 @@ class SchedulerSide:
         return loads, stores, stale
 
     def received(self, finished: set[str], failed: set[str]) -> None:
-        """Every rank has reported these loads."""
+        """Every rank has reported these loads.
+
+        Never waits: blocks of failed ones are dropped later, and pages of theirs are held for as long as a
+        rank may write to them.
+        """
         now = self._clock()
         for request_id in finished:
             load = self._loading.pop(request_id, None)
@@ -266,8 +299,12 @@ class SchedulerSide:
                     self._planner.settle(load.plan, now - load.began)
                 continue
             self.counters.add("load_failures")
+            for order, pages in load.parts:
+                self._keeper.cancel(order.instruction)  # a rank that could not begin it has told nobody
+                if self.holds.bound:  # it may be written to even now
+                    self.holds.add(order.ticket, pages.tolist(), 0, now)
             if not load.stale:  # those of a reset are gone
-                self._engine.drop(load.keys)
+                self._drops.add(load.keys)
             state = self._requests.get(request_id)
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
@@ -294,29 +331,42 @@ class SchedulerSide:
         An engine without requests stops stepping, and would otherwise refuse to reset its prefix cache for
         the sake of pages that were free long ago.
         """
+        now = self._clock()
         if self.holds.pending:
-            self._poll(self._clock(), patience=0.0 if self._requests else _IDLE_PATIENCE_SECONDS)
-        self._pins.poll(self._clock())
+            idle = _IDLE_PATIENCE_SECONDS if self.holds.pending_soon(now) else _STUCK_PATIENCE_SECONDS
+            self._poll(now, patience=0.0 if self._alive else idle)
+        self._pins.poll(now)
+
+    def frees_soon(self) -> bool:
+        """Whether pages will be free soon that a store or a failed load holds.
+
+        Not for the sake of holds that last: who waited for them would never be scheduled.
+        """
+        return self.holds.pending_soon(self._clock())
 
     def reset(self) -> None:
         """Forgets every block of every tier: nothing stored before is ever served.
 
         What requests that are running now have computed may be as old as what is forgotten: they neither
-        store nor load any more, and their running loads are reported as failed. Waits for the drives.
+        store nor load any more, and their running loads are reported as failed. Waits for the drives, a sync
+        each.
         """
         self._pins.clear()
-        if self._events is not None:
-            self._events.cleared()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
         for request_id, load in self._loading.items():
             load.stale = True
             self._stale.append(request_id)
-        self._engine.reset()
-        for namespace in self._namespaces:
-            with contextlib.suppress(StorageError):  # no key of the new epoch finds what is left there
-                self._engine.drop(namespace=namespace)
+        try:
+            self._engine.reset()
+        finally:  # whatever a drive said, nothing of before is served
+            self._drops.clear()
+            self._drops.add_namespaces(self._high)
+            self._high.clear()
+            if self._events is not None:
+                self._hear()  # what was not told yet of before
+                self._events.cleared()
         self.counters.add("resets")
 
     def close(self) -> None:
@@ -326,20 +376,13 @@ class SchedulerSide:
         self._requests.clear()
         self._pins.clear()
         self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
+        self._drops.close(_CLOSE_SECONDS)
         self._keeper.close(_CLOSE_SECONDS)
         with contextlib.suppress(OSError):  # somebody's own things stand there; or it is gone already
             Path(self._directory).rmdir()
         self._engine.close(_CLOSE_SECONDS)
 
     # --- inside ---
-
-    def _root(self, namespace: str, lora: bytes) -> bytes:
-        root = self._roots.get((namespace, lora))
-        if root is None:
-            root = root_key(self._config, namespace, lora)
-            self._roots[namespace, lora] = root
-            self._namespaces.add(namespace)
-        return root
 
     def _block_bytes(self, g: int) -> int:
         layout = self._config.groups[g]
@@ -351,12 +394,12 @@ class SchedulerSide:
     ) -> Plan | None:
         """How much of what was found to load: what is servable, and what is on disk behind it.
 
-        None where there is nothing to decide: nothing was found, all of it is wanted in host memory only, or
-        a window makes another end of the load need other blocks.
+        None where there is nothing to decide: nothing was found, all of it is wanted in host memory, or a
+        window makes another end of the load need other blocks.
         """
         on_disk = match.ready_blocks - ready if self._options.disk and "disk" in state.options.tiers else 0
         windows = any(group.layout.window_tokens is not None for group in self._plan.groups)
-        if not ready + on_disk or state.options.prefetch_only or windows or "host" not in state.options.tiers:
+        if not ready + on_disk or state.options.prefetch_only or windows:
             return None
         block_bytes = sum(self._block_bytes(g) for g in range(len(self._plan.groups)))
         hit = Hit(
@@ -430,7 +473,13 @@ class SchedulerSide:
         block_ids = output.kv_connector_block_state.get_block_ids(request.request_id)
         if last <= first or block_ids is None or not self.holds.bound:
             return
+        # What is being dropped is stored in a later step: now it would be found, and then be gone.
+        last = first + self._drops.before_hidden(state.keys.rows(first, last))
+        if last == first:
+            return
         state.stored_blocks = last
+        if state.options.priority == "high" and state.options.namespace not in self._high:
+            self._high.append(state.options.namespace)
         keys = state.keys.rows(first, last)
         parent = state.keys.rows(first - 1, first)[0] if first else None
         for g, group in enumerate(self._plan.groups):
@@ -450,16 +499,19 @@ class SchedulerSide:
             running = instruction.outcomes == BlockOutcome.RUNNING
             if instruction.grant:
                 stores.append((instruction, pages[here].reshape(-1)))
+                about = None
+                if self._events is not None:
+                    begin = int(here[0])
+                    coming = np.zeros(last - first - begin, np.bool_)
+                    coming[here[running] - begin] = True
+                    about = self._events.watch(request, first + begin, keys[begin:], coming, g), keys[here]
                 self.holds.add(
                     ticket,
                     pages[here][running].reshape(-1).tolist(),
                     int(np.count_nonzero(running)) * self._block_bytes(g),
                     now,
-                    (keys[here].copy(), g),
+                    about,
                 )
-                if self._events is not None:
-                    begin = int(here[0])
-                    self._events.watch(request, first + begin, keys[begin:], g)
             else:
                 self._count_store(ticket.result(), 0, 0.0)
             declined = instruction.outcomes == BlockOutcome.DECLINED
@@ -468,12 +520,13 @@ class SchedulerSide:
 
     def _poll(self, now: float, patience: float = 0.0) -> None:
         for ended in self.holds.poll(now, patience=patience):
+            if not isinstance(ended.ticket, StoreTicket):
+                continue
             result = ended.ticket.result()
             self._count_store(result, ended.num_bytes, ended.seconds)
             if self._events is not None:
-                about, g = ended.about
                 self._hear()
-                self._events.forget(about[result.outcomes != BlockOutcome.STORED], g)
+                self._events.forget(*ended.about)
 
     def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
         for name in ("stored", "present", "pending", "declined", "failed", "dropped"):

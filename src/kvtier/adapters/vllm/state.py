@@ -1,6 +1,7 @@
 """What the scheduler side remembers: requests, running loads, and pages under a store."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from kvtier.costs import Plan
 from kvtier.errors import KVTierError, TimeoutError  # noqa: A004 - kvtier.TimeoutError, as asyncio's
 from kvtier.handles import Lease
 from kvtier.keys import Keys
-from kvtier.tickets import StoreTicket
+from kvtier.ranks import LoadOrder
+from kvtier.tickets import LoadTicket, StoreTicket
 
 _log = logging.getLogger(__name__)
+
+_SOON_SECONDS = 5.0  # a hold that is older may never end
 
 
 @dataclass(eq=False)
@@ -65,6 +69,11 @@ class RequestState:
         """How many those are."""
         return int(np.count_nonzero(self.found_on_disk[first:last]))
 
+    def run_on_disk(self, first: int) -> int:
+        """How many blocks that follow each other from `first` on were on disk alone when it arrived."""
+        found = self.found_on_disk[first:]
+        return len(found) if found.all() else int(found.argmin())
+
     def end_lease(self) -> None:
         """Lets go of what was promised and not taken. Idempotent."""
         if self.lease is not None:
@@ -78,6 +87,7 @@ class RunningLoad:
 
     Attributes:
         keys: Of its blocks.
+        parts: For each group the keeper's order and the pages that are written to.
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
         plan: What was decided, None if there was nothing to decide.
@@ -85,6 +95,7 @@ class RunningLoad:
     """
 
     keys: Keys
+    parts: list[tuple[LoadOrder, npt.NDArray[np.uint32]]]
     num_bytes: int
     began: float
     plan: Plan | None = None
@@ -92,7 +103,7 @@ class RunningLoad:
 
 
 class _Hold(NamedTuple):
-    ticket: StoreTicket
+    ticket: StoreTicket | LoadTicket
     blocks: list[Any]
     num_bytes: int
     began: float
@@ -100,9 +111,9 @@ class _Hold(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A store that is over: its ticket, its bytes, the seconds it took, and what add() was told of it."""
+    """What is over: its ticket, its bytes, the seconds it took, and what add() was told of it."""
 
-    ticket: StoreTicket
+    ticket: StoreTicket | LoadTicket
     num_bytes: int
     seconds: float
     about: Any
@@ -111,6 +122,7 @@ class Ended(NamedTuple):
 class PageHolds:
     """Keeps pages under a store from being reused, whatever frees them: preemption, finish, abort, a window.
 
+    And those of a load that failed on a rank, for others may still write to them.
     A hold is one more reference in vLLM's block pool. Only for the scheduler's thread.
     """
 
@@ -133,20 +145,29 @@ class PageHolds:
         """Whether pages are held that will be let go."""
         return bool(self._holds)
 
+    def pending_soon(self, now: float) -> bool:
+        """Whether pages will be let go soon: the youngest hold is at most 5 s old."""
+        return bool(self._holds) and now - self._holds[-1].began <= _SOON_SECONDS
+
     @property
     def quarantined_pages(self) -> int:
         """Pages that are held for good: a device cannot prove that its copies are over."""
         return self._quarantined
 
     def add(
-        self, ticket: StoreTicket, page_ids: Sequence[int], num_bytes: int, now: float, about: Any = None
+        self,
+        ticket: StoreTicket | LoadTicket,
+        page_ids: Sequence[int],
+        num_bytes: int,
+        now: float,
+        about: Any = None,
     ) -> None:
-        """Holds pages until a store has let go of them.
+        """Holds pages until a store or load has let go of them.
 
         Args:
             ticket: The keeper's, which all ranks' parts settle.
             page_ids: vLLM's block ids.
-            num_bytes: What is stored.
+            num_bytes: What is copied.
             now: Monotonic seconds.
             about: Whatever is wanted back when it is over.
         """
@@ -155,29 +176,30 @@ class PageHolds:
         self._holds.append(_Hold(ticket, blocks, num_bytes, now, about))
 
     def poll(self, now: float, *, patience: float = 0.0) -> list[Ended]:
-        """Lets go of pages whose stores are over.
+        """Lets go of pages whose stores and loads are over.
 
         Args:
             now: Monotonic seconds.
             patience: Seconds to wait for those that are not, all together.
 
         Returns:
-            The stores that are over.
+            What is over.
         """
         if not self._holds:
             return []
         ended: list[Ended] = []
         left: deque[_Hold] = deque()
+        deadline = time.monotonic() + patience
         for hold in self._holds:
             released = hold.ticket.released
             try:
-                if not released.done() and patience <= 0:
+                seconds = max(0.0, deadline - time.monotonic()) if patience else 0.0
+                if not released.done() and not seconds:
                     left.append(hold)
                     continue
-                released.wait(patience)
+                released.wait(seconds)
             except TimeoutError:
                 left.append(hold)
-                patience = 0.0
                 continue
             except KVTierError as error:
                 self._quarantined += len(hold.blocks)

@@ -5,20 +5,19 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
+from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.metadata import Copy
 from kvtier.config import Config
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.ranks import RankPages, Worker
-from kvtier.tickets import BlockOutcome, Ticket
+from kvtier.tickets import Ticket
 
 _log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 10.0
-_IDLE_WAIT_SECONDS = 0.001
 
 
 class WorkerSide:
@@ -37,8 +36,7 @@ class WorkerSide:
         self._worker = Worker(directory, rank, config)
         self._pages: list[RankPages] = []
         self._cuda: Any = None
-        self._loads: dict[str, list[Ticket] | None] = {}  # None: has failed already
-        self._stale: set[str] = set()
+        self._loads = RankLoads()
         self._joiner = threading.Thread(target=self._join, name="kvtier-join", daemon=True)
 
     def register(self, kv_caches: Mapping[str, Any], kv_cache_config: Any) -> None:
@@ -69,16 +67,9 @@ class WorkerSide:
 
     def start_loads(self, loads: Iterable[tuple[str, list[Copy]]], stale: Iterable[str]) -> None:
         """Begins the loads of a step, behind what the compute stream was given."""
-        self._stale.update(request_id for request_id in stale if request_id in self._loads)
         for request_id, copies in loads:
-            tickets: list[Ticket] | None = []
-            for copy in copies:
-                ticket = self._execute(copy)
-                if ticket is None or tickets is None:
-                    tickets = None
-                else:
-                    tickets.append(ticket)
-            self._loads[request_id] = tickets
+            self._loads.begin(request_id, map(self._execute, copies))
+        self._loads.fail(stale)
 
     def start_stores(self, stores: Iterable[Copy]) -> None:
         """Begins the stores of a step, behind the kernels that write their pages; the keeper hears of it."""
@@ -94,20 +85,7 @@ class WorkerSide:
         Returns:
             Those that are over, and those of them that failed.
         """
-        ended: set[str] = set()
-        failed: set[str] = set()
-        for request_id, tickets in list(self._loads.items()):
-            if tickets and idle and not all(ticket.done() for ticket in tickets):
-                _wait_a_moment(tickets)
-                idle = False
-            if tickets is not None and not all(ticket.done() for ticket in tickets):
-                continue
-            ended.add(request_id)
-            if tickets is None or request_id in self._stale or not all(map(_loaded, tickets)):
-                failed.add(request_id)
-            del self._loads[request_id]
-            self._stale.discard(request_id)
-        return ended, failed
+        return self._loads.take_ended(idle=idle)
 
     def close(self) -> None:
         """Waits some seconds at most for copies that run, and leaves the keeper. Idempotent."""
@@ -160,17 +138,3 @@ def _views(
     shape, stride = (num_blocks, tokens, unit // tokens), (block_stride, unit // tokens, 1)
     blank = torch.empty(0, dtype=torch.uint8, device=cache.device)
     return [blank.new_empty(0).set_(storage, begin + i * unit, shape, stride) for i in range(size // unit)]
-
-
-def _loaded(ticket: Ticket) -> bool:
-    outcomes = ticket.result().outcomes
-    return bool(np.all(outcomes == BlockOutcome.LOADED))
-
-
-def _wait_a_moment(tickets: list[Ticket]) -> None:
-    for ticket in tickets:
-        if not ticket.done():
-            try:
-                ticket.wait(_IDLE_WAIT_SECONDS)
-            except KVTierError:  # not yet; or not well, which the outcomes say
-                return
