@@ -33,7 +33,8 @@ test-vllm-full: .venv-vllm/.built  ## all of them, a soak and vLLM's own include
 	$(pytest_vllm) $(PYTEST_ARGS)
 test-deep: build  ## the model tests with many more examples (minutes)
 	pytest -m slow --timeout 1800 $(PYTEST_ARGS)
-torture: build  ## thousands of crashes of the disk tier, and its mutants (KVTIER_TORTURE_CYCLES=4000)
+torture: build  ## ten minutes of fuzzing (KVTIER_FUZZ_SECONDS=600), then thousands of crashes of the disk tier, and its mutants (KVTIER_TORTURE_CYCLES=4000)
+	scripts/fuzz.sh
 	python scripts/torture.py
 asan: setup  ## C++ tests under AddressSanitizer and UBSan
 	scripts/ctest.sh asan $(CTEST_ARGS)

@@ -44,11 +44,11 @@ def dtype_name_and_bytes(dtype: Any) -> tuple[str, int]:
     name = _ALIASES.get(name, name)
     if name in _ITEM_BYTES:
         return name, _ITEM_BYTES[name]
-    if name.startswith("bytes") and name[5:].isdecimal():
+    if len(name) < 16 and name.startswith("bytes") and name[5:].isdecimal():
         return dtype_name_and_bytes(int(name[5:]))
     try:
         parsed = np.dtype(name)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError, OverflowError):  # NumPy reads whole structures out of a name
         parsed = np.dtype(object)
     if parsed.kind not in "iufcb":
         raise ConfigError(
