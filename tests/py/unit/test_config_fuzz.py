@@ -12,7 +12,10 @@ from pathlib import Path
 from kvtier import Config
 from kvtier.errors import ConfigError
 
-CORPUS = [path.read_bytes() for path in sorted(Path("tests/golden/fuzz/config").glob("*.toml"))]
+CORPUS = [
+    path.read_bytes()
+    for path in sorted((Path(__file__).parents[2] / "golden" / "fuzz" / "config").glob("*.toml"))
+]
 ROUNDS = 4_000
 VALUES = [
     *(b"0", b"-1", b"1", b"99999999999999999999", b"1e400", b"-inf", b"nan", b"0x7fffffffffffffff"),
