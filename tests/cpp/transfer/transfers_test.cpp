@@ -20,7 +20,12 @@ GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceConformance);  // only its h
 
 namespace {
 
+// Each is another schedule of the simulated device.
+#if defined(__SANITIZE_THREAD__)
 constexpr unsigned kSeeds = 200;
+#else
+constexpr unsigned kSeeds = 4000;
+#endif
 
 std::unique_ptr<Transfers> make(Device& device) { return Transfers::create(device).value(); }
 
