@@ -2,6 +2,7 @@
 #include "kvtier/platform/cpu_device.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,6 +10,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
+#include <fstream>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -70,6 +73,38 @@ TEST(CpuDeviceOptions, a_refused_number_of_threads_is_a_sticky_error) {
     EXPECT_EQ(device->create_event().status().code(), StatusCode::invalid_argument);
     EXPECT_EQ(device->copy(kCaller, {}, Direction::load).code(), StatusCode::invalid_argument);
   }
+}
+
+// The processors that each copy thread of this process may use.
+std::vector<cpu_set_t> processors_of_copy_threads() {
+  std::vector<cpu_set_t> all;
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    std::string name;
+    std::getline(std::ifstream(task.path() / "comm"), name);
+    cpu_set_t set;
+    const int id = std::stoi(task.path().filename().string());
+    if (name == "kvtier-copy" && sched_getaffinity(id, sizeof(set), &set) == 0) all.push_back(set);
+  }
+  return all;
+}
+
+TEST(CpuDeviceOptions, on_few_processors_each_copy_thread_has_its_own) {
+  cpu_set_t allowed;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(allowed), &allowed), 0);
+  const auto threads = static_cast<unsigned>(std::min(64, CPU_COUNT(&allowed)));
+  const std::unique_ptr<Device> device = make_cpu_device({.copy_threads = threads});
+  const std::vector<cpu_set_t> shares = processors_of_copy_threads();
+  ASSERT_EQ(shares.size(), threads);
+  cpu_set_t all;
+  CPU_ZERO(&all);
+  int sum = 0;
+  for (const cpu_set_t& share : shares) {
+    CPU_OR(&all, &all, &share);
+    sum += CPU_COUNT(&share);
+  }
+  EXPECT_TRUE(CPU_EQUAL(&all, &allowed));
+  const bool few = CPU_COUNT(&allowed) <= 2 * static_cast<int>(threads);
+  EXPECT_EQ(sum, few ? CPU_COUNT(&allowed) : static_cast<int>(threads) * CPU_COUNT(&allowed));
 }
 
 TEST_P(CpuDevice, says_what_it_is) {

@@ -6,7 +6,8 @@
 //
 // Each stream is a queue. The copies at its head are cut into units of 256 KiB to 4 MiB, which any number of
 // threads take one by one; the first item that is no copy waits until their last unit is done. So one batch
-// uses all threads, and streams with work share them.
+// uses all threads, and streams with work share them. Where the process may use at most two processors per
+// copy thread, each thread is given its own share of them.
 //
 // Beyond what device.h says: a framework stream does not exist here, and StreamHandle{0} stands for the
 // calling thread. Recording there completes at once; wait() and copy() on it block the caller, for nothing
