@@ -37,7 +37,7 @@ DiskOptions disk_options(const std::vector<std::pair<std::string, std::uint64_t>
                          const py::bytes& fingerprint, SecondProcess second_process, Admission admission,
                          std::string eviction, std::optional<std::uint64_t> write_bytes_per_day,
                          const std::vector<py::bytes>& keys, std::uint32_t queue_depth, double commit_seconds,
-                         std::string catalog_helper) {
+                         double answer_seconds, std::string catalog_helper) {
   DiskOptions options;
   for (const auto& [path, capacity] : disks) options.disks.push_back({path, capacity});
   options.fingerprint = fingerprint_of(fingerprint);
@@ -47,6 +47,7 @@ DiskOptions disk_options(const std::vector<std::pair<std::string, std::uint64_t>
   options.write_bytes_per_day = write_bytes_per_day;
   options.queue_depth = queue_depth;
   options.commit_interval = std::chrono::milliseconds(static_cast<std::int64_t>(commit_seconds * 1e3));
+  options.answer_within = std::chrono::milliseconds(static_cast<std::int64_t>(answer_seconds * 1e3));
   options.catalog_helper = std::move(catalog_helper);
   if (!keys.empty()) options.cipher = cipher_of(keys);
   return options;
@@ -67,7 +68,7 @@ void bind_disk(py::module_& m) {
       .def(py::init(&disk_options), py::kw_only(), py::arg("disks"), py::arg("fingerprint"),
            py::arg("second_process"), py::arg("admission"), py::arg("eviction"),
            py::arg("write_bytes_per_day"), py::arg("keys"), py::arg("queue_depth"), py::arg("commit_seconds"),
-           py::arg("catalog_helper"));
+           py::arg("answer_seconds"), py::arg("catalog_helper"));
 }
 
 }  // namespace kvtier::bindings

@@ -56,6 +56,7 @@ py::dict stats_dict(const EngineStats& s) {
     KVTIER_FIELD(syncs);
     KVTIER_FIELD(commits);
     KVTIER_FIELD(catalog_resets);
+    KVTIER_FIELD(unanswered);
     KVTIER_FIELD(opened_from);
     KVTIER_FIELD(queue);
     KVTIER_FIELD(queue_problem);

@@ -1,5 +1,6 @@
 // Opening the disk tier, finding what it holds, and closing it.
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <ctime>
 
@@ -47,6 +48,19 @@ const char* to_string(OpenReport::Source source) {
   return "";
 }
 
+// One line on stderr every two seconds while a catalog is rebuilt, since open() waits for it; none for a
+// rebuild that is shorter.
+std::function<void(std::uint64_t, std::uint64_t)> rebuild_lines(const std::string& path) {
+  static constexpr std::chrono::seconds kEvery{2};
+  return [path, told = std::chrono::steady_clock::now()](std::uint64_t done, std::uint64_t total) mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - told < kEvery) return;
+    told = now;
+    std::fprintf(stderr, "kvtier: disk %s: its catalog is rebuilt from the slots: %llu of %llu read\n",
+                 path.c_str(), static_cast<unsigned long long>(done), static_cast<unsigned long long>(total));
+  };
+}
+
 }  // namespace
 
 std::uint64_t EngineConfig::disk_bytes_for(std::uint64_t blocks) const {
@@ -58,11 +72,13 @@ SlotStoreOptions EngineImpl::store_options(std::size_t disk) {
   options.classes = disk_classes(config_, config_.disk.disks[disk].capacity_bytes);
   options.queue_depth = config_.disk.queue_depth;
   options.commit_interval = config_.disk.commit_interval;
+  options.answer_within = config_.disk.answer_within;
   options.cipher = config_.disk.cipher;
   options.catalog.helper_path = config_.disk.catalog_helper;
   std::uint64_t slots = 0;
   for (const StoreClass& of : options.classes) slots += of.num_slots;
   options.catalog.max_bytes = catalog_bound_bytes(slots);
+  options.on_progress = rebuild_lines(config_.disk.disks[disk].path);
   if (config_.disk.adjust) config_.disk.adjust(options, disk);
   return options;
 }
@@ -112,8 +128,9 @@ Status EngineImpl::open_disks() {
     if (!store) {
       const Status status = store.status();
       // What the user got wrong is theirs to mend; what the machine lacks is lived without.
+      const bool refused = status.code() == StatusCode::resource && status.native_code() == EBUSY;
       if (status.code() == StatusCode::invalid_argument || status.code() == StatusCode::unsupported ||
-          config_.disk.second_process == SecondProcess::refuse) {
+          refused) {
         return status;
       }
       std::fprintf(stderr, "kvtier: disk %s is left out: %s\n", disks[d].path.c_str(),
@@ -317,6 +334,7 @@ Status EngineImpl::close_disks(Deadline deadline) {
   for (DiskTier::Volume& volume : disk_->volumes) {
     const Status status = volume.store->close(deadline);
     if (status.code() == StatusCode::timeout) return status;
+    drives_hold_memory_ = drives_hold_memory_ || volume.store->stats().in_flight > 0;
     if (!status && worst) worst = status;
   }
   if (!worst) std::fprintf(stderr, "kvtier: closing the disk tier: %s\n", worst.message().c_str());
@@ -366,6 +384,7 @@ void EngineImpl::add_disk_stats(EngineStats& stats) {
     disk.syncs = store.syncs;
     disk.commits = store.commits;
     disk.catalog_resets = store.catalog_resets;
+    disk.unanswered = store.unanswered;
     disk.opened_from = to_string(volume.report.source);
     if (!volume.report.why_rebuilt.empty()) disk.opened_from += ": " + volume.report.why_rebuilt;
     disk.queue = store.queue;

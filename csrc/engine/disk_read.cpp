@@ -11,9 +11,10 @@ namespace kvtier {
 namespace {
 
 constexpr std::size_t kBlocksPerHold = 256;
-// A load from disk goes on to the pages in parts of about this size: large enough for a batch of copies,
-// small enough that the copies overlap with the reads behind them.
-constexpr std::uint64_t kPartBytes = std::uint64_t{4} << 20;
+// A load from disk goes on to the pages in parts. The first is whatever arrives first, each of the others
+// twice as much as the one before, up to this: large enough for a batch of copies, small enough that the
+// copies overlap with the reads behind them.
+constexpr std::uint64_t kLargestPartBytes = std::uint64_t{4} << 20;
 
 }  // namespace
 
@@ -82,6 +83,7 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
   next.read.on_done = [this, promotion](const ReadOutcome& outcome) {
     contained([&] { on_read(promotion, outcome); });
   };
+  next.read.on_let_go = [this, promotion] { contained([&] { on_read_let_go(*promotion); }); };
   reads.begin.push_back(std::move(next));
   return true;
 }
@@ -137,13 +139,20 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
       if (on_disk.linked) disk.index.touch(on_disk);
     } else {
       const bool cancelled = outcome.status.code() == StatusCode::closed;
+      const bool given_up = outcome.status.code() == StatusCode::timeout;
       ++(cancelled        ? counters_.promote_cancelled
          : outcome.status ? counters_.promote_bad
                           : counters_.promote_failed);
-      tier_.abort(host);
+      if (given_up) {
+        tier_.quarantine(host);
+        ++counters_.quarantined_blocks;
+        keep_pinned = true;  // until on_read_let_go()
+      } else {
+        tier_.abort(host);
+      }
       // A drive that is out of service may come back with what it holds.
       const bool out_of_service = !outcome.status && !disk.volumes[promotion->volume].store->can_read();
-      if (!cancelled && !out_of_service && on_disk.linked) {
+      if (!cancelled && !given_up && !out_of_service && on_disk.linked) {
         disk.index.lose(on_disk);  // `leaving`, since it is pinned by us, until it is wiped
         keep_pinned = true;
         // What a later version wrote is not ours to overwrite: that slot is never used again.
@@ -180,6 +189,14 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
   expire_prefetches();
 }
 
+void EngineImpl::on_read_let_go(const Promotion& promotion) {
+  MutexLock lock(mutex_);
+  tier_.release_quarantined(tier_.index().at(promotion.host));
+  --counters_.quarantined_blocks;
+  disk_->index.unpin(disk_->index.index().at(promotion.disk));
+  idle_.notify_all();
+}
+
 // Submits what has arrived, when it is worth a part or is the last. The caller has a hold.
 void EngineImpl::advance(const std::shared_ptr<Operation>& operation) {
   Pipeline& pipeline = *operation->pipeline;
@@ -188,7 +205,9 @@ void EngineImpl::advance(const std::shared_ptr<Operation>& operation) {
     MutexLock lock(mutex_);
     const std::uint64_t bytes =
         pipeline.arrived.entries.size() * config_.groups[raw(operation->group)].payload_bytes();
-    if (pipeline.arrived.entries.empty() || (pipeline.reads_left > 0 && bytes < kPartBytes)) return;
+    if (pipeline.arrived.entries.empty()) return;
+    if (pipeline.reads_left > 0 && bytes < pipeline.next_part_bytes) return;
+    pipeline.next_part_bytes = std::min(2 * bytes, kLargestPartBytes);
     part = std::move(pipeline.arrived);
     pipeline.arrived = {};
     ++pipeline.holds;

@@ -15,6 +15,7 @@
 #include <optional>
 #include <set>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -53,7 +54,8 @@ struct WriteBack {
   std::vector<std::shared_ptr<DurableTracker>> trackers;
 };
 
-// A block on its way from disk to host: the host slot is filling, the disk slot pinned.
+// A block on its way from disk to host: the host slot is filling, the disk slot pinned. Once it is given up,
+// since the drive does not answer, nobody waits for it, and the slots are held until the drive lets go.
 struct Promotion {
   EntryId host{0};
   EntryId disk{0};
@@ -98,7 +100,8 @@ struct DiskTier {
     std::uint32_t writing = 0;    // write-backs under way
     std::uint32_t undurable = 0;  // written, and not known to be durable
     bool flushing = false;
-    bool flush_failed = false;  // the last one, and nothing has been written since
+    bool flush_failed = false;     // the last one, and nothing has been written since
+    std::vector<EntryId> to_wipe;  // quarantined: written after all, once the write had been given up
   };
 
   DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,
@@ -123,6 +126,7 @@ struct DiskTier {
       by_host;  // queued or writing, by raw host EntryId
   std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>> undurable;   // written, by raw disk EntryId
   std::unordered_map<std::uint32_t, std::shared_ptr<Promotion>> promotions;  // by raw host EntryId
+  std::unordered_set<std::uint32_t> held;  // raw host EntryIds, pinned: of writes that were given up
   std::uint32_t writing = 0;
   std::uint32_t doomed = 0;                // slots that are to be wiped before they are free
   std::set<std::uint64_t> tracked_stores;  // numbers of those whose durable moment is not settled

@@ -6,6 +6,7 @@
 // and nobody waited for a drive.
 #include <algorithm>
 #include <ctime>
+#include <utility>
 
 #include "engine_impl.h"
 
@@ -56,9 +57,11 @@ void EngineImpl::track_store(const Operation& operation) {
   const auto tracker = std::make_shared<DurableTracker>();
   tracker->ticket = operation.ticket;
   tracker->store_number = operation.store_number;
+  Settled settled;
   {
     MutexLock lock(mutex_);
     disk_->tracked_stores.insert(tracker->store_number);
+    if (disk_->candidates.size() >= disk_->most_candidates) drop_gone_candidates(settled);
   }
   // What was there already comes first: it is the head of the prompt.
   for (std::size_t begin = 0; begin < operation.seen.size(); begin += kBlocksPerHold) {
@@ -80,7 +83,6 @@ void EngineImpl::track_store(const Operation& operation) {
       if (entry.linked && entry.state == SlotState::ready) add_candidate(entry, tracker);
     }
   }
-  Settled settled;
   {
     MutexLock lock(mutex_);
     tracker->complete = true;
@@ -109,6 +111,10 @@ void EngineImpl::add_candidate(Entry& entry, const std::shared_ptr<DurableTracke
     }
   }
   const EntryId id = tier_.index().id(entry);
+  if (disk.held.contains(raw(id))) {  // a drive may still read it: nobody seals it for another write
+    ++counters_.disk_declined_busy;
+    return;
+  }
   std::shared_ptr<WriteBack>& slot = disk.by_host[raw(id)];
   if (!slot || slot->host_generation != entry.generation) {
     slot = std::make_shared<WriteBack>();  // one of a former block stays among the candidates and ends there
@@ -139,19 +145,35 @@ void EngineImpl::end_write_back(WriteBack& write_back, bool durable, std::uint64
   idle_.notify_all();
 }
 
-void EngineImpl::end_tracked(DurableTracker& tracker, Settled& settled) {
-  if (!tracker.complete || tracker.waiting > 0) return;
-  disk_->tracked_stores.erase(tracker.store_number);
-  settled.push_back(tracker.ticket);
-  idle_.notify_all();
+// A host slot has one candidate at most that is not gone: where there are twice as many, half of them are.
+void EngineImpl::drop_gone_candidates(Settled& settled) {
+  std::erase_if(disk_->candidates, [&](const std::shared_ptr<WriteBack>& each) KVTIER_REQUIRES(mutex_) {
+    if (each->step != WriteBack::Step::queued) return true;
+    const Entry& host = tier_.index().at(each->host);
+    if (host.generation == each->host_generation && host.linked && host.state == SlotState::ready)
+      return false;
+    end_write_back(*each, /*durable=*/false, &EngineStats::disk_gone, Status::ok(), settled);
+    return true;
+  });
 }
 
+void EngineImpl::end_tracked(DurableTracker& tracker, Settled& settled) {
+  if (!tracker.complete || tracker.waiting > 0) return;
+  settled.emplace_back(tracker.ticket, tracker.store_number);
+}
+
+// Tickets first: who comes back from flush() finds them settled.
 void EngineImpl::settle_durable(const Settled& settled) {
-  for (const std::shared_ptr<Ticket>& ticket : settled) ticket->settle(Moment::durable);
+  if (settled.empty()) return;
+  for (const auto& [ticket, number] : settled) ticket->settle(Moment::durable);
+  MutexLock lock(mutex_);
+  for (const auto& [ticket, number] : settled) disk_->tracked_stores.erase(number);
+  idle_.notify_all();
 }
 
 // Starts as many write-backs as may run. From any thread, without the mutex.
 void EngineImpl::pump_write_backs() {
+  wipe_what_came_late();
   for (bool more = true; more;) {
     std::vector<DiskWrite> writes;
     Settled settled;
@@ -275,6 +297,7 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
   next.write.on_written = [this, write_back](const Status& status) {
     contained([&] { on_written(write_back, status); });
   };
+  next.write.on_let_go = [this, write_back] { contained([&] { on_write_let_go(write_back); }); };
   next.write.on_durable = [this, write_back](const Status& status) {
     contained([&] { on_durable(write_back, status); });
   };
@@ -290,7 +313,8 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
     tick();
     DiskTier& disk = *disk_;
     Entry& entry = disk.index.index().at(write_back->disk);
-    tier_.unpin(tier_.index().at(write_back->host));
+    const bool given_up = status.code() == StatusCode::timeout;  // both slots: until on_write_let_go()
+    if (!given_up) tier_.unpin(tier_.index().at(write_back->host));
     DiskTier::Volume& volume = disk.volumes[write_back->volume];
     --disk.writing;
     --volume.writing;
@@ -306,8 +330,13 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
       if (found != disk.by_host.end() && found->second == write_back) disk.by_host.erase(found);
     } else {
       // Dropped meanwhile, and counted as doomed there; or nobody knows what stands in the slot.
-      if (entry.linked) ++disk.doomed;
-      wipe_on = static_cast<std::uint32_t>(entry.volume);
+      if (given_up) {
+        if (!entry.linked) --disk.doomed;  // it is wiped some day, and drop() does not wait for that
+        disk.held.insert(raw(write_back->host));
+      } else {
+        if (entry.linked) ++disk.doomed;
+        wipe_on = static_cast<std::uint32_t>(entry.volume);
+      }
       disk.index.quarantine(entry);
       const bool gone = status.is_ok();
       end_write_back(*write_back, /*durable=*/false,
@@ -318,6 +347,33 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
   settle_durable(settled);
   if (wipe_on) wipe_doomed(*wipe_on, write_back->disk, /*pinned=*/false);
   pump_write_backs();
+}
+
+void EngineImpl::on_write_let_go(const std::shared_ptr<WriteBack>& write_back) {
+  {
+    MutexLock lock(mutex_);
+    tier_.unpin(tier_.index().at(write_back->host));
+    disk_->held.erase(raw(write_back->host));
+    disk_->volumes[write_back->volume].to_wipe.push_back(write_back->disk);
+    idle_.notify_all();
+  }
+  pump_write_backs();
+}
+
+// Once the drive is in service again: out of service it refuses wipes.
+void EngineImpl::wipe_what_came_late() {
+  for (std::uint32_t v = 0; v < disk_->volumes.size(); ++v) {
+    DiskTier::Volume& volume = disk_->volumes[v];
+    std::vector<EntryId> late;
+    {
+      MutexLock lock(mutex_);
+      if (volume.to_wipe.empty() || !volume.store->can_write() || volume.store->stats().unanswered > 0)
+        continue;
+      late.swap(volume.to_wipe);
+      disk_->doomed += static_cast<std::uint32_t>(late.size());
+    }
+    for (const EntryId disk : late) wipe_doomed(v, disk, /*pinned=*/false);
+  }
 }
 
 void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const Status& status) {

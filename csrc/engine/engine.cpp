@@ -26,7 +26,18 @@ EngineImpl::~EngineImpl() {
     closing_ = true;
   }
   if (disk_) {
-    for (DiskTier::Volume& volume : disk_->volumes) static_cast<void>(volume.store->close(std::nullopt));
+    for (DiskTier::Volume& volume : disk_->volumes) {
+      static_cast<void>(volume.store->close(std::nullopt));
+      drives_hold_memory_ = drives_hold_memory_ || volume.store->stats().in_flight > 0;
+    }
+  }
+  end_arena();
+}
+
+void EngineImpl::end_arena() {
+  if (drives_hold_memory_ && arena_) {
+    arena_->stop();  // its thread calls back into this
+    keep_for_ever(std::move(arena_));
   }
   arena_.reset();
 }
@@ -290,16 +301,16 @@ Status EngineImpl::close(Deadline deadline) {
   for (AttachedDevice& attached : devices_) attached.transfers.reset();
   for (AttachedDevice& attached : devices_) arena_->unregister_from(*attached.device);
   devices_.clear();
-  arena_.reset();
+  end_arena();
   return Status::ok();
 }
 
-void EngineImpl::keep_for_ever(std::shared_ptr<EngineImpl> engine) {
+void EngineImpl::keep_for_ever(std::shared_ptr<void> what) {
   // In reach of a global, so that a leak checker tells it from a leak; never destroyed.
   static Mutex& mutex = *new Mutex;
-  static auto& kept = *new std::vector<std::shared_ptr<EngineImpl>>;
+  static auto& kept = *new std::vector<std::shared_ptr<void>>;
   MutexLock lock(mutex);
-  kept.push_back(std::move(engine));
+  kept.push_back(std::move(what));
 }
 
 bool EngineImpl::closed() {

@@ -89,6 +89,7 @@ struct Pipeline {
   std::uint32_t reads_left = 0;
   std::uint32_t holds = 1;  // parts that run, and calls that are about to submit one; 0 ends the operation
   Part arrived;
+  std::uint64_t next_part_bytes = 1;  // what makes a part of what has arrived
   std::vector<std::shared_ptr<Transfer>> transfers;
 };
 
@@ -176,8 +177,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
       return Status::internal(bug.what());
     }
   }
-  // For threads, copies or children of fork() that may use the inside for ever.
-  static void keep_for_ever(std::shared_ptr<EngineImpl> engine);
+  // The engine, or its arena: for threads, copies, drives or children of fork() that may use it for ever.
+  static void keep_for_ever(std::shared_ptr<void> what);
 
   // Runs f on a store's thread, where nothing may be thrown: a bug, or no memory for the bookkeeping, marks
   // the engine failed.
@@ -267,11 +268,13 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void link_restored(std::span<const CatalogRecord> blocks, std::span<Entry* const> entries)
       KVTIER_REQUIRES(mutex_);
   void offer_buffers() KVTIER_EXCLUDES(mutex_);
+  // Frees it, unless a drive may write into it for ever.
+  void end_arena();
   Status close_disks(Deadline deadline);
   void add_disk_stats(EngineStats& stats) KVTIER_REQUIRES(mutex_);
 
   // host -> disk (disk_write.cpp). What is settled outside the mutex is collected in `settled`.
-  using Settled = std::vector<std::shared_ptr<Ticket>>;
+  using Settled = std::vector<std::pair<std::shared_ptr<Ticket>, std::uint64_t>>;  // and the store's number
   struct DiskWrite {
     std::uint32_t volume = 0;
     SlotWrite write;
@@ -286,9 +289,12 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   bool next_write(std::vector<DiskWrite>& writes, Settled& settled) KVTIER_REQUIRES(mutex_);
   std::optional<std::uint32_t> choose_volume(std::size_t class_index) KVTIER_REQUIRES(mutex_);
   void on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status);
+  void on_write_let_go(const std::shared_ptr<WriteBack>& write_back);
+  void wipe_what_came_late();
+  void drop_gone_candidates(Settled& settled) KVTIER_REQUIRES(mutex_);
   void on_durable(const std::shared_ptr<WriteBack>& write_back, const Status& status);
   void wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned);
-  static void settle_durable(const Settled& settled);
+  void settle_durable(const Settled& settled) KVTIER_EXCLUDES(mutex_);
   Status wait_durable(std::uint64_t up_to, Deadline deadline);
   static bool can_be_hurried(const DiskTier::Volume& volume);
   void hurry_drives();
@@ -306,6 +312,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void start_reads(Reads& reads);
   void load_from_disk(const std::shared_ptr<Operation>& operation, Reads& reads);
   void on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome);
+  void on_read_let_go(const Promotion& promotion);
   void advance(const std::shared_ptr<Operation>& operation);
   void submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part);
   void end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
@@ -363,6 +370,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   CondVar idle_;                              // running_, calls_ or a PagesImpl::running_ went down
   TierIndex tier_ KVTIER_GUARDED_BY(mutex_);  // of the host tier
   std::vector<std::pair<std::string, std::string>> left_out_disks_;  // path, reason; set by start()
+  std::atomic<bool> drives_hold_memory_{false};  // closed, and a drive has not answered to all requests
   std::unique_ptr<DiskTier> disk_;  // null without one; set by start(), its inside guarded by mutex_
   // What scans found before open_disks() was through with what the catalogs say.
   bool takes_found_ KVTIER_GUARDED_BY(mutex_) = false;

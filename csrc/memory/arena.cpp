@@ -123,6 +123,8 @@ Arena::Impl::~Impl() {
 
 Arena::Arena(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
+void Arena::stop() { impl_->stop(); }
+
 Arena::~Arena() {
   if (!impl_->in_forked_child()) return;
   // The mapping is not here and the thread does not exist. Destroying the condition variable would wait

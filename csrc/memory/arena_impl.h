@@ -74,6 +74,7 @@ class Arena::Impl {
   void unregister_from(Device& device) KVTIER_EXCLUDES(mutex_);
   Status wait_until_whole() KVTIER_EXCLUDES(mutex_);
   Stats stats() const KVTIER_EXCLUDES(mutex_);
+  void stop();  // joins the thread
 
  private:
   // A device and how far it has come. `next` and `registered` are written by the background thread; once
@@ -96,7 +97,6 @@ class Arena::Impl {
   };
 
   Status start();
-  void stop();  // joins the thread
   void run();
   Step next_step() KVTIER_EXCLUDES(mutex_);
   void offer(const ArenaChunk& chunk, Attachment& attachment) KVTIER_EXCLUDES(mutex_);

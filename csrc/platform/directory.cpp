@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 
@@ -184,9 +185,11 @@ Status Directory::replace_file(const std::string& name, std::span<const std::byt
   KVTIER_RETURN_IF_ERROR(check_name(name));
   if (content.size() > kMaxSmallFileBytes) return file_failure(EFBIG, "write", path_of(*this, name));
   // The new file has one name, so that a crash leaves at most one behind, which the next call removes. Hence
-  // one call at a time; there are few.
-  static Mutex mutex;
-  const MutexLock lock(mutex);
+  // one call at a time in a directory; there are few. (One drive that hangs must not stop another's.)
+  static std::array<Mutex, 61> mutexes;
+  struct stat here{};
+  static_cast<void>(::fstat(fd(), &here));
+  const MutexLock lock(mutexes[(here.st_dev * 31 + here.st_ino) % mutexes.size()]);
   const std::string fresh = name + ".new";
   KVTIER_RETURN_IF_ERROR(remove_file(fresh));
   Result<FileHandle> file = open_regular(*this, fresh, O_WRONLY | O_CREAT | O_EXCL);

@@ -276,6 +276,10 @@ Status UringQueue::wait(std::vector<IoCompletion>& completions, std::optional<Ti
   become_owner();
   const std::size_t before = completions.size();
   for (bool last = false;;) {
+    // Else nothing enters the kernel any more, and this kind of ring has its completions from there.
+    if (broken_ != 0 && (ring_.flags & IORING_SETUP_DEFER_TASKRUN) != 0) {
+      static_cast<void>(io_uring_get_events(&ring_));
+    }
     gather(completions);
     // After drain_event(): who set it before may have no event left to come.
     const bool woken = woken_.exchange(false);

@@ -79,7 +79,12 @@ class OpenStore final : public SlotStore {
     const MutexLock lock(closing_);
     timed_out_ = status.code() == StatusCode::timeout;
     if (!timed_out_ && !joined_) {
-      core_->join();
+      // Of requests without an answer the thread's own end may have to wait, in the kernel, for ever.
+      if (core_->stats().in_flight > 0) {
+        core_->abandon();
+      } else {
+        core_->join();
+      }
       joined_ = true;
     }
     return status;
@@ -114,6 +119,7 @@ StoreStats StoreCore::stats() const {
   stats.queued_reads = static_cast<std::uint32_t>(jobs_.num_reads());
   stats.queued_writes = static_cast<std::uint32_t>(jobs_.num_writes());
   stats.in_flight = in_flight_.load();
+  stats.unanswered = unanswered_.load();
   return stats;
 }
 

@@ -36,6 +36,7 @@ struct SlotState {
   bool has_parent = false;
   SlotContent content = SlotContent::unknown;
   bool busy = false;  // the store itself is writing to it; a write of the owner waits
+  bool held = false;  // busy with a request that was given up: nobody waits for that
 };
 static_assert(sizeof(SlotState) == 96);
 

@@ -43,7 +43,14 @@ void StoreCore::barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatu
     } else {
       for (const SlotPlace& place : places) claim(place, lock);
       barrier->id = jobs_.next_id();
-      messages_.emplace_back([this, barrier] { barriers_.push_back(barrier); });
+      messages_.emplace_back([this, barrier] {
+        // What was overwritten or dropped may still come to the drive.
+        if (barrier->waits_for_scan && held_slots_ > 0) {
+          barrier->status = Status::io("the drive of " + name_ + " may still write to " +
+                                       std::to_string(held_slots_) + " slots, for requests not answered yet");
+        }
+        barriers_.push_back(barrier);
+      });
       attend(lock);
       return;
     }
@@ -64,8 +71,13 @@ bool StoreCore::start_wipe() {
     while (!barrier->to_wipe.empty()) {
       const SlotPlace place = barrier->to_wipe.front();
       SlotState& state = table_.at(place);
-      if (state.busy) break;  // by the store itself, for a moment
+      if (state.busy && !state.held) break;  // by the store itself, for a moment
       barrier->to_wipe.pop_front();
+      if (state.held) {
+        if (barrier->status) barrier->status = held_failure("wiping", place);
+        revisit_ = true;
+        continue;
+      }
       if (state.content == SlotContent::untouchable) {
         revisit_ = true;  // it may have been the last that the barrier waited for
         continue;
@@ -144,8 +156,9 @@ void StoreCore::start_batch_if_due(TimePoint now) {
   bool last = false;
   if (ending_ && !last_batch_done_) {
     MutexLock lock(mutex_);
-    last = in_flight_.load() == 0 && completed_.empty() && jobs_.num_writes() == 0 && deferred_.empty() &&
-           barriers_.empty() && batch->barriers.empty() && own_wipes_.empty() && messages_.empty();
+    last = in_flight_.load() == unanswered_.load() && completed_.empty() && jobs_.num_writes() == 0 &&
+           deferred_.empty() && barriers_.empty() && batch->barriers.empty() && own_wipes_.empty() &&
+           messages_.empty();
   }
   if (batch->barriers.empty() && !(due && *due <= now) && !last) return;
   last_batch_done_ = last;
@@ -178,11 +191,8 @@ void StoreCore::settle_sync(const Op& op, int error) {
     ++stats_.syncs;
   }
   if (error != 0) {
-    const std::string file = "slots." + std::to_string(op.place.class_index) + " in " + name_;
     batch_->sync_status[op.place.class_index] =
-        Status::io("syncing " + file + " failed: " + std::generic_category().message(error) + " (errno " +
-                       std::to_string(error) + ")",
-                   error);
+        failure("syncing slots." + std::to_string(op.place.class_index) + " in " + name_, error);
   }
   if (batch_->to_sync.empty() && batch_->syncs_in_flight == 0) commit_batch();
 }

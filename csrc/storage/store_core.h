@@ -121,6 +121,11 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     WriteJob write;
     AlignedBuffer buffer;              // the image on the drive where it is not the owner's; a scanned header
     std::shared_ptr<Barrier> barrier;  // wipe; null for the store's own
+    TimePoint begun{};
+    bool arrived = false;             // its completion waits to be settled
+    bool given_up = false;            // its end was told, and the drive still has it
+    bool holds_slot = false;          // given up, and it may still write to its slot
+    std::function<void()> on_let_go;  // the owner's, once it is given up
   };
   // A write that has completed and is not durable yet.
   struct Written {
@@ -158,6 +163,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // Room for the superblock, the locks and the directories themselves.
   static constexpr std::uint64_t kOverheadBytes = std::uint64_t{256} << 10;
   static constexpr std::uint64_t kPrewriteBytes = std::uint64_t{1} << 20;  // a piece, and the zeros there are
+  static constexpr int kNoAnswer = -1;  // in place of an errno: the drive still has the request
 
   // --- store_open.cpp ---
   Status shrink_to_grant(std::uint64_t granted);
@@ -190,12 +196,20 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   AlignedBuffer take_bounce();  // null when there is no memory
   void settle_some();
   void settle(const IoCompletion& completion);
+  void dispatch(Op& op, int error);
+  void give_up(std::uint32_t op);
+  void give_up_overdue(TimePoint now);
+  void give_up_what_cannot_begin();
+  void take_arrivals();
+  void let_go(Op& op);
   void queue_broke(const Status& why);
+  void wait_beside_broken_queue() KVTIER_EXCLUDES(mutex_);
   void post(std::function<void()> message) KVTIER_EXCLUDES(mutex_);
   void cancel_what_has_not_begun() KVTIER_EXCLUDES(mutex_);
   bool is_idle() const KVTIER_EXCLUDES(mutex_);
   void shut_down() KVTIER_EXCLUDES(mutex_);
   void fail_unfinished(const Status& status);
+  void keep_for_ever() KVTIER_EXCLUDES(mutex_);
 
   // --- store_jobs.cpp ---
   bool start_read(ReadPriority priority) KVTIER_EXCLUDES(mutex_);
@@ -217,7 +231,10 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   static std::uint64_t image_bytes(std::uint64_t payload_bytes) {
     return round_up(kSlotHeaderBytes + payload_bytes, kSlotAlignment);
   }
+  // What `error` means: an errno, or kNoAnswer (then `timeout`, which no errno becomes).
+  Status failure(const std::string& what, int error) const;
   Status io_failure(const char* what, const SlotPlace& place, int error) const;
+  Status held_failure(const char* what, const SlotPlace& place) const;
 
   // --- store_commit.cpp ---
   bool start_wipe();
@@ -276,10 +293,13 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::atomic<bool> growth_stopped_{false};
   std::atomic<bool> scan_done_{true};
   std::atomic<std::uint32_t> in_flight_{0};
+  std::atomic<std::uint32_t> unanswered_{0};  // of them, those given up
+  std::uint32_t held_slots_ = 0;              // to which such may still write (the I/O thread's)
 
   // --- shared ---
   mutable Mutex mutex_;
   CondVar ended_changed_;
+  CondVar attention_changed_;  // waited for where the queue is broken
   JobQueue jobs_ KVTIER_GUARDED_BY(mutex_);
   std::vector<std::function<void()>> messages_ KVTIER_GUARDED_BY(mutex_);
   bool attention_ KVTIER_GUARDED_BY(mutex_) = false;  // something new for the I/O thread
@@ -307,9 +327,10 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   bool buffers_refused_ = false;
   TimePoint next_buffer_at_{};  // not before, while there are reads
   bool unknown_key_told_ = false;
-  std::uint32_t depth_ = 0;        // of the queue
-  std::uint32_t usual_depth_ = 0;  // beyond it go only reads on demand, beside writes
-  std::uint32_t requests_ = 0;     // that the drive has, staged ones included; at most depth_
+  std::uint32_t depth_ = 0;              // of the queue
+  std::uint32_t usual_depth_ = 0;        // beyond it go only reads on demand, beside writes
+  std::uint32_t requests_ = 0;           // that the drive has, staged ones included; at most depth_
+  std::optional<TimePoint> overdue_at_;  // when to look for requests to be given up; nullopt: there are none
   std::vector<Op> ops_;
   std::vector<std::uint32_t> free_ops_;
   std::vector<IoRequest> staged_;

@@ -233,7 +233,8 @@ class RealStoreDirectory final : public StoreDirectory {
     if (lock.value() == nullptr) {
       if (second_process == SecondProcess::next_store) return none();
       return Status::resource("the store " + store.value().path() +
-                              " is open in another process; a second one is refused as configured");
+                                  " is open in another process; a second one is refused as configured",
+                              EBUSY);
     }
     // Its owner may have been writing it until now.
     found = find_superblock(store.value());

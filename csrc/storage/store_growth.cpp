@@ -118,9 +118,8 @@ void StoreCore::settle_prewrite(const Op& op, int error) {
     MutexLock lock(mutex_);
     stats_.bytes_prewritten += op.bytes;
   } else {
-    segment_->status = Status::io("prewriting slots." + std::to_string(segment_->class_index) + " in " +
-                                      name_ + " failed: " + std::generic_category().message(error),
-                                  error);
+    segment_->status =
+        failure("prewriting slots." + std::to_string(segment_->class_index) + " in " + name_, error);
     segment_->next_offset = segment_->end_offset;
   }
   if (segment_->in_flight > 0 || segment_->next_offset < segment_->end_offset) return;

@@ -1,6 +1,7 @@
 // StoreHealth: when a drive is taken out of service, and when it is tried again. Pure: time is handed in.
 //
 //   in_service --a write, wipe or sync fails--> out_for_writes --3 reads in a row fail--> out
+//        '---------------------- a request is not answered in time --------------------> out
 //        ^                                            |                                    |
 //        '-------------- a probe succeeds (1 s later, then 2 s, 4 s ... 60 s) ------------'
 //
@@ -35,9 +36,10 @@ class StoreHealth {
   const std::string& reason() const { return reason_; }
 
   void write_failed(const Status& why, TimePoint now) {
-    leave(std::max(service_, Service::out_for_writes), why, now);
+    leave(is_silence(why) ? Service::out : std::max(service_, Service::out_for_writes), why, now);
   }
   void read_failed(const SlotPlace& place, const Status& why, TimePoint now) {
+    if (is_silence(why)) return leave(Service::out, why, now);
     if (last_failed_read_ && *last_failed_read_ == place) return;  // one bad spot is not a bad drive
     last_failed_read_ = place;
     if (++read_errors_ >= kReadErrorsInARow) leave(Service::out, why, now);
@@ -64,6 +66,7 @@ class StoreHealth {
   }
 
  private:
+  static bool is_silence(const Status& why) { return why.code() == StatusCode::timeout; }
   void leave(Service to, const Status& why, TimePoint now) {
     if (to == service_) return;
     const bool was_in_service = service_ == Service::in_service;

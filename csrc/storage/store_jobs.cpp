@@ -10,11 +10,27 @@
 
 namespace kvtier {
 
-Status StoreCore::io_failure(const char* what, const SlotPlace& place, int error) const {
+Status StoreCore::failure(const std::string& what, int error) const {
+  if (error != kNoAnswer) {
+    return Status::io(what + " failed: " + std::generic_category().message(error) + " (errno " +
+                          std::to_string(error) + ")",
+                      error);
+  }
+  if (!queue_status_) return Status::timeout(what + ": " + queue_status_.message());
+  return Status::timeout(what + ": the drive has not answered for " +
+                         std::to_string(options_.answer_within.count()) + " ms");
+}
+
+Status StoreCore::held_failure(const char* what, const SlotPlace& place) const {
   return Status::io(std::string(what) + " slot " + std::to_string(raw(place.slot)) + " of slots." +
-                        std::to_string(place.class_index) + " in " + name_ + " failed: " +
-                        std::generic_category().message(error) + " (errno " + std::to_string(error) + ")",
-                    error);
+                    std::to_string(place.class_index) + " in " + name_ +
+                    ": the drive may still write to it for a request that it has not answered");
+}
+
+Status StoreCore::io_failure(const char* what, const SlotPlace& place, int error) const {
+  return failure(std::string(what) + " slot " + std::to_string(raw(place.slot)) + " of slots." +
+                     std::to_string(place.class_index) + " in " + name_,
+                 error);
 }
 
 // --- the owner's side ---
@@ -245,6 +261,10 @@ bool StoreCore::start_write() {
   if (!job) return begin_writing() && start_write();
   const SlotWrite& write = job->write;
   SlotState& state = table_.at(write.place);
+  if (state.held) {
+    fail_write(*job, held_failure("writing", write.place));
+    return true;
+  }
   if (state.busy) {
     deferred_.push_back(std::move(*job));
     return true;

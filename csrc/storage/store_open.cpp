@@ -74,6 +74,10 @@ Status StoreCore::validate(const StoreLease& lease, const SlotStoreOptions& opti
     return Status::invalid_argument("queue_depth = " + std::to_string(options.queue_depth) +
                                     ": allowed are 1 to 4096");
   }
+  if (options.answer_within.count() <= 0) {
+    return Status::invalid_argument("answer_within = " + std::to_string(options.answer_within.count()) +
+                                    " ms: allowed are times above 0");
+  }
   if (lease.superblock().open_counter >= kMaxOpenCounter) {
     return Status::unsupported("the store " + lease.name() + " was opened " +
                                std::to_string(kMaxOpenCounter) +

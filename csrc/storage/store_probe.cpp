@@ -24,7 +24,7 @@ void StoreCore::read_trouble(const SlotPlace& place, const Status& why) {
 
 void StoreCore::publish_health(Service before) {
   const Service now = health_.service();
-  if (now == before) return;
+  if (now == before || !queue_status_) return;  // with a broken queue it is out for good
   const bool in_service = now == Service::in_service;
   {
     MutexLock lock(mutex_);

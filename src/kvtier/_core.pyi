@@ -267,6 +267,7 @@ class DiskOptions:
         keys: collections.abc.Sequence[bytes],
         queue_depth: typing.SupportsInt | typing.SupportsIndex,
         commit_seconds: typing.SupportsFloat | typing.SupportsIndex,
+        answer_seconds: typing.SupportsFloat | typing.SupportsIndex,
         catalog_helper: str,
     ) -> None: ...
 

@@ -151,6 +151,8 @@ class Config:
             Several, separated by commas: the first encrypts, the others only decrypt (for rotation).
         disk_queue_depth: Requests in flight on each drive.
         disk_commit_seconds: At most so long after a block was written it is durable.
+        disk_answer_seconds: A drive that leaves a request without an answer for longer is out of service until
+            it answers: what waits for it ends, loads as misses, stores as not durable. 0.1 to 3600.
         trace: A file to which every lookup is written as a request, for `kvtier replay`; no tokens and no
             contents (docs/formats/trace.md). It is replaced at open.
         ghosts: Whether stats() estimates what other capacities would give (docs/costs.md).
@@ -179,6 +181,7 @@ class Config:
     disk_key: str | None = None
     disk_queue_depth: int = 32
     disk_commit_seconds: float = 0.5
+    disk_answer_seconds: float = 30.0
     trace: str | None = None
     ghosts: bool = True
     events: int = 0
@@ -254,9 +257,11 @@ class Config:
                 f'disk_key is {places!r}; allowed: paths of files or "env:NAME", separated by commas'
             )
         check_extent("disk_queue_depth", self.disk_queue_depth, 1, 1024)
-        seconds: object = self.disk_commit_seconds
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 60:
-            raise ConfigError(f"disk_commit_seconds is {seconds!r}; allowed: 0.001 to 60")
+        for name, least, most in _SECONDS_KEYS:
+            seconds: object = getattr(self, name)
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not number or not least <= seconds <= most:  # type: ignore[operator]
+                raise ConfigError(f"{name} is {seconds!r}; allowed: {least} to {most}")
 
     @property
     def disks(self) -> tuple[Disk, ...]:
@@ -378,6 +383,7 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
     return tuple(groups)
 
 
+_SECONDS_KEYS = (("disk_commit_seconds", 0.001, 60), ("disk_answer_seconds", 0.1, 3600))
 _INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "events", "gpu_copy_sms")
 _ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _SECOND_PROCESS = ("next", "refuse")
@@ -414,7 +420,7 @@ def _read_variable(variable: str, key: str, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{variable} is {text!r}; allowed: true or false")
         return text.lower() == "true"
-    if key == "disk_commit_seconds":
+    if key in {name for name, _, _ in _SECONDS_KEYS}:
         try:
             return float(text)
         except ValueError:

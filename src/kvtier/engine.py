@@ -148,6 +148,7 @@ def disk_options(config: Config) -> _core.DiskOptions | None:
         keys=read_keys(config.disk_key),
         queue_depth=config.disk_queue_depth,
         commit_seconds=config.disk_commit_seconds,
+        answer_seconds=config.disk_answer_seconds,
         catalog_helper="",
     )
 

@@ -40,6 +40,7 @@ class DiskStats:
     is "fresh", "catalog" or "headers", the last with the reason. `queue` says how requests reach the
     drive, `queue_problem` why not by io_uring, `buffers_problem` why not with registered
     buffers. `key_problem` says that there are blocks under a `disk_key` that was not given, and how many.
+    `unanswered` requests were given up and are with the drive still: their slots and memory are not used.
     """
 
     path: str
@@ -65,6 +66,7 @@ class DiskStats:
     syncs: int
     commits: int
     catalog_resets: int
+    unanswered: int
     opened_from: str
     queue: str
     queue_problem: str

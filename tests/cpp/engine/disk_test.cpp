@@ -412,6 +412,155 @@ TEST(Disk, a_drive_that_never_answers_delays_only_those_who_wait_for_it) {
   EXPECT_TRUE(world.engine->close(in_seconds(30)));
 }
 
+DriveFaults silent() {
+  DriveFaults faults;
+  faults.delay = 1;
+  faults.never_completes = true;
+  return faults;
+}
+
+std::uint32_t unanswered(World& world) { return world.stats().disks.at(0).unanswered; }
+
+// Until the drive has answered everything and is in service again.
+void wait_for_service(World& world) {
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (unanswered(world) > 0 || world.stats().disks[0].health != "ok") {
+    ASSERT_LT(std::chrono::steady_clock::now(), give_up) << world.stats().disks[0].health;
+    std::this_thread::yield();
+  }
+}
+
+WorldOptions impatient_world_on(Drive& drive, std::chrono::milliseconds patience) {
+  WorldOptions options = world_on(drive);
+  options.disk.answer_within = patience;
+  const auto adjust = options.disk.adjust;
+  options.disk.adjust = [adjust](SlotStoreOptions& store, std::size_t disk) {
+    adjust(store, disk);
+    store.first_probe = std::chrono::milliseconds(5);
+  };
+  return options;
+}
+
+TEST(Disk, what_a_drive_does_not_answer_in_time_is_a_miss_and_its_slots_are_held_until_it_does) {
+  Drive drive;
+  World world(impatient_world_on(drive, std::chrono::milliseconds(50)));
+  done(world.store(0, range(0, 4), range(0, 4)));
+  flush(world);
+  push_out(world);
+  const std::uint64_t before = world.stats().promote_failed;
+  drive.drive.set_faults(silent());
+  world.scribble(0);
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  ASSERT_TRUE(ticket->wait(Moment::ready, in_seconds(30)));
+  EXPECT_EQ(ticket->outcomes(), all(4, BlockOutcome::missed));
+  EXPECT_EQ(world.stats().promote_failed, before + 4);
+  EXPECT_GE(unanswered(world), 4U);
+  EXPECT_EQ(world.stats().quarantined_blocks, 4U);
+  expect_consistent(world.stats());
+  // The host tier serves on: its other half is stored to and loaded from.
+  done(world.store(0, range(50, 54), range(8, 12)));
+  const auto others = world.load(0, range(50, 54), range(16, 20));
+  EXPECT_TRUE(world.right(0, *others, range(50, 54), range(16, 20)));
+  EXPECT_EQ(others->valid_blocks(), 4U);
+  EXPECT_EQ(world.stats().quarantined_blocks, 4U) << "still the drive's";
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  wait_for_service(world);
+  EXPECT_EQ(world.stats().quarantined_blocks, 0U);
+  const auto again = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_TRUE(world.right(0, *again, range(0, 4), range(0, 4)));
+  EXPECT_EQ(again->valid_blocks(), 4U) << "the drive has kept them";
+  world.quiesce();
+  expect_at_rest(world.stats());
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+}
+
+TEST(Disk, a_flush_and_a_close_without_a_deadline_end_beside_a_drive_that_never_answers) {
+  Drive drive;
+  World world(impatient_world_on(drive, std::chrono::milliseconds(50)));
+  done(world.store(0, range(0, 2), range(0, 2)));
+  flush(world);
+  drive.drive.set_faults(silent());
+  const auto ticket = world.store(0, range(10, 14), range(0, 4));
+  const FlushResult flushed = world.engine->flush(std::nullopt).value();
+  EXPECT_EQ(flushed.durable, 0U);
+  EXPECT_EQ(flushed.dropped, 4U);
+  EXPECT_EQ(ticket->durable_blocks(), 0U);
+  EXPECT_GT(unanswered(world), 0U);
+  EXPECT_TRUE(world.engine->close(std::nullopt));
+}
+
+TEST(Disk, what_was_written_late_is_wiped_before_its_slot_is_used_again) {
+  Drive drive;
+  World world(impatient_world_on(drive, std::chrono::milliseconds(50)));
+  done(world.store(0, range(20, 22), range(0, 2)));
+  flush(world);
+  drive.drive.set_faults(silent());
+  done(world.store(0, range(0, 4), range(0, 4)));
+  EXPECT_EQ(world.engine->flush(std::nullopt).value().dropped, 4U);
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  wait_for_service(world);
+  world.quiesce();
+  EXPECT_EQ(world.stats().pins, 0U) << "the drive has let go of the host slots";
+  done(world.store(0, range(0, 4), range(0, 4)));
+  EXPECT_EQ(flush(world).durable, 4U);
+  push_out(world);
+  world.scribble(0);
+  const auto ticket = world.load(0, range(0, 4), range(0, 4));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 4), range(0, 4)));
+  EXPECT_EQ(ticket->valid_blocks(), 4U);
+  world.quiesce();
+  expect_at_rest(world.stats());
+  const auto give_up = in_seconds(30);
+  while (world.stats().disks[0].classes[0].leaving > 0) {
+    ASSERT_LT(std::chrono::steady_clock::now(), give_up) << "a slot was lost";
+    std::this_thread::yield();
+  }
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+}
+
+// Nobody may wait for memory to be full: what has left the host tier is no candidate any more.
+TEST(Disk, candidates_stay_bounded_while_a_drive_does_not_answer) {
+  Drive drive;
+  World world(impatient_world_on(drive, std::chrono::hours(1)));
+  drive.drive.set_faults(silent());
+  for (std::uint32_t n = 0; n < 20; ++n) {
+    done(world.store(0, range(100 * n, 100 * n + 6), range(0, 6)));
+  }
+  const EngineStats stats = world.stats();
+  EXPECT_GT(stats.disk_gone, 80U);
+  EXPECT_LE(stats.disk_waiting, 40U);
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  flush(world);
+  EXPECT_TRUE(world.engine->close(in_seconds(30)));
+}
+
+TEST(Disk, the_first_blocks_go_to_their_pages_while_others_are_still_being_read) {
+  Drive drive;
+  World world(world_on(drive));
+  done(world.store(0, range(0, 6), range(0, 6)));
+  flush(world);
+  push_out(world);
+  world.scribble(0);
+  DriveFaults some_silent = silent();
+  some_silent.delay = 0.5;
+  some_silent.seed = 3;
+  drive.drive.set_faults(some_silent);
+  const auto ticket = world.load(0, range(0, 6), range(0, 6));
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  // What has arrived is pinned until its copy is over.
+  for (EngineStats stats = world.stats(); stats.pins >= stats.promote_good; stats = world.stats()) {
+    ASSERT_LT(std::chrono::steady_clock::now(), give_up) << "no copy before the last read";
+  }
+  EXPECT_EQ(ticket->wait(Moment::ready, std::chrono::steady_clock::now()).code(), StatusCode::timeout);
+  drive.drive.set_faults({});
+  drive.drive.release_delayed();
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 6), range(0, 6)));
+  EXPECT_EQ(ticket->valid_blocks(), 6U);
+}
+
 TEST(Disk, a_layer_wise_load_refuses_what_is_on_disk_alone) {
   Drive drive;
   World world(world_on(drive));

@@ -37,6 +37,12 @@ class Gate {
   void pass_all() {
     pass([](const IoRequest&) { return true; });
   }
+  // The queue itself fails from now on, as a ring that the kernel has closed.
+  void break_queue() {
+    MutexLock lock(mutex_);
+    broken_ = true;
+    changed_.notify_all();
+  }
   // Everything that was ever submitted while the gate was shut.
   std::vector<IoRequest> seen() const {
     MutexLock lock(mutex_);
@@ -57,6 +63,7 @@ class Gate {
   CondVar changed_;
   bool open_ KVTIER_GUARDED_BY(mutex_) = true;
   bool woken_ KVTIER_GUARDED_BY(mutex_) = false;
+  bool broken_ KVTIER_GUARDED_BY(mutex_) = false;
   std::vector<Held> held_ KVTIER_GUARDED_BY(mutex_);
   std::vector<IoRequest> seen_ KVTIER_GUARDED_BY(mutex_);
 };
@@ -87,6 +94,7 @@ class GateQueue final : public IoQueue {
       });
       in_flight_ -= static_cast<std::uint32_t>(completions.size() - before);
       if (completions.size() > before || gate_->woken_) break;
+      if (gate_->broken_) return Status::io("the gate fell down");
       if (!deadline) {
         gate_->changed_.wait(lock);
       } else if (!gate_->changed_.wait_until(lock, *deadline)) {

@@ -129,12 +129,14 @@ struct PendingWrite {
   Image image;
   StoreJob job{0};
   Told<Status> written, durable;
+  Told<bool> let_go;
 };
 struct PendingRead {
   Block block;
   Image image;
   StoreJob job{0};
   Told<ReadOutcome> done;
+  Told<bool> let_go;
 };
 
 inline std::shared_ptr<PendingWrite> start_write(SlotStore& store, std::uint32_t slot, const Block& block,
@@ -153,6 +155,7 @@ inline std::shared_ptr<PendingWrite> start_write(SlotStore& store, std::uint32_t
     EXPECT_TRUE(pending->written.is_told());
     pending->durable.tell(status);
   };
+  write.on_let_go = [pending] { pending->let_go.tell(true); };
   pending->job = store.write(std::move(write));
   return pending;
 }
@@ -169,6 +172,7 @@ inline std::shared_ptr<PendingRead> start_read(SlotStore& store, std::uint32_t s
   read.image = pending->image.data();
   read.priority = priority;
   read.on_done = [pending](const ReadOutcome& outcome) { pending->done.tell(outcome); };
+  read.on_let_go = [pending] { pending->let_go.tell(true); };
   pending->job = store.read(std::move(read));
   return pending;
 }

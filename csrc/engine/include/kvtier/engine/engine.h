@@ -60,6 +60,9 @@ struct DiskOptions {
   std::shared_ptr<SlotCipher> cipher;  // null: images stand in clear
   std::uint32_t queue_depth = 32;      // of each drive
   std::chrono::milliseconds commit_interval{500};
+  // Who waits for a drive that has not answered for so long waits no more: a load misses, a store is not
+  // durable; the drive is out of service until it answers (SlotStoreOptions::answer_within).
+  std::chrono::milliseconds answer_within{30'000};
   std::string catalog_helper;  // path of the program; empty: beside the library
   // For tests: the last word on what each SlotStore is opened with.
   std::function<void(SlotStoreOptions& options, std::size_t disk)> adjust;

@@ -46,13 +46,14 @@ struct DiskStats {
   std::uint64_t syncs = 0;
   std::uint64_t commits = 0;
   std::uint64_t catalog_resets = 0;
-  std::string opened_from;      // "fresh", "catalog" or "headers", with the reason
-  std::string queue;            // how requests reach the drive
-  std::string queue_problem;    // why it is not io_uring; empty if it is
-  std::string buffers_problem;  // why not all of the host tier is registered with it; empty if it is
-  std::string key_problem;      // how many blocks are under a key that was not given; empty if none was met
-  std::string growth = "ok";    // or why its files have stopped growing; tried again by and by
-  std::string health = "ok";    // or why it is out of service; it comes back by itself
+  std::uint32_t unanswered = 0;  // requests given up that the drive still has, with their slots and memory
+  std::string opened_from;       // "fresh", "catalog" or "headers", with the reason
+  std::string queue;             // how requests reach the drive
+  std::string queue_problem;     // why it is not io_uring; empty if it is
+  std::string buffers_problem;   // why not all of the host tier is registered with it; empty if it is
+  std::string key_problem;       // how many blocks are under a key that was not given; empty if none was met
+  std::string growth = "ok";     // or why its files have stopped growing; tried again by and by
+  std::string health = "ok";     // or why it is out of service; it comes back by itself
   std::string catalog_health = "ok";
 };
 

@@ -118,6 +118,10 @@ class Arena {
   // the process ends: were the addresses used again, the device would copy the old pages, wrong bytes.
   void unregister_from(Device& device);
 
+  // Ends the background thread, and so all callbacks: nothing more is prefaulted or registered. Blocks for
+  // what it is at. For an arena that is kept because somebody may write into it for ever.
+  void stop();
+
   // Blocks until prefaulting and all registrations are over (tests and benchmarks). Returns the first
   // prefault failure, if any; a refused registration is not one.
   Status wait_until_whole();

@@ -54,13 +54,18 @@ struct SlotWrite {
   std::byte* image = nullptr;  // header (filled in here), then the payload; stride bytes, aligned to 4096
   // Callbacks: exactly once each, on a thread of the store, no locks held; they must not throw or wait. They
   // may call the store. on_durable comes only after an ok on_written, with ok, or with what kept it from
-  // being durable.
+  // being durable. on_let_go comes only after an on_written with `timeout`: the drive has not answered for
+  // SlotStoreOptions::answer_within, or its queue is broken, and until on_let_go, which may never come, image
+  // and slot are the drive's.
   std::function<void(const Status& status)> on_written;
   std::function<void(const Status& status)> on_durable;
+  std::function<void()> on_let_go;
 };
 
 struct ReadOutcome {
-  Status status;                     // io: the drive failed; closed: cancelled before it began
+  // io: the drive failed; closed: cancelled before it began; timeout: the drive has not answered, and image
+  // and slot are its own until on_let_go.
+  Status status;
   Verdict verdict = Verdict::blank;  // meaningful when status is ok
   bool good() const { return status.is_ok() && verdict == Verdict::good; }
 };
@@ -72,6 +77,7 @@ struct SlotRead {
   std::byte* image = nullptr;  // stride bytes, aligned to 4096; undefined unless good
   ReadPriority priority = ReadPriority::demand;
   std::function<void(const ReadOutcome& outcome)> on_done;
+  std::function<void()> on_let_go;  // as of a write: only after an on_done with `timeout`
 };
 
 // Number of an operation that is queued or running; for cancel() and hurry().
@@ -83,6 +89,9 @@ struct SlotStoreOptions {
   Growth growth = Growth::ahead_of_need;
   std::uint32_t max_queued_writes = 1024;  // beyond, can_write() says no
   std::chrono::milliseconds commit_interval{500};
+  // A request that the drive has not answered for so long is given up: who waits is told, and the store is
+  // out of service until the drive answers again. Its memory stays the drive's. Above 0.
+  std::chrono::milliseconds answer_within{30'000};
   std::shared_ptr<SlotCipher> cipher;  // null: plain
   CatalogOptions catalog;
   bool use_direct_io = true;  // false: buffered, for file systems without it and for tests
@@ -115,6 +124,7 @@ struct StoreStats {
   std::uint64_t bytes_prewritten = 0;
   std::uint64_t syncs = 0, commits = 0, catalog_resets = 0;
   std::uint32_t queued_reads = 0, queued_writes = 0, in_flight = 0, undurable_writes = 0;
+  std::uint32_t unanswered = 0;  // of those in flight: given up, and never more than the queue's depth
   std::uint64_t capacity_bytes = 0,
                 allocated_bytes = 0;  // granted by the ledger / st_blocks when last looked at
   std::string health = "ok";          // or why it is out of service; it comes back by itself
@@ -160,7 +170,8 @@ class SlotStore {
   virtual StoreJob read(SlotRead read) = 0;
   // Overwrites the headers with zeros, syncs, and forgets the slots in the catalog; on_done(ok) when all that
   // is durable, and, as a barrier, every write that was queued before it is too. An empty list is the barrier
-  // alone.
+  // alone. While the drive has writes that were given up it is not done, but io, as these may still land;
+  // a wipe that failed may be done later.
   virtual void wipe(std::vector<SlotPlace> places, std::function<void(const Status& status)> on_done) = 0;
   // The block in `place` was used: written to the catalog with some later commit.
   virtual void note_use(SlotPlace place) = 0;
@@ -187,9 +198,10 @@ class SlotStore {
   virtual StoreStats stats() const = 0;
   virtual const StoreId& id() const = 0;
 
-  // Cancels what has not begun, waits for the rest, commits, marks the store clean, lets go of the lock.
-  // Errors: timeout: operations are still in flight (their memory stays theirs); call again. io: closed, but
-  // not clean.
+  // Cancels what has not begun, waits for the rest (for each request at most answer_within), commits, marks
+  // the store clean, lets go of the lock. Errors: timeout: operations are still in flight (their memory stays
+  // theirs); call again. io: closed, but not clean; if stats().in_flight is not 0 then, their memory is the
+  // drive's for ever, and so is the lock.
   virtual Status close(std::optional<std::chrono::steady_clock::time_point> deadline) = 0;
 };
 

@@ -77,7 +77,8 @@ class StoreDirectory {
 
   // Locks the first store of the fingerprint that nobody has open, or makes the next one. Stores whose
   // superblock cannot be read, or has other classes, are made anew (their bytes prove nothing); newer
-  // versions are left alone. Errors: resource when another process has it (SecondProcess::refuse); io.
+  // versions are left alone. Errors: resource with EBUSY when another process has it (SecondProcess::refuse);
+  // io.
   virtual Result<std::unique_ptr<StoreLease>> acquire(const Fingerprint& fingerprint,
                                                       std::span<const std::uint64_t> class_strides,
                                                       SecondProcess second_process) = 0;
