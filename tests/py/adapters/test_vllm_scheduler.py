@@ -1092,6 +1092,26 @@ def test_a_window_loads_only_what_it_reaches(tmp_path: Path) -> None:
     bench.close()
 
 
+def test_a_window_stores_from_its_first_kept_block_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, window=2 * T)
+    one = request("a", 6)
+    bench.side.on_new_request(one)
+    # Of a prompt computed in one step the window keeps its end alone.
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 5, 6]))})
+    assert [(i.group, i.first_block, i.num_blocks) for i, _ in stores] == [(0, 0, 6), (1, 4, 2)]
+    bench.execute(stores)
+    bench.settle()
+    again = request("b", 6)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 6 * T
+    bench.side.grant(again, ([11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 21, 22]), 6 * T)
+    ((_, copies),), _, _ = bench.step()
+    assert [(i.group, i.first_block, i.num_blocks) for i, _ in copies] == [(0, 0, 6), (1, 4, 2)]
+    bench.execute(copies)
+    bench.side.received({"b"}, set())
+    bench.close()
+
+
 def test_a_request_keeps_nothing_when_no_slot_is_free(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     one = request("a", 3)

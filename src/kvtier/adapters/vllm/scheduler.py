@@ -217,12 +217,12 @@ class SchedulerSide:
             pages = pages_of(block_ids[group.index], group, first, first + count)
             here = np.flatnonzero(pages.all(axis=1))  # a window's pages below it are null: nothing to load
             if len(here):
-                order = self._keeper.load(keys[here], g, first_block=first)
+                begin = int(here[0])
+                order = self._keeper.load(keys[here], g, first_block=first + begin)
                 copies.append((order.instruction, pages[here].reshape(-1)))
                 parts.append((order, copies[-1][1]))
                 num_bytes += len(here) * self._block_bytes(g)
                 if self._events is not None:
-                    begin = int(here[0])
                     on_disk = state.on_disk(first + begin, first + count)
                     self._hear()
                     self._events.loaded(request, first + begin, keys[begin:], on_disk, g)
@@ -481,17 +481,18 @@ class SchedulerSide:
         if state.options.priority == "high" and state.options.namespace not in self._high:
             self._high.append(state.options.namespace)
         keys = state.keys.rows(first, last)
-        parent = state.keys.rows(first - 1, first)[0] if first else None
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, last)
             here = np.flatnonzero(pages.all(axis=1))
             if not len(here):
                 continue
+            begin = int(here[0])  # a window has let go of the pages before it
+            above = first + begin
             instruction, ticket = self._keeper.store(
                 keys[here],
                 g,
-                first_block=first,
-                parent=parent,
+                first_block=above,
+                parent=state.keys.rows(above - 1, above)[0] if above else None,
                 namespace=state.options.namespace,
                 priority=state.options.priority,
                 ttl=state.options.ttl,
@@ -501,7 +502,6 @@ class SchedulerSide:
                 stores.append((instruction, pages[here].reshape(-1)))
                 about = None
                 if self._events is not None:
-                    begin = int(here[0])
                     coming = np.zeros(last - first - begin, np.bool_)
                     coming[here[running] - begin] = True
                     about = self._events.watch(request, first + begin, keys[begin:], coming, g), keys[here]
