@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,8 +60,26 @@ def test_two_ranks_share_a_slot(
 
 
 class Api:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, group: int) -> None:
         self._port = port
+        self._group = group
+
+    def processors(self, process: str, thread: str) -> list[str]:
+        """Where each thread of this name may run, in a process of the server that has this name."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) != self._group:
+                    continue
+                if (folder / "comm").read_text().strip() != process[:15]:
+                    continue
+                for task in folder.glob("task/*"):
+                    if (task / "comm").read_text().strip() == thread[:15]:
+                        status = (task / "status").read_text()
+                        found += re.findall(r"^Cpus_allowed_list:\s*(\S+)", status, re.MULTILINE)
+            except (OSError, ValueError):
+                continue  # it has just ended
+        return found
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
@@ -133,7 +152,7 @@ def api(llama: Path, tmp_path: Path) -> Iterator[Api]:
         log.seek(0)
         return log.read()[-6000:]
 
-    made = Api(port)
+    made = Api(port, server.pid)
     try:
         end = time.monotonic() + 240
         while True:
@@ -169,3 +188,7 @@ def test_the_server_restores_what_its_device_cache_lost(api: Api) -> None:
     assert api.metric("vllm:kvtier_hit_tokens_host_total") == hits
     assert api.metric("vllm:kvtier_load_bytes_total") > 0
     assert api.metric("vllm:external_prefix_cache_hits_total") == hits
+    # vLLM binds its worker to one processor; what copies runs wherever its engine may.
+    copying = api.processors("VLLM::Worker", "kvtier-copy")
+    assert copying
+    assert set(copying) == set(api.processors("VLLM::EngineCore", "VLLM::EngineCore"))

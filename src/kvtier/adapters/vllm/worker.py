@@ -1,5 +1,6 @@
 """WorkerSide: what the connector does in each of vLLM's worker processes - copies between pages and slots."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvtier.adapters.vllm.affinity import unbound
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.metadata import Copy
@@ -62,7 +64,9 @@ class WorkerSide:
             ]
             if views[0].device.type == "cuda":
                 self._cuda = views[0].device
-            self._pages.append(self._worker.attach(views, g, axes="PTD"))
+            # On a GPU the worker's binding, if any, is to the processors near it: copies belong there too.
+            with contextlib.nullcontext() if self._cuda is not None else unbound():
+                self._pages.append(self._worker.attach(views, g, axes="PTD"))
         self._joiner.start()
 
     def start_loads(self, loads: Iterable[tuple[str, list[Copy]]], stale: Iterable[str]) -> None:
