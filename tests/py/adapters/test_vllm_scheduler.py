@@ -405,7 +405,7 @@ def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_p
     assert loads.take_ended(idle=False) == ({"b"}, {"b"})
     assert loads.take_ended(idle=False) == (set(), set())
     assert not loads
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
     assert bench.pool.references == {}
     there.detach(10)
     bench.close()
@@ -418,7 +418,7 @@ def test_a_load_that_no_rank_began_is_over(bench: Bench) -> None:
     bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
     bench.step()
     bench.side.received({"b"}, {"b"})  # the keeper was told nothing
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
     assert bench.pool.references == {}
     assert bench.side._drops.wait(30)
     assert bench.side._engine.stats().pins == 0
@@ -754,7 +754,7 @@ def test_a_prefetch_goes_on_without_its_request(tmp_path: Path) -> None:
 def store_blocks(bench: Bench, name: str, tokens: int, pages: list[int]) -> None:
     _, stores, _ = bench.step({name: (tokens, (pages,))})
     bench.execute(stores)
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
 
 
 def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
@@ -766,7 +766,7 @@ def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
         _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
         assert bench.side.take_events() == []  # nothing is there yet
         bench.execute(stores)
-        bench.side._poll(bench.now, patience=10)
+        bench.side._stores.poll(bench.now, patience=10)
         stored = Stored(one.block_hashes[:2], None, tokens[: 2 * T], T, None, None, "CPU", 0)
         assert bench.side.take_events() == [stored]
         one.num_computed_tokens = 2 * T
@@ -878,7 +878,7 @@ def test_what_came_before_a_reset_is_not_told_after_it(tmp_path: Path) -> None:
         _, stores, _ = second.step({"c": (again.num_tokens, ([1, 2, 3],))})
         assert second.side.take_events() == [Cleared()]  # those of now are only about to come
         second.execute(stores)
-        second.side._poll(second.now, patience=10)
+        second.side._stores.poll(second.now, patience=10)
         told = [event for event in second.side.take_events() if isinstance(event, Stored)]
         assert [event.block_hashes for event in told if event.medium == "CPU"] == [again.block_hashes]
     finally:
