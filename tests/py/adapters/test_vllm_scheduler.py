@@ -184,6 +184,24 @@ def test_asking_changes_nothing_and_a_promise_lapses_in_the_same_step(bench: Ben
     assert bench.side._engine.stats().leases == 0
 
 
+def test_nobody_waits_for_anothers_load_of_the_same_prefix(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    orders = []
+    for name, pages in (("b", [11, 12, 13]), ("c", [21, 22, 23])):  # b's load has not even begun
+        again = request(name, 3)
+        bench.side.on_new_request(again)
+        assert bench.side.match(again, 0) == 3 * T
+        bench.side.grant(again, (pages,), 3 * T)
+        ((_, copies),), _, _ = bench.step()
+        orders.append(copies)
+    for copies in reversed(orders):
+        bench.execute(copies)
+    bench.side.received({"b", "c"}, set())
+    assert [int(bench.tensors[0][0][page, 0, 0]) for page in (11, 12, 13, 21, 22, 23)] == [1, 2, 3] * 2
+    counted = bench.side.counters.take()
+    assert (counted["load_requests"], counted.get("ask_again", 0)) == (2, 0)
+
+
 def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Bench) -> None:
     one = request("a", 3)
     bench.side.on_new_request(one)
