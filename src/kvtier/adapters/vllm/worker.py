@@ -58,16 +58,18 @@ class WorkerSide:
             for tensor in kv_cache_config.kv_cache_tensors
             for name in tensor.layers
         }
-        for g, group in enumerate(self._plan.groups):
-            views = [
-                view for name, size in group.layers for view in _views(name, size, group, kv_caches, strides)
-            ]
-            if views[0].device.type == "cuda":
-                self._cuda = views[0].device
-            # On a GPU the worker's binding, if any, is to the processors near it: copies belong there too.
-            with contextlib.nullcontext() if self._cuda is not None else unbound():
+        # Beside a GPU the worker's binding, if any, is to the processors near it: our threads belong there too.
+        with contextlib.nullcontext() if torch.cuda.is_available() else unbound():
+            for g, group in enumerate(self._plan.groups):
+                views = [
+                    view
+                    for name, size in group.layers
+                    for view in _views(name, size, group, kv_caches, strides)
+                ]
+                if views[0].device.type == "cuda":
+                    self._cuda = views[0].device
                 self._pages.append(self._worker.attach(views, g, axes="PTD"))
-        self._joiner.start()
+            self._joiner.start()  # which maps the arena, with a thread of its own
 
     def start_loads(self, loads: Iterable[tuple[str, list[Copy]]], stale: Iterable[str]) -> None:
         """Begins the loads of a step, behind what the compute stream was given."""
