@@ -189,7 +189,7 @@ class Walk {
 
 TEST(Moves, what_a_random_walk_on_the_simulated_device_loads_is_right_and_its_books_balance_I1_to_I5) {
   std::uint64_t hits = 0;
-  for (std::uint64_t seed = 1; seed <= 120 && !HasFailure(); ++seed) {
+  for (std::uint64_t seed = 1; seed <= 140 && !HasFailure(); ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Walk walk(seed, true);
     walk.run(60);

@@ -58,7 +58,7 @@ class WorkerSide:
             for tensor in kv_cache_config.kv_cache_tensors
             for name in tensor.layers
         }
-        # Beside a GPU the worker's binding, if any, is to the processors near it: our threads belong there too.
+        # Beside a GPU a binding is to the processors near it: our threads belong there too.
         with contextlib.nullcontext() if torch.cuda.is_available() else unbound():
             for g, group in enumerate(self._plan.groups):
                 views = [
