@@ -81,7 +81,7 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
       BlockState* states = match.states[g].data() + begin;
       EntryId* found = match.found[g].data() + begin;
       const GroupId group{static_cast<std::uint16_t>(g)};
-      const auto note_state = [&](std::size_t i, const Entry* entry) {
+      const auto note_state = [&](std::size_t i, const Entry* entry) KVTIER_REQUIRES(mutex_) {
         if (entry == nullptr) return;
         const bool is_ready = entry->state == SlotState::ready;
         states[i] = is_ready ? BlockState::ready : BlockState::pending;
@@ -194,9 +194,10 @@ void EngineImpl::pin_part(std::span<const BlockKey> keys, std::size_t begin, std
           entries[i] = disk_->index.index().id(*entry);
         });
   }
+  DiskTier* const disk = disk_.get();
   for (std::size_t i = part.size(); i-- > 0;) {
     if (!is_ready(states[i])) continue;
-    TierIndex& tier = states[i] == BlockState::on_disk ? disk_->index : tier_;
+    TierIndex& tier = disk != nullptr && states[i] == BlockState::on_disk ? disk->index : tier_;
     Entry& entry = tier.index().at(entries[i]);
     tier.pin(entry);
     if (pinned.touched) tier.touch(entry);
@@ -206,6 +207,7 @@ void EngineImpl::pin_part(std::span<const BlockKey> keys, std::size_t begin, std
 // Ends the pins that a lease of num_blocks does not need, and gives it the others.
 void EngineImpl::keep_needed(const Pinned& pinned, LeaseState& lease) {
   tick();
+  DiskTier* const disk = disk_.get();
   for (std::size_t g = 0; g < pinned.states.size(); ++g) {
     const std::vector<BlockState>& states = pinned.states[g];
     const std::optional<std::uint32_t> window = config_.groups[g].window_blocks();
@@ -213,13 +215,13 @@ void EngineImpl::keep_needed(const Pinned& pinned, LeaseState& lease) {
     const std::size_t first_needed = lease.num_blocks - std::min(lease.num_blocks, reach);
     for (std::size_t i = states.size(); i-- > 0;) {
       if (!is_ready(states[i])) continue;
-      const bool on_disk = states[i] == BlockState::on_disk;
+      const bool on_disk = disk != nullptr && states[i] == BlockState::on_disk;
       const EntryId id = pinned.entries[g][i];
       if (i >= first_needed && i < lease.num_blocks && !closing_) {
         (on_disk ? lease.pinned_on_disk : lease.pinned).push_back(id);
         if (pinned.touched) continue;
       }
-      TierIndex& tier = on_disk ? disk_->index : tier_;
+      TierIndex& tier = on_disk ? disk->index : tier_;
       Entry& entry = tier.index().at(id);
       if (i < first_needed || i >= lease.num_blocks || closing_) {
         tier.unpin(entry);
