@@ -91,32 +91,29 @@ void close(const Box& box, std::optional<double> timeout) {
   owners.clear();
 }
 
-// An array of the vector's own bytes; nothing is copied.
-py::array_t<std::uint8_t> array_over(std::vector<BlockState> states) {
-  auto owned = std::make_unique<std::vector<BlockState>>(std::move(states));
-  const auto size = static_cast<py::ssize_t>(owned->size());
-  const auto* data = reinterpret_cast<const std::uint8_t*>(owned->data());
-  const py::capsule owner(owned.get(), [](void* p) { delete static_cast<std::vector<BlockState>*>(p); });
-  static_cast<void>(owned.release());
-  return py::array_t<std::uint8_t>(size, data, owner);
+// One array of BlockState per group, over the bytes of the match.
+py::list states_of(const std::shared_ptr<Match>& match) {
+  py::list states;
+  for (const std::vector<BlockState>& of_group : match->states) {
+    const auto* data = reinterpret_cast<const std::uint8_t*>(of_group.data());
+    states.append(
+        py::array_t<std::uint8_t>(static_cast<py::ssize_t>(of_group.size()), data, py::cast(match)));
+  }
+  return states;
 }
 
-// (ready_blocks, one array of BlockState per group)
-py::tuple lookup(const Box& box, const KeyArray& keys) {
+std::shared_ptr<Match> lookup(const Box& box, const KeyArray& keys) {
   Engine& engine = box->get();
   const std::span<const BlockKey> view = keys_of(keys);
-  Match match = take(without_gil([&] { return engine.lookup(view); }));
-  py::list states;
-  for (std::vector<BlockState>& of_group : match.states) states.append(array_over(std::move(of_group)));
-  return py::make_tuple(match.ready_blocks, std::move(states));
+  return std::make_shared<Match>(take(without_gil([&] { return engine.lookup(view); })));
 }
 
-std::shared_ptr<LeaseBox> pin(const Box& box, const KeyArray& keys, std::size_t max_blocks,
+std::shared_ptr<LeaseBox> pin(const Box& box, const KeyArray& keys, const std::shared_ptr<Match>& match,
                               std::optional<std::int64_t> ttl_us) {
   Engine& engine = box->get();
   const std::span<const BlockKey> view = keys_of(keys);
-  return std::make_shared<LeaseBox>(box,
-                                    take(without_gil([&] { return engine.pin(view, max_blocks, ttl_us); })));
+  return std::make_shared<LeaseBox>(
+      box, take(without_gil([&] { return engine.pin(view, match->ready_blocks, ttl_us, match.get()); })));
 }
 
 std::shared_ptr<TicketBox> store(const Box& box, const PagesBox& pages, const KeyArray& keys,
@@ -300,6 +297,10 @@ void bind_engine(py::module_& m) {
       py::arg("groups"), py::arg("blocks"),
       "Bytes that the host tier and a disk need for so many blocks of every group.");
 
+  py::class_<Match, std::shared_ptr<Match>>(m, "Match")
+      .def_readonly("ready_blocks", &Match::ready_blocks)
+      .def_property_readonly("states", &states_of);
+
   py::class_<EngineBox, Box>(m, "Engine")
       .def_static("open", &open_engine, py::kw_only(), py::arg("groups"), py::arg("host_bytes"),
                   py::arg("chunk_bytes"), py::arg("copy_threads"), py::arg("memory"), py::arg("clock"),
@@ -308,7 +309,7 @@ void bind_engine(py::module_& m) {
       .def("attach", &attach, py::arg("device"), py::arg("group"), py::arg("tensors"), py::arg("owner"))
       .def("detach", &detach, py::arg("pages"), py::arg("timeout"))
       .def("lookup", &lookup, py::arg("keys").noconvert())
-      .def("pin", &pin, py::arg("keys").noconvert(), py::arg("max_blocks"), py::arg("ttl_us"))
+      .def("pin", &pin, py::arg("keys").noconvert(), py::arg("match"), py::arg("ttl_us"))
       .def("store", &store, py::arg("pages"), py::arg("keys").noconvert(), py::arg("page_ids").noconvert(),
            py::arg("stream"), py::arg("first_block"), py::arg("parent"), py::arg("name_space"),
            py::arg("priority"), py::arg("ttl_us"))

@@ -1,4 +1,7 @@
 // root_key() and chain_keys(): buffers in, one array out, no copy of either.
+#include <cstring>
+#include <string>
+
 #include "common.h"
 
 #include "kvtier/core/key_chain.h"
@@ -40,12 +43,55 @@ KeyArray chain(const py::bytes& parent, const TokenArray& tokens, std::uint32_t 
   return KeyArray({count, static_cast<py::ssize_t>(kKeyBytes)}, data, owner);
 }
 
+// Row i of `keys` is hashes[first + i * step], filled up with zeros, exclusive or `root`. Reads the objects
+// where they are: a list of 64K of them, joined and combined by Python, took longer than their lookup.
+void mix_hashes(const py::object& hashes, std::size_t first, std::size_t step, const py::bytes& root,
+                KeyArray keys) {
+  const BlockKey mask = key_of(root);
+  if (keys.ndim() != 2 || keys.shape(1) != static_cast<py::ssize_t>(kKeyBytes)) {
+    throw StatusError{Status::invalid_argument("keys: not an array [n, 32]")};
+  }
+  const auto count = static_cast<std::size_t>(keys.shape(0));
+  std::uint8_t* row = keys.mutable_data();
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(hashes.ptr(), "hashes: no sequence"));
+  if (!items) throw py::error_already_set();
+  PyObject** const item = PySequence_Fast_ITEMS(items.ptr());
+  const auto size = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
+  if (count > 0 && (step == 0 || first >= size || (count - 1) > (size - 1 - first) / step)) {
+    throw StatusError{Status::invalid_argument("hashes: fewer than there are keys")};
+  }
+  constexpr std::size_t kAhead = 16;
+  py::ssize_t length = -1;
+  for (std::size_t i = 0; i < count; ++i, row += kKeyBytes) {
+    PyObject* const hash = item[first + i * step];
+    if (i + kAhead < count) __builtin_prefetch(item[first + (i + kAhead) * step]);
+    if (PyBytes_Check(hash) == 0) {
+      throw StatusError{Status::invalid_argument("a block hash is not of type bytes; allowed: bytes")};
+    }
+    const py::ssize_t bytes = PyBytes_GET_SIZE(hash);
+    if (length < 0) length = bytes;
+    if (bytes != length || bytes > static_cast<py::ssize_t>(kKeyBytes)) {
+      throw StatusError{Status::invalid_argument("a block hash has " + std::to_string(bytes) +
+                                                 " bytes; allowed: at most 32, all of one length")};
+    }
+    std::uint64_t words[4] = {};
+    std::memcpy(words, PyBytes_AS_STRING(hash), static_cast<std::size_t>(bytes));
+    std::uint64_t masks[4];
+    std::memcpy(masks, mask.bytes.data(), sizeof masks);
+    for (std::size_t w = 0; w < 4; ++w) words[w] ^= masks[w];
+    std::memcpy(row, words, sizeof words);
+  }
+}
+
 }  // namespace
 
 void bind_keys(py::module_& m) {
   m.def("root_key", &root, py::arg("fields"), "Key that stands for namespace, model and layout.");
   m.def("chain_keys", &chain, py::arg("parent"), py::arg("tokens").noconvert(), py::arg("block_tokens"),
         py::arg("extras"), "Keys [n, 32] of the whole blocks of int32 tokens. Releases the GIL.");
+  m.def("mix_hashes", &mix_hashes, py::arg("hashes"), py::arg("first"), py::arg("step"), py::arg("root"),
+        py::arg("keys").noconvert(),
+        "Fills keys [n, 32] with hashes[first::step], each exclusive or the root. Keeps the GIL.");
 }
 
 }  // namespace kvtier::bindings

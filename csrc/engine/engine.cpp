@@ -424,9 +424,10 @@ class EngineHandle final : public Engine {
     return impl_->guarded([&] { return impl_->lookup(EpochKeys(keys, epoch())); });
   }
   Result<std::shared_ptr<Lease>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
-                                     std::optional<std::int64_t> ttl_us) override {
+                                     std::optional<std::int64_t> ttl_us, const Match* match) override {
     return impl_->guarded([&]() -> Result<std::shared_ptr<Lease>> {
-      Result<std::shared_ptr<LeaseState>> state = impl_->pin(EpochKeys(keys, epoch()), max_blocks, ttl_us);
+      Result<std::shared_ptr<LeaseState>> state =
+          impl_->pin(EpochKeys(keys, epoch()), max_blocks, ttl_us, match);
       if (!state) return state.status();
       return std::shared_ptr<Lease>(std::make_shared<LeaseHandle>(impl_, std::move(*state)));
     });

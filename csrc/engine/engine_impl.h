@@ -129,7 +129,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Status detach(Pages& pages, Deadline deadline);
   Result<Match> lookup(std::span<const BlockKey> keys);
   Result<std::shared_ptr<LeaseState>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
-                                          std::optional<std::int64_t> ttl_us);
+                                          std::optional<std::int64_t> ttl_us, const Match* match);
   void release(LeaseState& lease);
   bool lease_active(const LeaseState& lease);
   Result<std::shared_ptr<Ticket>> store(Pages& pages, const StoreRequest& request);
@@ -354,6 +354,15 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void grant_wish(Entry& entry, const Wish& wish) KVTIER_REQUIRES(mutex_);
   void end_lease(LeaseState& lease) KVTIER_REQUIRES(mutex_);
   std::size_t ready_prefix(const std::vector<std::vector<BlockState>>& states, std::size_t num_keys) const;
+  // What pin() has found and pinned: [group][key]; `entries` where the state is ready.
+  struct Pinned {
+    std::vector<std::vector<BlockState>> states;
+    std::vector<std::vector<EntryId>> entries;
+    bool touched = false;  // already: a window keeps few of what is pinned, so there it is done at the end
+  };
+  void pin_part(std::span<const BlockKey> keys, std::size_t begin, std::size_t end, std::size_t g,
+                const Match* match, Pinned& pinned) KVTIER_REQUIRES(mutex_);
+  void keep_needed(const Pinned& pinned, LeaseState& lease) KVTIER_REQUIRES(mutex_);
   bool wait_idle(Deadline deadline) KVTIER_EXCLUDES(mutex_);
 
   const EngineConfig config_;

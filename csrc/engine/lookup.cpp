@@ -62,6 +62,7 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
   match.states.reserve(config_.groups.size());
   for (std::size_t g = 0; g < config_.groups.size(); ++g) {
     match.states.emplace_back(keys.size(), BlockState::miss);  // in place: a model to copy from costs as much
+    match.found.emplace_back(keys.size());
   }
   const std::uint64_t readable = disk_ ? readable_volumes() : 0;
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
@@ -78,11 +79,13 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
     std::uint64_t pending = 0;
     for (std::size_t g = 0; g < config_.groups.size(); ++g) {
       BlockState* states = match.states[g].data() + begin;
+      EntryId* found = match.found[g].data() + begin;
       const GroupId group{static_cast<std::uint16_t>(g)};
-      const auto note_state = [&](std::size_t i, const Entry* entry) {
+      const auto note_state = [&](std::size_t i, const Entry* entry) KVTIER_REQUIRES(mutex_) {
         if (entry == nullptr) return;
         const bool is_ready = entry->state == SlotState::ready;
         states[i] = is_ready ? BlockState::ready : BlockState::pending;
+        found[i] = tier_.index().id(*entry);
         hits += is_ready ? 1 : 0;
         pending += is_ready ? 0 : 1;
       };
@@ -122,66 +125,38 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
 }
 
 Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> keys, std::size_t max_blocks,
-                                                    std::optional<std::int64_t> ttl_us) {
+                                                    std::optional<std::int64_t> ttl_us, const Match* match) {
   expire_blocks();
-  keys = keys.first(std::min(keys.size(), max_blocks));
   const std::size_t num_groups = config_.groups.size();
-  std::vector<std::vector<BlockState>> states(num_groups,
-                                              std::vector<BlockState>(keys.size(), BlockState::miss));
-  std::vector<std::vector<EntryId>> found(num_groups, std::vector<EntryId>(keys.size()));
+  if (match != nullptr && (match->num_keys != keys.size() || match->found.size() != num_groups)) {
+    match = nullptr;  // of other keys, or of another engine
+  }
+  keys = keys.first(std::min(keys.size(), max_blocks));
+  Pinned pinned;
+  pinned.touched = std::none_of(config_.groups.begin(), config_.groups.end(),
+                                [](const GroupSpec& group) { return group.window_blocks().has_value(); });
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    pinned.states.emplace_back(keys.size(), BlockState::miss);
+    pinned.entries.emplace_back(keys.size());
+  }
   auto lease = std::make_shared<LeaseState>();
   lease->pinned.reserve(num_groups * keys.size());  // nothing throws between the first pin and the last unpin
   if (disk_) lease->pinned_on_disk.reserve(num_groups * keys.size());
-  const std::uint64_t readable = disk_ ? readable_volumes() : 0;
 
   // Everything that is ready is pinned first and what the prefix does not need is let go at the end, so
-  // that nothing found early can be evicted while the rest is looked for.
-  for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
-    const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));
+  // that nothing found early can be evicted while the rest is looked for. Tail first: it becomes the oldest.
+  for (std::size_t end = keys.size(); end > 0;) {
+    const std::size_t begin = end - std::min(kKeysPerHold, end);
     MutexLock lock(mutex_);
     if (closing_ || counters_.health != "ok") break;
-    for (std::size_t g = 0; g < num_groups; ++g) {
-      tier_.index().find_each(part, GroupId{static_cast<std::uint16_t>(g)},
-                              [&](std::size_t i, Entry* entry) KVTIER_REQUIRES(mutex_) {
-                                if (entry == nullptr || entry->state != SlotState::ready) return;
-                                tier_.pin(*entry);
-                                states[g][begin + i] = BlockState::ready;
-                                found[g][begin + i] = tier_.index().id(*entry);
-                              });
-      if (readable == 0) continue;
-      disk_->index.index().find_each(
-          part, GroupId{static_cast<std::uint16_t>(g)},
-          [&](std::size_t i, Entry* entry) KVTIER_REQUIRES(mutex_) {
-            if (entry == nullptr || states[g][begin + i] == BlockState::ready) return;
-            if (entry->state != SlotState::ready || ((readable >> entry->volume) & 1) == 0) return;
-            disk_->index.pin(*entry);
-            states[g][begin + i] = BlockState::on_disk;
-            found[g][begin + i] = disk_->index.index().id(*entry);
-          });
-    }
+    tick();
+    for (std::size_t g = 0; g < num_groups; ++g) pin_part(keys, begin, end, g, match, pinned);
+    end = begin;
   }
-  lease->num_blocks = ready_prefix(states, keys.size());
+  lease->num_blocks = ready_prefix(pinned.states, keys.size());
 
   MutexLock lock(mutex_);
-  tick();
-  DiskTier* const disk = disk_.get();
-  for (std::size_t g = 0; g < num_groups; ++g) {
-    const std::size_t window =
-        config_.groups[g].window_blocks().value_or(static_cast<std::uint32_t>(keys.size()));
-    const std::size_t first_needed = lease->num_blocks - std::min(lease->num_blocks, window);
-    for (std::size_t i = keys.size(); i-- > 0;) {  // tail first: the tail becomes the oldest
-      if (!is_ready(states[g][i])) continue;
-      const bool on_disk = disk != nullptr && states[g][i] == BlockState::on_disk;
-      TierIndex& tier = on_disk ? disk->index : tier_;
-      Entry& entry = tier.index().at(found[g][i]);
-      if (i < first_needed || i >= lease->num_blocks || closing_) {
-        tier.unpin(entry);
-      } else {
-        if (entry.linked) tier.touch(entry);
-        (on_disk ? lease->pinned_on_disk : lease->pinned).push_back(found[g][i]);
-      }
-    }
-  }
+  keep_needed(pinned, *lease);
   KVTIER_RETURN_IF_ERROR(check_open());
   if (ttl_us) lease->expires_us = clock_->now_us() + std::min(*ttl_us, kLongestTtlUs);
   try {
@@ -191,6 +166,70 @@ Result<std::shared_ptr<LeaseState>> EngineImpl::pin(std::span<const BlockKey> ke
     throw;
   }
   return lease;
+}
+
+// Keys [begin, end) of one group.
+void EngineImpl::pin_part(std::span<const BlockKey> keys, std::size_t begin, std::size_t end, std::size_t g,
+                          const Match* match, Pinned& pinned) {
+  const std::span<const BlockKey> part = keys.subspan(begin, end - begin);
+  const GroupId group{static_cast<std::uint16_t>(g)};
+  BlockState* const states = pinned.states[g].data() + begin;
+  EntryId* const entries = pinned.entries[g].data() + begin;
+  const auto note_ready = [&](std::size_t i, const Entry* entry) KVTIER_REQUIRES(mutex_) {
+    if (entry == nullptr || entry->state != SlotState::ready) return;
+    states[i] = BlockState::ready;
+    entries[i] = tier_.index().id(*entry);
+  };
+  if (match != nullptr) {
+    tier_.index().find_each(part, group, std::span(match->found[g]).subspan(begin, part.size()), note_ready);
+  } else {
+    tier_.index().find_each(part, group, note_ready);
+  }
+  if (const std::uint64_t readable = disk_ ? readable_volumes() : 0; readable != 0) {
+    disk_->index.index().find_each(
+        part, group, [&](std::size_t i, const Entry* entry) KVTIER_REQUIRES(mutex_) {
+          if (entry == nullptr || states[i] == BlockState::ready) return;
+          if (entry->state != SlotState::ready || ((readable >> entry->volume) & 1) == 0) return;
+          states[i] = BlockState::on_disk;
+          entries[i] = disk_->index.index().id(*entry);
+        });
+  }
+  DiskTier* const disk = disk_.get();
+  for (std::size_t i = part.size(); i-- > 0;) {
+    if (!is_ready(states[i])) continue;
+    TierIndex& tier = disk != nullptr && states[i] == BlockState::on_disk ? disk->index : tier_;
+    Entry& entry = tier.index().at(entries[i]);
+    tier.pin(entry);
+    if (pinned.touched) tier.touch(entry);
+  }
+}
+
+// Ends the pins that a lease of num_blocks does not need, and gives it the others.
+void EngineImpl::keep_needed(const Pinned& pinned, LeaseState& lease) {
+  tick();
+  DiskTier* const disk = disk_.get();
+  for (std::size_t g = 0; g < pinned.states.size(); ++g) {
+    const std::vector<BlockState>& states = pinned.states[g];
+    const std::optional<std::uint32_t> window = config_.groups[g].window_blocks();
+    const std::size_t reach = window ? *window : states.size();
+    const std::size_t first_needed = lease.num_blocks - std::min(lease.num_blocks, reach);
+    for (std::size_t i = states.size(); i-- > 0;) {
+      if (!is_ready(states[i])) continue;
+      const bool on_disk = disk != nullptr && states[i] == BlockState::on_disk;
+      const EntryId id = pinned.entries[g][i];
+      if (i >= first_needed && i < lease.num_blocks && !closing_) {
+        (on_disk ? lease.pinned_on_disk : lease.pinned).push_back(id);
+        if (pinned.touched) continue;
+      }
+      TierIndex& tier = on_disk ? disk->index : tier_;
+      Entry& entry = tier.index().at(id);
+      if (i < first_needed || i >= lease.num_blocks || closing_) {
+        tier.unpin(entry);
+      } else if (entry.linked) {
+        tier.touch(entry);
+      }
+    }
+  }
 }
 
 void EngineImpl::end_lease(LeaseState& lease) {

@@ -24,6 +24,7 @@ __all__: list[str] = [
     "HostMemory",
     "Lease",
     "ManualClock",
+    "Match",
     "Moment",
     "Pages",
     "Priority",
@@ -54,6 +55,7 @@ __all__: list[str] = [
     "grant_load",
     "grant_store",
     "host_memory",
+    "mix_hashes",
     "namespace_tag",
     "ordering_points",
     "probe_file",
@@ -415,6 +417,12 @@ class Lease:
 class Expectation:
     def end(self) -> None: ...
 
+class Match:
+    @property
+    def ready_blocks(self) -> int: ...
+    @property
+    def states(self) -> list: ...
+
 class Engine:
     @staticmethod
     def open(
@@ -468,12 +476,12 @@ class Engine:
         first_block: typing.SupportsInt | typing.SupportsIndex,
         layers_per_batch: typing.SupportsInt | typing.SupportsIndex,
     ) -> Ticket: ...
-    def lookup(self, keys: numpy.typing.NDArray[numpy.uint8]) -> tuple: ...
+    def lookup(self, keys: numpy.typing.NDArray[numpy.uint8]) -> Match: ...
     def pause_ghosts(self) -> None: ...
     def pin(
         self,
         keys: numpy.typing.NDArray[numpy.uint8],
-        max_blocks: typing.SupportsInt | typing.SupportsIndex,
+        match: Match,
         ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
     ) -> Lease: ...
     def poll(self) -> int: ...
@@ -760,6 +768,17 @@ def grant_store(
     ttl_us: typing.SupportsInt | typing.SupportsIndex | None,
 ) -> tuple: ...
 def host_memory() -> HostMemory: ...
+def mix_hashes(
+    hashes: typing.Any,
+    first: typing.SupportsInt | typing.SupportsIndex,
+    step: typing.SupportsInt | typing.SupportsIndex,
+    root: bytes,
+    keys: numpy.typing.NDArray[numpy.uint8],
+) -> None:
+    """
+    Fills keys [n, 32] with hashes[first::step], each exclusive or the root. Keeps the GIL.
+    """
+
 def namespace_tag(name: str) -> bytes: ...
 def ordering_points() -> list[str]: ...
 def probe_file(directory_path: str) -> tuple: ...

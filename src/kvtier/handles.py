@@ -34,6 +34,7 @@ class Tier(IntEnum):
     NONE = 255
 
 
+_ON_DISK = 3
 # The core's states: miss, pending, ready in the host tier, ready on disk.
 _TIER_OF_STATE: States = np.array([Tier.NONE, Tier.NONE, Tier.HOST, Tier.DISK], dtype=np.uint8)
 
@@ -104,8 +105,8 @@ class NativeEngine(Protocol):
     def detach(self, pages: Any, timeout: float | None) -> None:
         """Waits until no copy touches the pages."""
 
-    def pin(self, keys: Keys, max_blocks: int, ttl_us: int | None) -> NativeLease:
-        """Pins the ready prefix."""
+    def pin(self, keys: Keys, match: Any, ttl_us: int | None) -> NativeLease:
+        """Pins what is still ready of the prefix."""
 
     def cancel_prefetch(self, ticket: Any) -> int:
         """Gives up reads that have not begun."""
@@ -190,13 +191,13 @@ class Match:
             that it reaches back to.
     """
 
-    def __init__(
-        self, engine: NativeEngine, config: Config, keys: Keys, found: tuple[int, list[States]]
-    ) -> None:
+    def __init__(self, engine: NativeEngine, config: Config, keys: Keys, native: Any) -> None:
         self._engine = engine
+        self._native = native
         self._block_tokens = config.block_tokens
         self.keys = keys
-        self.ready_blocks, self._states = found
+        self.ready_blocks: int = native.ready_blocks
+        self._states: list[States] = native.states
 
     @property
     def ready_tokens(self) -> int:
@@ -215,6 +216,11 @@ class Match:
         """For each key [n] the fastest Tier that has it ready in one group, else Tier.NONE."""
         return _TIER_OF_STATE[self._native_states(group)]
 
+    def on_disk(self, group: int = 0) -> npt.NDArray[np.bool_]:
+        """For each key [n] whether it is ready in one group, and in no faster tier than the disk."""
+        on_disk: npt.NDArray[np.bool_] = self._native_states(group) == _ON_DISK
+        return on_disk
+
     def pin(self, ttl: float | None = None) -> Lease:
         """Pins what is still ready of the prefix, in every group, and refreshes it. Never waits for copies.
 
@@ -225,7 +231,7 @@ class Match:
             ConfigError: `ttl` is not a number of 0 or more.
             ClosedError: The engine is closed.
         """
-        return Lease(self._engine.pin(self.keys, self.ready_blocks, checked_ttl_us(ttl)), self.keys)
+        return Lease(self._engine.pin(self.keys, self._native, checked_ttl_us(ttl)), self.keys)
 
 
 class Prefetch:

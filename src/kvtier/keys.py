@@ -75,6 +75,23 @@ def block_keys(
     return _core.chain_keys(first, tokens, config.block_tokens, spans)
 
 
+def mix_hashes(hashes: Sequence[bytes], first: int, step: int, root: bytes, keys: Keys) -> None:
+    """Makes keys of a framework's own block hashes: each is combined (exclusive or) with a root.
+
+    Args:
+        hashes: At most 32 bytes each, all of one length; quickest as a list. Shorter ones are filled up with
+            zeros.
+        first: Index of the hash of the first key.
+        step: From one to the next.
+        root: 32 bytes, random-looking: what the hashes do not cover.
+        keys: Is filled, uint8 [n, 32], contiguous.
+
+    Raises:
+        ConfigError: An argument is not allowed; what stands in `keys` then is anything.
+    """
+    _core.mix_hashes(hashes, first, step, root, keys)
+
+
 def check_namespace(namespace: object) -> str:
     """Returns the namespace; raises ConfigError if it is not a str that UTF-8 can hold."""
     if isinstance(namespace, str):

@@ -82,8 +82,14 @@ def test_as_a_child_of_multi_connector(llama: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache_dtype": "fp8"}, {"dtype": "bfloat16"}, {"enforce_eager": False}],
-    ids=["fp8", "bfloat16", "compiled"],
+    [
+        {"kv_cache_dtype": "fp8"},
+        {"dtype": "bfloat16"},
+        {"enforce_eager": False},
+        {"async_scheduling": False},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+    ],
+    ids=["fp8", "bfloat16", "compiled", "synchronous", "speculating"],
 )
 def test_other_pages_come_back_as_the_device_would_have_kept_them(
     llama: Path, options: dict[str, Any]

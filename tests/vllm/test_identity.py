@@ -59,7 +59,7 @@ def test_cold_device_and_restored_give_what_vllm_gives_without_us(
     assert [r.cached for r in restored] == HITS
     for results in (cold, device, restored):
         assert same(results, computed) == [True] * 4
-    assert server.count("load_bytes") - before == sum(HITS) // BLOCK * server.scheduler._block_bytes(0)
+    assert server.count("load_bytes") - before == sum(HITS) // BLOCK * server.scheduler._block_bytes[0]
 
 
 def test_one_by_one_the_logprobs_are_the_device_caches_bit_for_bit(server: Server) -> None:

@@ -59,8 +59,25 @@ def test_two_ranks_share_a_slot(
 
 
 class Api:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, group: int) -> None:
         self._port = port
+        self._group = group
+
+    def processors(self, process: str, thread: str) -> set[int]:
+        """Where threads of this name may run, in processes of the server that have that name."""
+        found: set[int] = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) != self._group:
+                    continue
+                if (folder / "comm").read_text().strip() != process[:15]:
+                    continue
+                for task in folder.glob("task/*"):
+                    if (task / "comm").read_text().strip() == thread[:15]:
+                        found |= os.sched_getaffinity(int(task.name))
+            except (OSError, ValueError):
+                continue  # it has just ended
+        return found
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
@@ -133,7 +150,7 @@ def api(llama: Path, tmp_path: Path) -> Iterator[Api]:
         log.seek(0)
         return log.read()[-6000:]
 
-    made = Api(port)
+    made = Api(port, server.pid)
     try:
         end = time.monotonic() + 240
         while True:
@@ -169,3 +186,7 @@ def test_the_server_restores_what_its_device_cache_lost(api: Api) -> None:
     assert api.metric("vllm:kvtier_hit_tokens_host_total") == hits
     assert api.metric("vllm:kvtier_load_bytes_total") > 0
     assert api.metric("vllm:external_prefix_cache_hits_total") == hits
+    # vLLM binds its worker to one processor; what copies runs wherever its engine may.
+    engine = api.processors("VLLM::EngineCore", "VLLM::EngineCore")
+    assert engine
+    assert api.processors("VLLM::Worker", "kvtier-copy") == engine

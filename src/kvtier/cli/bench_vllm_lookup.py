@@ -30,18 +30,19 @@ from kvtier.ranks import Worker
 BLOCKS = 65536
 _TOKENS, _PAGES, _WIDTH = 16, 1024, 4
 _SLOT_BYTES = 8192
+_LEAST_ROUNDS = 20  # of some 30 ms
 _HOST_BYTES = (BLOCKS + 4096) * _SLOT_BYTES
 
 
 def measure_lookups(rounds: int, seed: int, report: Report, *, native: bool) -> None:
-    """Both in turn; adds scheduler_lookup_65536 and, with `native`, vLLM's."""
+    """Both in turn, 20 rounds or more; adds scheduler_lookup_65536 and, with `native`, vLLM's."""
     random = np.random.default_rng(seed)
     hashes = [row.tobytes() for row in random.integers(0, 256, (BLOCKS, 32), np.uint8)]
     theirs = _native_lookup(hashes) if native else None
     ours_ms: list[float] = []
     theirs_ms: list[float] = []
     with _scheduler(hashes) as look_up:
-        for round_ in range(rounds + 1):
+        for round_ in range(max(rounds, _LEAST_ROUNDS) + 1):
             ours = _cpu_ms(look_up)
             other = _cpu_ms(theirs) if theirs is not None else 0.0
             if round_:  # the first one warms up

@@ -21,7 +21,7 @@ TEST(Close, refuses_new_work_and_answers_stats_for_ever) {
   const auto code = [](const auto& result) { return result.status().code(); };
   EXPECT_EQ(code(world.engine->lookup(k)), StatusCode::closed);
   EXPECT_EQ(code(world.engine->lookup({})), StatusCode::closed);
-  EXPECT_EQ(code(world.engine->pin(k, 1, std::nullopt)), StatusCode::closed);
+  EXPECT_EQ(code(world.engine->pin(k, 1, std::nullopt, nullptr)), StatusCode::closed);
   EXPECT_EQ(code(world.try_store(0, {0}, {0})), StatusCode::closed);
   EXPECT_EQ(code(world.try_load(0, {0}, {0})), StatusCode::closed);
   EXPECT_EQ(code(world.engine->grant_store(GroupId{0}, {}, 1)), StatusCode::closed);
@@ -159,7 +159,7 @@ int closed_everywhere(World& world, const std::shared_ptr<Ticket>& ticket, Lease
     }
   };
   Engine& engine = *world.engine;
-  const bool good = is_closed(engine.lookup(k)) && is_closed(engine.pin(k, 1, std::nullopt)) &&
+  const bool good = is_closed(engine.lookup(k)) && is_closed(engine.pin(k, 1, std::nullopt, nullptr)) &&
                     is_closed(world.try_store(0, {0}, {0})) && is_closed(world.try_load(0, {0}, {0})) &&
                     is_closed(engine.grant_store(GroupId{0}, {}, 1)) &&
                     is_closed(engine.grant_load(GroupId{0}, {}, 1)) && is_closed(engine.finish_part(1, {})) &&

@@ -117,7 +117,7 @@ Ending scenario(Scene& scene) {
     load({0, 1, 2}, {4, 5, 6}, 0);
     load({0, 1}, {4, 5}, layerwise);
     {
-      const auto lease = engine->pin(keys({0, 1}), 2, std::nullopt).value();
+      const auto lease = engine->pin(keys({0, 1}), 2, std::nullopt, nullptr).value();
     }
     store({10, 11}, {7, 8});  // evicts
     load({10, 11, 0}, {9, 10, 11}, 0);

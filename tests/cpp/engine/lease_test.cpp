@@ -25,6 +25,27 @@ TEST(Lease, a_leased_block_is_never_evicted_I4) {
   EXPECT_EQ(ticket->valid_blocks(), 2U);
 }
 
+TEST(Lease, of_a_match_holds_what_is_there_now) {
+  World world({.blocks = 2});
+  done(world.store(0, {0, 1}, {0, 1}));
+  const Match match = world.lookup({0, 1});
+  const auto pin = [&] { return world.engine->pin(keys({0, 1}), 2, std::nullopt, &match).value(); };
+  EXPECT_EQ(pin()->num_blocks(), 2U);
+  ASSERT_TRUE(world.engine->drop(keys({0, 1})));
+  EXPECT_EQ(pin()->num_blocks(), 0U);
+  done(world.store(0, {10, 11}, {2, 3}));  // they stand where the others stood
+  EXPECT_EQ(pin()->num_blocks(), 0U);
+  EXPECT_EQ(world.stats().pins, 0U);
+  ASSERT_TRUE(world.engine->drop(keys({10, 11})));
+  done(world.store(0, {1}, {4}));
+  done(world.store(0, {0}, {5}));  // and these where they never stood
+  const auto lease = pin();
+  EXPECT_EQ(lease->num_blocks(), 2U);
+  EXPECT_EQ(world.stats().pinned_blocks, 2U);
+  const Match other = world.lookup({0});  // of fewer keys: it says nothing of these
+  EXPECT_EQ(world.engine->pin(keys({0, 1}), 2, std::nullopt, &other).value()->num_blocks(), 2U);
+}
+
 TEST(Lease, is_released_by_release_and_by_the_destructor_once) {
   World world;
   done(world.store(0, {0, 1}, {0, 1}));

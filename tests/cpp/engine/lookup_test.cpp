@@ -64,7 +64,7 @@ TEST(Lookup, the_ready_prefix_with_windows_is_that_of_the_definition) {
       needed += std::min<std::size_t>(match.ready_blocks, spec.window_blocks().value_or(12));
     }
     EXPECT_EQ(world.stats().pins, needed);
-    EXPECT_EQ(world.engine->pin(keys(range(0, 12)), 2, std::nullopt).value()->num_blocks(),
+    EXPECT_EQ(world.engine->pin(keys(range(0, 12)), 2, std::nullopt, nullptr).value()->num_blocks(),
               longest_prefix(groups, world.lookup({0, 1})));
   }
   EXPECT_GT(longer_than_the_gap, 0U);

@@ -53,9 +53,10 @@ void call(World& world, std::uint32_t self, std::uint64_t seed, std::atomic<int>
         break;
       }
       case 6: {
-        const auto lease = world.engine->pin(keys(numbers), n, std::nullopt);
-        if (!lease) return;
-        if (!world.engine->touch(keys(numbers)) || !world.engine->lookup(keys(numbers))) return;
+        const auto match = world.engine->lookup(keys(numbers));
+        if (!match) return;
+        const auto lease = world.engine->pin(keys(numbers), n, std::nullopt, &match.value());
+        if (!lease || !world.engine->touch(keys(numbers))) return;
         break;
       }
       default:

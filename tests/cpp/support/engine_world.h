@@ -373,7 +373,7 @@ class World {
   }
   bool ready(std::uint32_t number, std::size_t g = 0) { return states({number}, g)[0] == BlockState::ready; }
   std::shared_ptr<Lease> pin(const Numbers& numbers, std::optional<std::int64_t> ttl_us = std::nullopt) {
-    return engine->pin(keys(numbers), numbers.size(), ttl_us).value();
+    return engine->pin(keys(numbers), numbers.size(), ttl_us, nullptr).value();
   }
   void quiesce() {
     while (engine->poll().value() > 0) std::this_thread::yield();

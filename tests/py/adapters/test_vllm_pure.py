@@ -128,6 +128,31 @@ def test_bad_request_options_are_named(values: Any, message: str) -> None:
         parse_request_options({"kvtier": values})
 
 
+# --- threads ---
+
+
+def test_threads_made_unbound_run_where_the_parent_may() -> None:
+    code = (
+        "import os, threading\n"
+        "from kvtier.adapters.vllm.affinity import unbound\n"
+        "all = os.sched_getaffinity(os.getppid())\n"
+        "os.sched_setaffinity(0, {min(all)})\n"
+        "seen = []\n"
+        "def look(): seen.append(os.sched_getaffinity(0))\n"
+        "def run():\n"
+        "    thread = threading.Thread(target=look)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "run()\n"
+        "with unbound(): run()\n"
+        "assert seen == [{min(all)}, all], seen\n"
+        "assert os.sched_getaffinity(0) == {min(all)}\n"
+    )
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("one processor: nothing can be bound to fewer")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- keys ---
 
 

@@ -184,6 +184,24 @@ def test_asking_changes_nothing_and_a_promise_lapses_in_the_same_step(bench: Ben
     assert bench.side._engine.stats().leases == 0
 
 
+def test_nobody_waits_for_anothers_load_of_the_same_prefix(bench: Bench) -> None:
+    bench.store(request("a", 3), [1, 2, 3])
+    orders = []
+    for name, pages in (("b", [11, 12, 13]), ("c", [21, 22, 23])):  # b's load has not even begun
+        again = request(name, 3)
+        bench.side.on_new_request(again)
+        assert bench.side.match(again, 0) == 3 * T
+        bench.side.grant(again, (pages,), 3 * T)
+        ((_, copies),), _, _ = bench.step()
+        orders.append(copies)
+    for copies in reversed(orders):
+        bench.execute(copies)
+    bench.side.received({"b", "c"}, set())
+    assert [int(bench.tensors[0][0][page, 0, 0]) for page in (11, 12, 13, 21, 22, 23)] == [1, 2, 3] * 2
+    counted = bench.side.counters.take()
+    assert (counted["load_requests"], counted.get("ask_again", 0)) == (2, 0)
+
+
 def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Bench) -> None:
     one = request("a", 3)
     bench.side.on_new_request(one)
@@ -405,7 +423,7 @@ def test_a_load_is_over_when_all_its_copies_are_though_one_could_not_begin(tmp_p
     assert loads.take_ended(idle=False) == ({"b"}, {"b"})
     assert loads.take_ended(idle=False) == (set(), set())
     assert not loads
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
     assert bench.pool.references == {}
     there.detach(10)
     bench.close()
@@ -418,7 +436,7 @@ def test_a_load_that_no_rank_began_is_over(bench: Bench) -> None:
     bench.side.grant(again, ([4, 5, 6],), bench.side.match(again, 0) or 0)
     bench.step()
     bench.side.received({"b"}, {"b"})  # the keeper was told nothing
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
     assert bench.pool.references == {}
     assert bench.side._drops.wait(30)
     assert bench.side._engine.stats().pins == 0
@@ -754,7 +772,7 @@ def test_a_prefetch_goes_on_without_its_request(tmp_path: Path) -> None:
 def store_blocks(bench: Bench, name: str, tokens: int, pages: list[int]) -> None:
     _, stores, _ = bench.step({name: (tokens, (pages,))})
     bench.execute(stores)
-    bench.side._poll(bench.now, patience=10)
+    bench.side._stores.poll(bench.now, patience=10)
 
 
 def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
@@ -766,7 +784,7 @@ def test_events_name_what_is_stored_loaded_and_gone(tmp_path: Path) -> None:
         _, stores, _ = bench.step({"a": (2 * T, ([1, 2, 3],))})
         assert bench.side.take_events() == []  # nothing is there yet
         bench.execute(stores)
-        bench.side._poll(bench.now, patience=10)
+        bench.side._stores.poll(bench.now, patience=10)
         stored = Stored(one.block_hashes[:2], None, tokens[: 2 * T], T, None, None, "CPU", 0)
         assert bench.side.take_events() == [stored]
         one.num_computed_tokens = 2 * T
@@ -878,7 +896,7 @@ def test_what_came_before_a_reset_is_not_told_after_it(tmp_path: Path) -> None:
         _, stores, _ = second.step({"c": (again.num_tokens, ([1, 2, 3],))})
         assert second.side.take_events() == [Cleared()]  # those of now are only about to come
         second.execute(stores)
-        second.side._poll(second.now, patience=10)
+        second.side._stores.poll(second.now, patience=10)
         told = [event for event in second.side.take_events() if isinstance(event, Stored)]
         assert [event.block_hashes for event in told if event.medium == "CPU"] == [again.block_hashes]
     finally:
@@ -1088,6 +1106,26 @@ def test_a_window_loads_only_what_it_reaches(tmp_path: Path) -> None:
     bench.execute(copies)
     assert [int(bench.tensors[1][0][page, 0, 0]) for page in (21, 22)] == [5, 6]
     assert not bench.tensors[1][0][0].any()
+    bench.side.received({"b"}, set())
+    bench.close()
+
+
+def test_a_window_stores_from_its_first_kept_block_on(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, window=2 * T)
+    one = request("a", 6)
+    bench.side.on_new_request(one)
+    # Of a prompt computed in one step the window keeps its end alone.
+    _, stores, _ = bench.step({"a": (one.num_tokens, ([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 5, 6]))})
+    assert [(i.group, i.first_block, i.num_blocks) for i, _ in stores] == [(0, 0, 6), (1, 4, 2)]
+    bench.execute(stores)
+    bench.settle()
+    again = request("b", 6)
+    bench.side.on_new_request(again)
+    assert bench.side.match(again, 0) == 6 * T
+    bench.side.grant(again, ([11, 12, 13, 14, 15, 16], [0, 0, 0, 0, 21, 22]), 6 * T)
+    ((_, copies),), _, _ = bench.step()
+    assert [(i.group, i.first_block, i.num_blocks) for i, _ in copies] == [(0, 0, 6), (1, 4, 2)]
+    bench.execute(copies)
     bench.side.received({"b"}, set())
     bench.close()
 

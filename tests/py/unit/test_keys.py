@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvtier import Config, ConfigError, KeyExtra, KVLayout, block_keys
-from kvtier.keys import root_key
+from kvtier.keys import mix_hashes, root_key
 
 LAYOUT = KVLayout(1, 1, 4, "float16", 16)
 CONFIG = Config(groups=[LAYOUT], host="1MiB", model="m@1")
@@ -149,3 +149,30 @@ def test_a_million_tokens_take_less_than_a_tenth_of_a_second() -> None:
         best = min(best, time.perf_counter() - begin)
     assert len(keys) == 1 << 16
     assert best < 0.1  # the target is 0.02 s (make bench); this only finds a copy or a slow path
+
+
+def test_hashes_of_a_framework_become_keys() -> None:
+    root = hashlib.sha256(b"root").digest()
+    given = [hashlib.sha256(bytes([n])).digest() for n in range(7)]
+    keys = np.zeros((3, 32), np.uint8)
+    mix_hashes(given, 1, 2, root, keys)
+    expected = [bytes(a ^ b for a, b in zip(hash_, root, strict=True)) for hash_ in given[1::2]]
+    assert [row.tobytes() for row in keys] == expected
+    mix_hashes(tuple(hash_[:20] for hash_ in given), 1, 2, root, keys)
+    assert [row.tobytes() for row in keys] == [row[:20] + root[20:] for row in expected]
+    mix_hashes([], 0, 1, root, keys[:0])
+
+
+@pytest.mark.parametrize(
+    ("hashes", "first", "step", "message"),
+    [
+        ([b"a" * 32] * 2, 0, 1, "fewer than there are keys"),
+        ([b"a" * 32] * 4, 0, 2, "fewer than there are keys"),
+        ([b"a" * 32] * 3, 0, 0, "fewer than there are keys"),
+        ([b"a" * 32, "b" * 32, b"c" * 32], 0, 1, "not of type bytes"),
+        ([b"a" * 33] * 3, 0, 1, "has 33 bytes; allowed: at most 32"),
+    ],
+)
+def test_hashes_that_make_no_keys_are_refused(hashes: list[Any], first: int, step: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mix_hashes(hashes, first, step, b"r" * 32, np.zeros((3, 32), np.uint8))

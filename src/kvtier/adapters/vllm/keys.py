@@ -6,15 +6,11 @@ random-looking bytes, which is added (exclusive or) to every hash. For one root 
 different keys; for two roots equal keys would need two hashes whose difference is that of two SHA-256 values.
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from kvtier.errors import ConfigError
-from kvtier.keys import KEY_BYTES, Keys
-
-_PIECE = 1024
+from kvtier.keys import KEY_BYTES, Keys, mix_hashes
 
 
 class BlockKeys:
@@ -27,7 +23,7 @@ class BlockKeys:
             root: 32 bytes.
             hashes_per_block: Consecutive vLLM hashes that make one block; the last one names it.
         """
-        self._roots = _repeated(root)
+        self._root = root
         self._each = hashes_per_block
         self._keys: Keys = np.empty((0, KEY_BYTES), np.uint8)
         self._count = 0
@@ -61,33 +57,10 @@ class BlockKeys:
             grown[: self._count] = self._keys[: self._count]
             self._keys = grown
         each = self._each
-        for begin in range(self._count, end, _PIECE):  # pieces that stay in the processor's cache
-            last = min(begin + _PIECE, end)
-            rows = _joined(hashes[(begin + 1) * each - 1 : last * each : each])
-            np.bitwise_xor(rows, self._roots[: last - begin], out=self._keys[begin:last])
+        mix_hashes(hashes, (self._count + 1) * each - 1, each, self._root, self._keys[self._count : end])
         self._count = end
         self._last = bytes(hashes[end * each - 1])
 
     def rows(self, begin: int, end: int) -> Keys:
         """Keys of blocks [begin, end), [end - begin, 32]; valid until the next update()."""
         return self._keys[begin : min(end, self._count)]
-
-
-@functools.lru_cache(maxsize=64)
-def _repeated(root: bytes) -> Keys:
-    """The root for each block of a piece: whole arrays are combined several times quicker than rows."""
-    return np.tile(np.frombuffer(root, np.uint8), (_PIECE, 1))
-
-
-def _joined(hashes: Sequence[bytes]) -> Keys:
-    """Hashes of one length, filled up with zeros, [len(hashes), 32]."""
-    length = len(hashes[0])
-    joined = b"".join(hashes)
-    if length > KEY_BYTES or len(joined) != length * len(hashes):
-        raise ConfigError(
-            f"a block hash of vLLM has {length} bytes; allowed: at most {KEY_BYTES}, all of one length"
-        )
-    plain = np.frombuffer(joined, np.uint8).reshape(-1, length)
-    if length < KEY_BYTES:
-        return np.pad(plain, ((0, 0), (0, KEY_BYTES - length)))
-    return plain

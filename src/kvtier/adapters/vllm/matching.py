@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.adapters.vllm.groups import CacheGroup
-from kvtier.engine import BlockState, Match, Tier
+from kvtier.engine import BlockState, Match
 
 _NULL_PAGE = 0  # vLLM's block 0 stands for "nothing here"
 
@@ -18,7 +18,7 @@ def on_disk_alone(match: Match, num_groups: int) -> Mask:
     """For each block whether any group's part of it is on disk and not in host memory, bool [n]."""
     found = np.zeros(len(match.keys), np.bool_)
     for g in range(num_groups):
-        found |= match.tiers(g) == Tier.DISK
+        found |= match.on_disk(g)
     return found
 
 
@@ -31,7 +31,7 @@ def servable_blocks(match: Match, groups: Sequence[CacheGroup]) -> int:
     """
     ready = match.ready_blocks
     for g in range(len(groups)):
-        on_disk = np.flatnonzero(match.tiers(g)[:ready] == Tier.DISK)
+        on_disk = np.flatnonzero(match.on_disk(g)[:ready])
         if len(on_disk):
             ready = min(ready, int(on_disk[0]))
     whole = all(group.layout.window_tokens is None for group in groups)

@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,13 @@ from kvtier.adapters.vllm.options import Options, parse_request_options
 from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
 from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
+from kvtier.adapters.vllm.stores import BlockStores, Copies
 from kvtier.config import Config
 from kvtier.costs import Hit, LoadPlanner, Plan, pairs
-from kvtier.engine import BlockOutcome, Engine, Match, open_engine
+from kvtier.engine import Engine, Match, open_engine
 from kvtier.errors import ConfigError
 from kvtier.keys import root_key
-from kvtier.ranks import Instruction, Keeper, LoadOrder
-from kvtier.tickets import StoreResult, StoreTicket
+from kvtier.ranks import Keeper, LoadOrder
 
 _log = logging.getLogger(__name__)
 
@@ -44,11 +43,8 @@ _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
 _MOST_ROOTS = 1024  # of tenants and adapters, that are not made again for each request
-_MOST_HIGH = 64
 _EVENTS = 1 << 18  # that the engine keeps for the next step; 9 MiB
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
-
-Copies = list[tuple[Instruction, Any]]  # with the page ids, uint32 [num_blocks * pages_per_block]
 
 
 class SchedulerSide:
@@ -92,11 +88,13 @@ class SchedulerSide:
         self._options = options
         self._clock = clock
         self._directory = directory
+        ranks = [1 if layout.replicated else config.world_size for layout in config.groups]
+        self._block_bytes = [  # of each group, all ranks together
+            layout.block_bytes(plan.block_tokens) * n for layout, n in zip(config.groups, ranks, strict=True)
+        ]
         self._loras = LoRAIdentity()
         self._lora_refused = False
         self._root = functools.lru_cache(_MOST_ROOTS)(functools.partial(root_key, config))
-        # Blocks of high priority make room for no others: of an earlier epoch they would stay for ever.
-        self._high: deque[str] = deque(maxlen=_MOST_HIGH)  # namespaces that have any
         self._requests: dict[str, RequestState] = {}
         self._alive: set[str] = set()  # those too that are not cached
         self._leased: list[RequestState] = []
@@ -113,6 +111,17 @@ class SchedulerSide:
             self._engine.close()
             raise
         self._drops = BlockDrops(self._engine)
+        self._stores = BlockStores(
+            self._keeper,
+            plan,
+            options,
+            self._block_bytes,
+            holds=self.holds,
+            drops=self._drops,
+            counters=self.counters,
+            events=self._events,
+            hear=self._hear,
+        )
 
     # --- requests ---
 
@@ -217,12 +226,12 @@ class SchedulerSide:
             pages = pages_of(block_ids[group.index], group, first, first + count)
             here = np.flatnonzero(pages.all(axis=1))  # a window's pages below it are null: nothing to load
             if len(here):
-                order = self._keeper.load(keys[here], g, first_block=first)
+                begin = int(here[0])
+                order = self._keeper.load(keys[here], g, first_block=first + begin)
                 copies.append((order.instruction, pages[here].reshape(-1)))
                 parts.append((order, copies[-1][1]))
-                num_bytes += len(here) * self._block_bytes(g)
+                num_bytes += len(here) * self._block_bytes[g]
                 if self._events is not None:
-                    begin = int(here[0])
                     on_disk = state.on_disk(first + begin, first + count)
                     self._hear()
                     self._events.loaded(request, first + begin, keys[begin:], on_disk, g)
@@ -268,12 +277,12 @@ class SchedulerSide:
         self._leased.clear()
         now = self._clock()
         self._recompute.step(output.total_num_scheduled_tokens, now, self._pairs(output))
-        self._poll(now)
+        self._stores.poll(now)
         stores: Copies = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._requests.get(request_id)
             if state is not None and state.may_store:
-                self._store(state, num_tokens, output, stores, now)
+                stores += self._stores.grant(state, num_tokens, output, now)
         loads, self._new_loads = self._new_loads, []
         stale, self._stale = self._stale, []
         return loads, stores, stale
@@ -334,7 +343,7 @@ class SchedulerSide:
         now = self._clock()
         if self.holds.pending:
             idle = _IDLE_PATIENCE_SECONDS if self.holds.pending_soon(now) else _STUCK_PATIENCE_SECONDS
-            self._poll(now, patience=0.0 if self._alive else idle)
+            self._stores.poll(now, patience=0.0 if self._alive else idle)
         self._pins.poll(now)
 
     def frees_soon(self) -> bool:
@@ -362,8 +371,7 @@ class SchedulerSide:
             self._engine.reset()
         finally:  # whatever a drive said, nothing of before is served
             self._drops.clear()
-            self._drops.add_namespaces(self._high)
-            self._high.clear()
+            self._drops.add_namespaces(self._stores.take_high())
             if self._events is not None:
                 self._hear()  # what was not told yet of before
                 self._events.cleared()
@@ -384,11 +392,6 @@ class SchedulerSide:
 
     # --- inside ---
 
-    def _block_bytes(self, g: int) -> int:
-        layout = self._config.groups[g]
-        ranks = 1 if layout.replicated else self._config.world_size
-        return layout.block_bytes(self._plan.block_tokens) * ranks
-
     def _plan_load(
         self, match: Match, ready: int, state: RequestState, num_tokens: int, computed_tokens: int
     ) -> Plan | None:
@@ -401,7 +404,7 @@ class SchedulerSide:
         windows = any(group.layout.window_tokens is not None for group in self._plan.groups)
         if not ready + on_disk or state.options.prefetch_only or windows:
             return None
-        block_bytes = sum(self._block_bytes(g) for g in range(len(self._plan.groups)))
+        block_bytes = sum(self._block_bytes)
         hit = Hit(
             runs=tuple(run for run in ((ready, False), (on_disk, True)) if run[0]),
             first_token=computed_tokens,
@@ -457,82 +460,3 @@ class SchedulerSide:
         self.counters.add("miss_tokens_pending", pending * tokens)
         self.counters.add("left_tokens", left * tokens)
         self.counters.add("miss_tokens_absent", (len(match.keys) - ready - pending - left) * tokens)
-
-    def _store(self, state: RequestState, num_tokens: int, output: Any, stores: Copies, now: float) -> None:
-        request = state.request
-        # Tokens whose KV this step completes; drafts that may be rejected are not among num_tokens.
-        tokens = min(request.num_computed_tokens + num_tokens, request.num_tokens)
-        if self._options.store == "prompt":
-            tokens = min(tokens, request.num_prompt_tokens)
-        if state.options.max_store_tokens is not None:
-            tokens = min(tokens, state.options.max_store_tokens)
-        first, last = state.stored_blocks, tokens // self._plan.block_tokens - self._plan.volatile_blocks
-        if last <= first:
-            return
-        last = min(last, state.keys.update(request.block_hashes))
-        block_ids = output.kv_connector_block_state.get_block_ids(request.request_id)
-        if last <= first or block_ids is None or not self.holds.bound:
-            return
-        # What is being dropped is stored in a later step: now it would be found, and then be gone.
-        last = first + self._drops.before_hidden(state.keys.rows(first, last))
-        if last == first:
-            return
-        state.stored_blocks = last
-        if state.options.priority == "high" and state.options.namespace not in self._high:
-            self._high.append(state.options.namespace)
-        keys = state.keys.rows(first, last)
-        parent = state.keys.rows(first - 1, first)[0] if first else None
-        for g, group in enumerate(self._plan.groups):
-            pages = pages_of(block_ids[group.index], group, first, last)
-            here = np.flatnonzero(pages.all(axis=1))
-            if not len(here):
-                continue
-            instruction, ticket = self._keeper.store(
-                keys[here],
-                g,
-                first_block=first,
-                parent=parent,
-                namespace=state.options.namespace,
-                priority=state.options.priority,
-                ttl=state.options.ttl,
-            )
-            running = instruction.outcomes == BlockOutcome.RUNNING
-            if instruction.grant:
-                stores.append((instruction, pages[here].reshape(-1)))
-                about = None
-                if self._events is not None:
-                    begin = int(here[0])
-                    coming = np.zeros(last - first - begin, np.bool_)
-                    coming[here[running] - begin] = True
-                    about = self._events.watch(request, first + begin, keys[begin:], coming, g), keys[here]
-                self.holds.add(
-                    ticket,
-                    pages[here][running].reshape(-1).tolist(),
-                    int(np.count_nonzero(running)) * self._block_bytes(g),
-                    now,
-                    about,
-                )
-            else:
-                self._count_store(ticket.result(), 0, 0.0)
-            declined = instruction.outcomes == BlockOutcome.DECLINED
-            if group.layout.window_tokens is None and declined.any():
-                state.may_store = False  # nothing behind a gap is ever found
-
-    def _poll(self, now: float, patience: float = 0.0) -> None:
-        for ended in self.holds.poll(now, patience=patience):
-            if not isinstance(ended.ticket, StoreTicket):
-                continue
-            result = ended.ticket.result()
-            self._count_store(result, ended.num_bytes, ended.seconds)
-            if self._events is not None:
-                self._hear()
-                self._events.forget(*ended.about)
-
-    def _count_store(self, result: StoreResult, num_bytes: int, seconds: float) -> None:
-        for name in ("stored", "present", "pending", "declined", "failed", "dropped"):
-            self.counters.add(f"store_blocks_{name}", getattr(result, name))
-        if result.stored:
-            self.counters.add("store_bytes", num_bytes)
-            self.counters.add("store_seconds", seconds)
-        if result.error is not None:
-            _log.warning("blocks were not stored: %s", result.error)

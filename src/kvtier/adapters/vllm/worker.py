@@ -1,5 +1,6 @@
 """WorkerSide: what the connector does in each of vLLM's worker processes - copies between pages and slots."""
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterable, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvtier.adapters.vllm.affinity import unbound
 from kvtier.adapters.vllm.groups import CacheGroup, CachePlan
 from kvtier.adapters.vllm.loads import RankLoads
 from kvtier.adapters.vllm.metadata import Copy
@@ -56,14 +58,18 @@ class WorkerSide:
             for tensor in kv_cache_config.kv_cache_tensors
             for name in tensor.layers
         }
-        for g, group in enumerate(self._plan.groups):
-            views = [
-                view for name, size in group.layers for view in _views(name, size, group, kv_caches, strides)
-            ]
-            if views[0].device.type == "cuda":
-                self._cuda = views[0].device
-            self._pages.append(self._worker.attach(views, g, axes="PTD"))
-        self._joiner.start()
+        # Beside a GPU a binding is to the processors near it: our threads belong there too.
+        with contextlib.nullcontext() if torch.cuda.is_available() else unbound():
+            for g, group in enumerate(self._plan.groups):
+                views = [
+                    view
+                    for name, size in group.layers
+                    for view in _views(name, size, group, kv_caches, strides)
+                ]
+                if views[0].device.type == "cuda":
+                    self._cuda = views[0].device
+                self._pages.append(self._worker.attach(views, g, axes="PTD"))
+            self._joiner.start()  # which maps the arena, with a thread of its own
 
     def start_loads(self, loads: Iterable[tuple[str, list[Copy]]], stale: Iterable[str]) -> None:
         """Begins the loads of a step, behind what the compute stream was given."""

@@ -104,6 +104,7 @@ constexpr bool is_ready(BlockState state) { return state >= BlockState::ready; }
 struct Match {
   std::size_t num_keys = 0;
   std::vector<std::vector<BlockState>> states;  // [group][key]
+  std::vector<std::vector<EntryId>> found;      // [group][key], for pin(): where the host tier has it
   // Longest prefix that every group can restore: all blocks of it ready for full attention; for a
   // sliding window those that the window reaches back to. In blocks.
   std::size_t ready_blocks = 0;
@@ -204,8 +205,9 @@ class Engine {
   // Never waits, never does I/O, never touches recency. A failed engine answers misses.
   virtual Result<Match> lookup(std::span<const BlockKey> keys) = 0;
   // Pins the prefix that is ready now, at most `max_blocks`, in every group. ttl_us: nullopt is for ever.
+  // `match`: what lookup() said of these keys, or null; with it each key is searched for only once.
   virtual Result<std::shared_ptr<Lease>> pin(std::span<const BlockKey> keys, std::size_t max_blocks,
-                                             std::optional<std::int64_t> ttl_us) = 0;
+                                             std::optional<std::int64_t> ttl_us, const Match* match) = 0;
 
   // Never wait for copies. Errors: invalid_argument (nothing was done), closed, unsupported.
   virtual Result<std::shared_ptr<Ticket>> store(Pages& pages, const StoreRequest& request) = 0;

@@ -51,6 +51,8 @@ class Index {
 
   // The linked entry of (key, group), or null.
   Entry* find(const BlockKey& key, GroupId group);
+  // As find(), and quicker where `hint` is still the entry's id. Any hint is allowed.
+  Entry* find(const BlockKey& key, GroupId group, EntryId hint);
   // Calls sink(i, Entry* or null) for every key, in order. It looks ahead, so the sink may change entries,
   // but must not insert, unlink or erase any. The sink may need the owner's mutex, which the analysis cannot
   // see here.
@@ -58,6 +60,10 @@ class Index {
   template <typename Sink, typename Note = NoNote>
   void find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink,
                  Note&& note = {}) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
+  // The same with a hint for every key, as of find().
+  template <typename Sink>
+  void find_each(std::span<const BlockKey> keys, GroupId group, std::span<const EntryId> hints,
+                 Sink&& sink) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
   // Uniform whatever the keys are; another one in every process.
   std::uint64_t hash(const BlockKey& key, GroupId group) const;
 
@@ -128,6 +134,14 @@ inline std::uint64_t Index::hash(const BlockKey& key, GroupId group) const {
   return static_cast<std::uint64_t>(c) ^ static_cast<std::uint64_t>(c >> 64);
 }
 
+inline Entry* Index::find(const BlockKey& key, GroupId group, EntryId hint) {
+  if (raw(hint) < used_) {
+    Entry& entry = entries_[raw(hint)];
+    if (entry.linked && entry.key == key && entry.group == group) return &entry;
+  }
+  return find(key, group);
+}
+
 template <typename Sink, typename Note>
 void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink, Note&& note) {
   // Three steps a batch, and in each turn one step of three batches: what a step asks for has the time of two
@@ -172,6 +186,17 @@ void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink
     if (turn >= 1 && turn <= num_batches) {
       ask_for_records(keys_of((turn - 1) * kBatch).size(), hashes[(turn - 1) % 2], ids[(turn - 1) % 2]);
     }
+  }
+}
+
+template <typename Sink>
+void Index::find_each(std::span<const BlockKey> keys, GroupId group, std::span<const EntryId> hints,
+                      Sink&& sink) {
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    if (i + kBatch < keys.size() && raw(hints[i + kBatch]) < used_) {
+      __builtin_prefetch(&entries_[raw(hints[i + kBatch])]);
+    }
+    sink(i, find(keys[i], group, hints[i]));
   }
 }
 
