@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "py" / "crash"))
 
-import disk_campaign  # noqa: E402
+import disk_damage  # noqa: E402
 import disk_mutants  # noqa: E402
 from disk_campaign import Campaign, Tally  # noqa: E402
 from disk_driver import ROOMY, TIGHT  # noqa: E402
@@ -29,9 +29,9 @@ KINDS = [
     ("killed", {"capacity": ROOMY}),
     ("evicting", {"capacity": TIGHT}),
     ("killed", {"capacity": ROOMY}),
-    ("catalog damaged", {"between": disk_campaign.damage_catalog}),
-    ("slots damaged", {"between": disk_campaign.damage_slots}),
-    ("slots damaged while running", {"during": disk_campaign.damage_slots}),
+    ("catalog damaged", {"between": disk_damage.damage_catalog}),
+    ("slots damaged", {"between": disk_damage.damage_slots}),
+    ("slots damaged while running", {"during": disk_damage.damage_slots}),
 ]
 AT_ONCE = max(2, min(8, (os.cpu_count() or 2) + 1))
 
