@@ -30,6 +30,7 @@ KINDS = [
     ("evicting", {"capacity": TIGHT}),
     ("killed", {"capacity": ROOMY}),
     ("catalog damaged", {"between": disk_damage.damage_catalog}),
+    ("catalog damaged while running", {"during": disk_damage.damage_catalog_in_use}),
     ("slots damaged", {"between": disk_damage.damage_slots}),
     ("slots damaged while running", {"during": disk_damage.damage_slots}),
 ]

@@ -52,6 +52,24 @@ def damage_catalog(campaign: Campaign) -> Harm | None:
     return Harm(set())
 
 
+def damage_catalog_in_use(campaign: Campaign) -> Harm | None:
+    """Cuts, removes or replaces the catalog under its helper, which maps it: the engine makes another, or the
+    next one reads all headers."""
+    catalog = None if campaign.store is None else campaign.store / "catalog.mdb"
+    if catalog is None or not catalog.exists():
+        return None
+    what = campaign.random.choice(["cut", "cut", "empty", "remove", "replace"])
+    if what == "remove":
+        catalog.unlink()
+    elif what == "replace":
+        copy = catalog.with_suffix(".copy")
+        shutil.copyfile(catalog, copy)
+        copy.rename(catalog)
+    else:
+        os.truncate(catalog, 0 if what == "empty" else campaign.random.randrange(catalog.stat().st_size + 1))
+    return Harm(set())
+
+
 def damage_slots(campaign: Campaign) -> Harm | None:
     """Cuts, swaps, zeroes or overwrites slot files: misses of what was touched, and of nothing else."""
     store = campaign.store

@@ -24,6 +24,7 @@ CAMPAIGNS: dict[str, dict[str, Any]] = {
     "killed": {"cycles": 120},
     "evicting": {"cycles": 60, "capacity": TIGHT},
     "catalog_damaged": {"cycles": 80, "between": disk_damage.damage_catalog},
+    "catalog_damaged_while_running": {"cycles": 40, "during": disk_damage.damage_catalog_in_use},
     "slots_damaged": {"cycles": 40, "between": disk_damage.damage_slots},
     "slots_damaged_while_running": {"cycles": 60, "during": disk_damage.damage_slots},
 }
@@ -76,6 +77,13 @@ def test_a_catalog_that_is_lost_cut_or_old_costs_no_promise(campaigns: Any) -> N
     assert tally.hits_expected >= 300
     assert tally.sabotages >= 30
     assert tally.opened_from["headers"] >= 10
+
+
+def test_a_catalog_that_is_cut_or_removed_while_an_engine_runs_costs_no_promise(campaigns: Any) -> None:
+    tally = finished(campaigns, "catalog_damaged_while_running")  # no driver has died of it
+    assert tally.hits_expected >= 300
+    assert tally.sabotages >= 10
+    assert tally.opened_from["headers"] >= 3
 
 
 @pytest.mark.parametrize("name", ["slots_damaged", "slots_damaged_while_running"])
