@@ -23,7 +23,7 @@ from disk_driver import LONGEST_CHAIN, ROOMY, chain_keys, group_of
 
 DRIVER = Path(__file__).with_name("disk_driver.py")
 PATIENCE = 40.0
-NEVER_EVICTED = 12  # blocks of a group: with less than so many stored since, none of forty is evicted
+NEVER_EVICTED = 12  # blocks of a group: with no more stored since, none of 37 slots is given away
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Tally:
     hits: int = 0
     hits_expected: int = 0
     served: int = 0  # without a promise
+    not_served: int = 0  # the same, and as it may be
     wrong_bytes: int = 0
     revived: int = 0
     sabotages: int = 0
@@ -47,7 +48,7 @@ class Tally:
     def __iadd__(self, other: "Tally") -> "Tally":
         for name in ("cycles", "killed", "checks", "blocks_checked", "hits", "hits_expected"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("served", "wrong_bytes", "revived", "sabotages"):
+        for name in ("served", "not_served", "wrong_bytes", "revived", "sabotages"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.most_bytes = max(self.most_bytes, other.most_bytes)
         for source, times in other.opened_from.items():
@@ -350,6 +351,7 @@ class Campaign:
     def _note_checked(self, words: list[str], plan: dict[str, Any]) -> None:
         hits, expected, _, revived, served = map(int, words[1:])
         self.tally.served += served
+        self.tally.not_served += sum(map(blocks_of, plan["maybe"])) - served
         self.tally.checks += 1
         self.tally.hits += hits
         self.tally.hits_expected += expected

@@ -70,6 +70,7 @@ def test_a_disk_that_evicts_has_right_bytes_or_a_miss_after_a_kill(campaigns: An
     tally = finished(campaigns, "evicting")
     assert tally.hits_expected >= 300
     assert tally.served >= 500
+    assert tally.not_served >= 300, "nothing was evicted"
 
 
 def test_a_catalog_that_is_lost_cut_or_old_costs_no_promise(campaigns: Any) -> None:
