@@ -83,8 +83,8 @@ def test_a_catalog_that_is_lost_cut_or_old_costs_no_promise(campaigns: Any) -> N
 def test_a_catalog_that_is_cut_or_removed_while_an_engine_runs_costs_no_promise(campaigns: Any) -> None:
     tally = finished(campaigns, "catalog_damaged_while_running")  # no driver has died of it
     assert tally.hits_expected >= 300
-    assert tally.sabotages >= 10
-    assert tally.opened_from["headers"] >= 3
+    assert tally.sabotages >= 6
+    assert tally.opened_from["headers"] >= 2
 
 
 @pytest.mark.parametrize("name", ["slots_damaged", "slots_damaged_while_running"])
@@ -93,7 +93,7 @@ def test_slot_files_that_others_write_to_lose_what_was_hit_and_nothing_else(
 ) -> None:
     tally = finished(campaigns, name)
     assert tally.sabotages >= 8
-    assert tally.hits_expected >= 300
+    assert tally.hits_expected >= 200
     assert tally.served >= 50
 
 
