@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "drive_file.h"
+#include "io_transfer.h"
 
 #include "kvtier/core/mutex.h"
 
@@ -17,10 +18,12 @@ namespace kvtier {
 namespace {
 
 constexpr std::uint64_t kSectorBytes = 512;
+// A transfer that stops short has moved so much: more than IoTransfer may go back.
+constexpr std::uint64_t kLeastMovedBytes = 4096;
 // How often, per request, the drive writes something back unasked.
 constexpr double kWhim = 1.0 / 16;
 
-enum class Fate : std::uint8_t { good, io_error, no_space, bit_flip, misplaced, lost };
+enum class Fate : std::uint8_t { good, io_error, no_space, bit_flip, misplaced, lost, cut_short };
 
 void flip_bit(std::span<std::byte> bytes, DriveRandom& random) {
   if (bytes.empty()) return;
@@ -45,7 +48,8 @@ struct SimulatedDrive::State {
   using FileId = std::pair<dev_t, ino_t>;
 
   struct Pending {
-    IoRequest request;
+    IoTransfer transfer;
+    IoRequest request;  // its piece that is next
     std::shared_ptr<DriveFile> file;
     int refused = 0;
     Fate fate = Fate::good;
@@ -66,15 +70,17 @@ struct SimulatedDrive::State {
   explicit State(const DriveFaults& first) : random(first.seed), faults(first) {}
 
   Pending accept(const MutexLock&, const IoRequest& request) KVTIER_REQUIRES(mutex);
-  Fate draw_fate(const MutexLock&, IoOp op) KVTIER_REQUIRES(mutex);
+  Fate draw_fate(const MutexLock&, const IoRequest& request) KVTIER_REQUIRES(mutex);
   Result<std::shared_ptr<DriveFile>> file_of(const MutexLock&, int fd) KVTIER_REQUIRES(mutex);
+  // Performs the next piece. Returns how the request has ended, or nullopt if there is another piece.
+  std::optional<int> go_on(const MutexLock& lock, Pending& pending) KVTIER_REQUIRES(mutex);
   int perform(const MutexLock&, const Pending& pending) KVTIER_REQUIRES(mutex);
   int perform_write(const MutexLock&, const Pending& pending) KVTIER_REQUIRES(mutex);
   std::uint64_t other_place(const MutexLock&, const Pending& pending) KVTIER_REQUIRES(mutex);
   void put(const MutexLock&, DriveFile& file, std::uint64_t offset, std::span<const std::byte> data)
       KVTIER_REQUIRES(mutex);
   void write_back_at_whim(const MutexLock&) KVTIER_REQUIRES(mutex);
-  // Performs a random part of what may end, in any order. Returns whether anything may.
+  // Performs a random part of what may go on, in any order. Returns whether anything may.
   bool perform_some(const MutexLock& lock, Line& line, std::vector<IoCompletion>& completions)
       KVTIER_REQUIRES(mutex);
   std::size_t gather_ready(const MutexLock&, Line& line) KVTIER_REQUIRES(mutex);
@@ -88,6 +94,7 @@ struct SimulatedDrive::State {
   std::uint64_t num_requests KVTIER_GUARDED_BY(mutex) = 0;
   std::uint64_t num_since_faults KVTIER_GUARDED_BY(mutex) = 0;  // since set_faults()
   std::uint64_t injected KVTIER_GUARDED_BY(mutex) = 0;
+  std::vector<SpoiledRange> spoiled KVTIER_GUARDED_BY(mutex);
   std::uint64_t moment KVTIER_GUARDED_BY(mutex) = 0;  // completions that owners have been given
   std::map<FileId, std::shared_ptr<DriveFile>> files KVTIER_GUARDED_BY(mutex);
   std::vector<Line*> lines KVTIER_GUARDED_BY(mutex);
@@ -126,7 +133,9 @@ class SimulatedDrive::State::Queue final : public IoQueue {
     const std::size_t before = completions.size();
     MutexLock lock(state_->mutex);
     for (bool in_time = true;;) {
-      if (state_->perform_some(lock, line_, completions) || line_.woken || !in_time) break;
+      const bool goes_on = state_->perform_some(lock, line_, completions);
+      if (completions.size() > before || line_.woken || !in_time) break;
+      if (goes_on) continue;  // with the rest of what was cut short
       if (deadline) {
         in_time = line_.changed.wait_until(lock, *deadline);
       } else {
@@ -166,12 +175,15 @@ bool SimulatedDrive::State::perform_some(const MutexLock& lock, Line& line,
   if (num_ready == 0) return false;
   for (std::uint64_t count = 1 + random.below(num_ready); count > 0; --count, --num_ready) {
     const auto chosen = line.pending.begin() + static_cast<std::ptrdiff_t>(random.below(num_ready));
-    completions.push_back({.tag = chosen->request.tag, .error = perform(lock, *chosen)});
+    const std::optional<int> error = go_on(lock, *chosen);
     // Keeps the ready ones in front.
     const auto last_ready = line.pending.begin() + static_cast<std::ptrdiff_t>(num_ready - 1);
     std::iter_swap(chosen, last_ready);
-    line.pending.erase(last_ready);
-    ++line.completed;
+    if (error) {
+      completions.push_back({.tag = last_ready->request.tag, .error = *error});
+      line.pending.erase(last_ready);
+      ++line.completed;
+    }
     write_back_at_whim(lock);
   }
   for (const auto& [file, number] : unacknowledged) file->acknowledge(number, moment);
@@ -192,10 +204,12 @@ std::size_t SimulatedDrive::State::gather_ready(const MutexLock&, Line& line) {
   return static_cast<std::size_t>(ready - begin);
 }
 
-Fate SimulatedDrive::State::draw_fate(const MutexLock&, IoOp op) {
+Fate SimulatedDrive::State::draw_fate(const MutexLock&, const IoRequest& request) {
   const std::uint64_t nth = num_since_faults++;
   if (faults.fail_nth == nth) return Fate::io_error;
-  switch (op) {
+  const bool can_be_cut = request.op != IoOp::sync && request.bytes > kLeastMovedBytes;
+  if (can_be_cut && faults.short_transfer > 0 && random.chance(faults.short_transfer)) return Fate::cut_short;
+  switch (request.op) {
     case IoOp::read:
       if (random.chance(faults.read_error)) return Fate::io_error;
       return random.chance(faults.bit_flip) ? Fate::bit_flip : Fate::good;
@@ -224,8 +238,8 @@ Result<std::shared_ptr<DriveFile>> SimulatedDrive::State::file_of(const MutexLoc
 SimulatedDrive::State::Pending SimulatedDrive::State::accept(const MutexLock& lock,
                                                              const IoRequest& request) {
   ++num_requests;
-  Pending pending{.request = request, .file = nullptr, .moment = moment};
-  pending.fate = draw_fate(lock, request.op);
+  Pending pending{.transfer = IoTransfer(request), .request = request, .file = nullptr, .moment = moment};
+  pending.fate = draw_fate(lock, request);
   pending.delayed = random.chance(faults.delay);
   pending.stuck = pending.delayed && faults.never_completes;
   injected += (pending.fate != Fate::good ? 1U : 0U) + (pending.delayed ? 1U : 0U);
@@ -239,6 +253,21 @@ SimulatedDrive::State::Pending SimulatedDrive::State::accept(const MutexLock& lo
     }
   }
   return pending;
+}
+
+std::optional<int> SimulatedDrive::State::go_on(const MutexLock& lock, Pending& pending) {
+  IoRequest& piece = pending.request;
+  if (pending.fate == Fate::cut_short && !dead && pending.refused == 0) {
+    piece.bytes = kLeastMovedBytes + random.below(piece.bytes - kLeastMovedBytes);
+    pending.fate = Fate::good;
+  }
+  const int error = perform(lock, pending);
+  const std::int64_t result = error != 0 ? -std::int64_t{error} : static_cast<std::int64_t>(piece.bytes);
+  if (const std::optional<int> ended = pending.transfer.advance(result)) return ended;
+  piece = pending.transfer.next_piece();
+  pending.fate = draw_fate(lock, piece);
+  injected += pending.fate != Fate::good ? 1U : 0U;
+  return std::nullopt;
 }
 
 int SimulatedDrive::State::perform(const MutexLock& lock, const Pending& pending) {
@@ -265,7 +294,11 @@ int SimulatedDrive::State::perform(const MutexLock& lock, const Pending& pending
 int SimulatedDrive::State::perform_write(const MutexLock& lock, const Pending& pending) {
   const IoRequest& request = pending.request;
   std::vector<std::byte> data(request.data, request.data + request.bytes);
+  const bool lies =
+      pending.fate == Fate::bit_flip || pending.fate == Fate::misplaced || pending.fate == Fate::lost;
+  if (lies) spoiled.push_back({request.offset, request.bytes});
   switch (pending.fate) {
+    case Fate::cut_short:  // go_on() has cut it
     case Fate::good: put(lock, *pending.file, request.offset, data); return 0;
     case Fate::io_error:
       data.resize(random.below(data.size() / kSectorBytes + 1) * kSectorBytes);
@@ -279,6 +312,7 @@ int SimulatedDrive::State::perform_write(const MutexLock& lock, const Pending& p
     case Fate::misplaced:
       if (const std::uint64_t place = other_place(lock, pending); place != request.offset) {
         put(lock, *pending.file, place, data);
+        spoiled.push_back({place, data.size()});
       }
       return 0;
     case Fate::lost: break;
@@ -339,9 +373,9 @@ void SimulatedDrive::power_loss() {
 
 void SimulatedDrive::State::lose_power(const MutexLock& lock) {
   if (dead) return;
-  for (const Line* line : lines) {
-    for (const Pending& pending : line->pending) {
-      if (pending.request.op == IoOp::write) static_cast<void>(perform(lock, pending));
+  for (Line* line : lines) {
+    for (Pending& pending : line->pending) {
+      if (pending.request.op == IoOp::write) static_cast<void>(go_on(lock, pending));
     }
   }
   unacknowledged.clear();
@@ -376,6 +410,11 @@ std::uint64_t SimulatedDrive::unsynced_writes() const {
 std::uint64_t SimulatedDrive::faults_injected() const {
   const MutexLock lock(state_->mutex);
   return state_->injected;
+}
+
+std::vector<SpoiledRange> SimulatedDrive::spoiled() const {
+  const MutexLock lock(state_->mutex);
+  return state_->spoiled;
 }
 
 }  // namespace kvtier

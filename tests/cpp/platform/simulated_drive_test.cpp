@@ -113,6 +113,38 @@ bool is_torn_at(const Slot& slot, std::uint64_t sector) {
   return !is_whole(slot);
 }
 
+TEST_F(DriveTest, a_transfer_that_stops_short_is_gone_on_with_until_it_is_whole) {
+  constexpr DriveFaults kShort{.seed = 3, .short_transfer = 0.9};
+  start(kShort);
+  for (std::uint64_t round = 1; round <= 50; ++round) {
+    std::vector<IoRequest> requests;
+    for (std::uint64_t slot = 0; slot < kSlots; ++slot)
+      requests.push_back(write(slot, 10 * round + slot, slot));
+    for (const auto& [slot, error] : run(requests)) ASSERT_EQ(error, 0) << slot;
+    for (std::uint64_t slot = 0; slot < kSlots; ++slot) ASSERT_EQ(seen(slot), version(10 * round + slot));
+  }
+  EXPECT_GT(drive_->faults_injected(), 1000U) << "more than one in a transfer";
+  EXPECT_EQ(drive_->requests(), 50 * kSlots * 2) << "but one completion each";
+  EXPECT_EQ(run(sync()), 0);
+  EXPECT_EQ(on_drive(3), version(503));
+}
+
+TEST_F(DriveTest, the_rest_of_a_transfer_that_stopped_short_can_fail) {
+  start({.seed = 4, .write_error = 0.5, .short_transfer = 0.5});
+  int failed_in_the_rest = 0;
+  for (std::uint64_t round = 1; round <= 200; ++round) {
+    const std::uint64_t before = drive_->faults_injected();
+    const int error = run(write(0, round));
+    const std::uint64_t faults = drive_->faults_injected() - before;
+    ASSERT_TRUE(error == 0 || error == EIO);
+    if (error == 0) {
+      ASSERT_EQ(seen(0), version(round));
+    }
+    failed_in_the_rest += error != 0 && faults > 1 ? 1 : 0;
+  }
+  EXPECT_GT(failed_in_the_rest, 20);
+}
+
 TEST_F(DriveTest, before_a_sync_a_power_loss_loses_some_keeps_some_tears_and_reorders) {
   int lost = 0;
   int kept = 0;

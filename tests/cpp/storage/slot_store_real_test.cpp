@@ -7,7 +7,7 @@
 #include <random>
 #include <thread>
 
-#include "storage/store_world.h"
+#include "storage/real_store.h"
 
 #include "kvtier/storage/slot_store.h"
 
@@ -16,37 +16,10 @@ namespace {
 
 using namespace store_world;
 
-constexpr std::uint32_t kSlots = 64;
-
 #ifdef KVTIER_TEST_CATALOG_HELPER
 
-class SlotStoreReal : public testing::Test {
+class SlotStoreReal : public RealStore {
  protected:
-  SlotStore::Opened open_real(std::function<void(const CatalogRecord&)> on_found = nullptr) {
-    directory = StoreDirectory::open(files.path() + "/disk", std::uint64_t{64} << 20U).value();
-    Fingerprint fingerprint{};
-    fingerprint.fill(std::byte{7});
-    const std::uint64_t strides[] = {kStride};
-    Result<std::unique_ptr<StoreLease>> lease =
-        directory->acquire(fingerprint, strides, SecondProcess::refuse);
-    if (!lease) {
-      ADD_FAILURE() << lease.status().message();
-      std::abort();
-    }
-    SlotStoreOptions options;
-    options.classes = {{kStride, kSlots}};
-    options.commit_interval = std::chrono::milliseconds(2);
-    options.catalog.helper_path = KVTIER_TEST_CATALOG_HELPER;
-    options.catalog.max_bytes = std::uint64_t{4} << 20U;
-    Result<SlotStore::Opened> opened =
-        SlotStore::open(std::move(lease.value()), std::move(options), std::move(on_found));
-    if (!opened) {
-      ADD_FAILURE() << opened.status().message();
-      std::abort();
-    }
-    return std::move(opened.value());
-  }
-
   // Writes blocks of ever new versions and tells of each that became durable, until it is killed.
   [[noreturn]] void write_until_killed(int out, std::uint32_t first_version) {
     SlotStore::Opened opened = open_real();
@@ -66,9 +39,6 @@ class SlotStoreReal : public testing::Test {
       static_cast<void>(::write(out, durable, sizeof durable));
     }
   }
-
-  TempDirectory files;
-  std::unique_ptr<StoreDirectory> directory;
 };
 
 TEST_F(SlotStoreReal, what_was_flushed_is_found_again_through_directory_and_catalog) {
@@ -121,17 +91,8 @@ TEST_F(SlotStoreReal, after_sigkill_what_was_durable_is_served) {
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     ASSERT_TRUE(WIFSIGNALED(status)) << "the child ended by itself";
 
-    Mutex mutex;
     std::map<std::uint32_t, CatalogRecord> named;
-    SlotStore::Opened opened = open_real([&](const CatalogRecord& record) {
-      const MutexLock lock(mutex);
-      named.emplace(raw(record.place.slot), record);
-    });
-    wait_until([&] { return opened.store->scan_done(); });
-    {
-      const MutexLock lock(mutex);
-      for (const CatalogRecord& record : opened.blocks) named.emplace(raw(record.place.slot), record);
-    }
+    SlotStore::Opened opened = open_and_scan(named);
     for (const auto& [slot, number] : owed) {
       EXPECT_TRUE(named.contains(slot)) << "cycle " << cycle;
       EXPECT_TRUE(serves(*opened.store, slot, {slot, number})) << "cycle " << cycle;

@@ -20,7 +20,7 @@ namespace kvtier::store_world {
 
 struct Tally {
   std::uint64_t cycles = 0, checked = 0, hits = 0, hits_expected = 0, wrong = 0, revived = 0, exempt = 0;
-  std::uint64_t faults = 0;
+  std::uint64_t faults = 0, spoiled = 0;
   Tally& operator+=(const Tally& other) {
     cycles += other.cycles;
     checked += other.checked;
@@ -30,6 +30,7 @@ struct Tally {
     revived += other.revived;
     exempt += other.exempt;
     faults += other.faults;
+    spoiled += other.spoiled;
     return *this;
   }
 };
@@ -106,6 +107,7 @@ class Campaign {
     for (std::uint64_t i = 0; i < operations; ++i) one_operation();
     end_opening(drive);
     tally_.faults += drive.faults_injected();
+    note_spoiled(drive);
     pending_.clear();
     for (Page& page : book_) page.busy = false;
   }
@@ -275,6 +277,17 @@ class Campaign {
     promised_version_ = *home_.catalog_version;
   }
 
+  // Slots on which the drive has lied owe nothing; all others do.
+  void note_spoiled(const SimulatedDrive& drive) {
+    spoiled_.clear();
+    for (const SpoiledRange& range : drive.spoiled()) {
+      for (std::uint64_t slot = range.offset / kStride; slot * kStride < range.offset + range.bytes; ++slot) {
+        spoiled_.insert(static_cast<std::uint32_t>(slot));
+      }
+    }
+    tally_.spoiled += spoiled_.size();
+  }
+
   // Which of the slot's blocks stands in the image.
   std::optional<Block> block_in(const Image& image, std::uint32_t slot) const {
     for (const Block& block : book_[slot].ever) {
@@ -308,7 +321,7 @@ class Campaign {
       // the block: such a lie costs a hit (catalog.h).
       const bool lied_to = plan_.catalogs == CampaignPlan::Catalogs::any_older && served != page.promised &&
                            is_named(by_slot, slot, page.promised->number);
-      if (lied_to) {
+      if (lied_to || spoiled_.contains(slot)) {
         ++tally_.exempt;
       } else {
         ++tally_.hits_expected;
@@ -368,6 +381,7 @@ class Campaign {
   std::map<std::uint32_t, std::uint32_t> versions_;
   std::vector<std::function<void()>> pending_;
   std::uint64_t turns_ = 0;
+  std::set<std::uint32_t> spoiled_;  // slots, by the drive of the last cycle
 
   Mutex mutex_;  // what callbacks touch; the rest of a page is the owner's alone while the slot is not busy
   std::vector<Page> book_;

@@ -1,6 +1,7 @@
 // Mutated superblocks, ledgers and catalog records: decoding judges every one, and what it calls good is
-// exactly what encoding would write. A fixed number by a fixed seed; KVTIER_FUZZ_SECONDS=600 goes on for so
-// long by the clock.
+// exactly what encoding would write. A fixed number by a fixed seed (KVTIER_FUZZ_SEED: another);
+// KVTIER_FUZZ_SECONDS=600 goes on for so long by the clock. They start from tests/golden/fuzz, whose files
+// are called by their verdicts.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,12 +10,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <functional>
+#include <map>
 #include <optional>
 #include <random>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "storage/slot_samples.h"
 
 #include "kvtier/storage/catalog_records.h"
 #include "kvtier/storage/checksum.h"
@@ -23,7 +29,7 @@
 namespace kvtier {
 namespace {
 
-using Bytes = std::vector<std::byte>;
+using slot_samples::Bytes;
 using Random = std::mt19937_64;
 
 std::uint64_t below(Random& random, std::uint64_t bound) { return random() % bound; }
@@ -74,7 +80,8 @@ std::uint64_t campaign(std::uint64_t seed, std::uint64_t rounds, const std::func
   const char* given = std::getenv("KVTIER_FUZZ_SECONDS");
   const std::chrono::seconds duration(given == nullptr ? 0 : std::atoi(given) / 3);  // three campaigns
   const auto end = std::chrono::steady_clock::now() + duration;
-  Random random(seed);
+  const char* first = std::getenv("KVTIER_FUZZ_SEED");
+  Random random(seed + (first == nullptr ? 0 : 4 * std::strtoull(first, nullptr, 10)));
   std::uint64_t done = 0;
   while (!testing::Test::HasFailure() && (done < rounds || std::chrono::steady_clock::now() < end)) {
     one(random);
@@ -83,65 +90,112 @@ std::uint64_t campaign(std::uint64_t seed, std::uint64_t rounds, const std::func
   return done;
 }
 
-TEST(StoreFuzz, superblocks) {
-  Superblock superblock;
-  superblock.class_strides = {4096, 2'101'248};
-  superblock.open_counter = 77;
-  const Bytes good = encode_superblock(superblock);
-  std::uint64_t accepted = 0;
-  campaign(1, 20'000, [&](Random& random) {
-    Bytes bytes = good;
+struct Record {
+  std::string name;  // <verdict>-<what>
+  Bytes bytes;
+};
+
+// tests/golden/fuzz/<kind>, by name.
+std::vector<Record> corpus_of(const std::string& kind) {
+  std::vector<Record> records;
+  for (const auto& entry : std::filesystem::directory_iterator(slot_samples::golden_path() / "fuzz" / kind)) {
+    records.push_back({entry.path().stem(), slot_samples::read_whole(entry.path())});
+  }
+  std::ranges::sort(records, {}, &Record::name);
+  return records;
+}
+
+std::string name_of(RecordVerdict verdict) {
+  switch (verdict) {
+    case RecordVerdict::good: return "good";
+    case RecordVerdict::damaged: return "damaged";
+    case RecordVerdict::newer_version: return "newer_version";
+  }
+  return "";
+}
+
+// Decodes, and holds what is called good to its one encoding.
+std::string judge_superblock(const Bytes& bytes) {
+  Superblock read;
+  const RecordVerdict verdict = decode_superblock(bytes, read);
+  if (verdict == RecordVerdict::good) {
+    EXPECT_EQ(encode_superblock(read), bytes);
+  }
+  return name_of(verdict);
+}
+
+std::string judge_ledger(const Bytes& bytes) {
+  Ledger read;
+  const RecordVerdict verdict = decode_ledger(bytes, read);
+  if (verdict == RecordVerdict::good) {
+    EXPECT_EQ(encode_ledger(read), bytes);
+  }
+  return name_of(verdict);
+}
+
+std::string judge_catalog_record(const Bytes& bytes) {
+  CatalogBytes parts;
+  if (bytes.size() != parts.key.size() + parts.value.size()) return "damaged";  // as the catalog says itself
+  std::copy_n(bytes.begin(), parts.key.size(), parts.key.begin());
+  std::copy_n(bytes.begin() + std::ssize(parts.key), parts.value.size(), parts.value.begin());
+  const std::optional<CatalogRecord> read = decode_catalog_record(parts);
+  if (!read) return "damaged";
+  EXPECT_EQ(encode_catalog_record(*read), parts);
+  return "good";
+}
+
+using Judge = std::string (*)(const Bytes&);
+
+TEST(StoreFuzz, the_corpus_is_judged_as_its_files_are_called) {
+  const std::vector<std::pair<std::string, Judge>> kinds = {
+      {"catalog", judge_catalog_record}, {"superblock", judge_superblock}, {"ledger", judge_ledger}};
+  for (const auto& [kind, judge] : kinds) {
+    const std::vector<Record> records = corpus_of(kind);
+    EXPECT_GE(records.size(), 10U) << kind;
+    for (const Record& record : records) {
+      EXPECT_EQ(judge(record.bytes), record.name.substr(0, record.name.find('-')))
+          << kind << "/" << record.name;
+    }
+  }
+}
+
+// Mutants of the corpus, most of them with a sound checksum. Returns how often each verdict was given.
+std::map<std::string, std::uint64_t> fuzz(const std::string& kind, Judge judge, std::uint64_t seed,
+                                          std::uint64_t rounds) {
+  const std::vector<Record> records = corpus_of(kind);
+  std::map<std::string, std::uint64_t> verdicts;
+  campaign(seed, rounds, [&](Random& random) {
+    Bytes bytes = records[below(random, records.size())].bytes;
     mutate(bytes, random);
     if (below(random, 4) != 0) seal(bytes);
-    Superblock read;
-    if (decode_superblock(bytes, read) != RecordVerdict::good) return;
-    ++accepted;
-    ASSERT_EQ(encode_superblock(read), bytes);
+    ++verdicts[judge(bytes)];
   });
-  EXPECT_GT(accepted, 100U) << "the mutations reach what is allowed, too";
+  return verdicts;
+}
+
+TEST(StoreFuzz, superblocks) {
+  auto verdicts = fuzz("superblock", judge_superblock, 1, 20'000);
+  EXPECT_GT(verdicts["good"], 100U) << "the mutations reach what is allowed, too";
+  EXPECT_GT(verdicts["newer_version"], 100U);
 }
 
 TEST(StoreFuzz, ledgers) {
-  const Ledger ledger{
-      1 << 30, {{"0011223344556677-0", 5, 6}, {"0011223344556677-1", 7, 8}, {"aa11223344556677-9", 1, 2}}};
-  const Bytes good = encode_ledger(ledger);
-  std::uint64_t accepted = 0;
-  campaign(2, 100'000, [&](Random& random) {
-    Bytes bytes = good;
-    mutate(bytes, random);
-    if (below(random, 4) != 0) seal(bytes);
-    Ledger read;
-    if (decode_ledger(bytes, read) != RecordVerdict::good) return;
-    ++accepted;
-    ASSERT_EQ(encode_ledger(read), bytes);
-  });
-  EXPECT_GT(accepted, 1000U);
+  auto verdicts = fuzz("ledger", judge_ledger, 2, 100'000);
+  EXPECT_GT(verdicts["good"], 100U);
+  EXPECT_GT(verdicts["newer_version"], 100U);
 }
 
 TEST(StoreFuzz, catalog_records) {
-  CatalogRecord record;
-  record.block.parent = BlockKey{};
-  record.block.depth = 3;
-  record.payload_bytes = 4096;
-  std::uint64_t accepted = 0;
-  std::uint64_t refused = 0;
-  campaign(3, 200'000, [&](Random& random) {
-    record.block.parent.reset();
-    if (below(random, 2) == 0) record.block.parent = BlockKey{};
-    CatalogBytes bytes = encode_catalog_record(record);
-    for (std::uint64_t i = below(random, 6); i > 0; --i) {
-      const std::uint64_t at = below(random, bytes.key.size() + bytes.value.size());
-      std::byte& byte = at < bytes.key.size() ? bytes.key[at] : bytes.value[at - bytes.key.size()];
-      byte = interesting(random);
-    }
-    const std::optional<CatalogRecord> read = decode_catalog_record(bytes);
-    ++(read ? accepted : refused);
-    if (read) {
-      ASSERT_EQ(encode_catalog_record(*read), bytes);
-    }
+  const std::vector<Record> records = corpus_of("catalog");
+  std::map<std::string, std::uint64_t> verdicts;
+  campaign(3, 200'000, [&](Random& random) {  // they have no checksum, and one length
+    Bytes bytes = records[below(random, records.size())].bytes;
+    for (std::uint64_t i = below(random, 6); i > 0; --i)
+      bytes[below(random, bytes.size())] = interesting(random);
+    ++verdicts[judge_catalog_record(bytes)];
   });
-  EXPECT_GT(accepted, 1000U);
-  EXPECT_GT(refused, 1000U);
+  EXPECT_GT(verdicts["good"], 1000U);
+  EXPECT_GT(verdicts["damaged"], 1000U);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // kill -9 at every point at which a process changes a store directory: what it leaves opens again, within its
 // capacity.
 //
-// The calls that change a directory are counted here, in front of the C library's: this program's definitions
-// come first. A kill leaves the kernel's view as it was, so the states before each of them are all that a
-// kill can leave.
+// The calls that change what is on a drive are counted here, in front of the C library's: this program's
+// definitions come first. A kill leaves the kernel's view as it was, so the states before each of them are
+// all that a kill can leave.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -12,28 +12,36 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
 
 #include "storage/directory_world.h"
+#include "storage/kill_points.h"
 
-namespace {
-std::atomic<int> calls_until_kill{-1};  // below zero: never
-
-void count_call() {
-  const int left = calls_until_kill.load(std::memory_order_relaxed);
-  if (left < 0) return;
-  if (left == 0) ::kill(::getpid(), SIGKILL);
-  calls_until_kill.store(left - 1, std::memory_order_relaxed);
-}
-}  // namespace
+using kvtier::kill_points::count_call;
 
 extern "C" {
 int fsync(int fd) {
   count_call();
   return static_cast<int>(::syscall(SYS_fsync, fd));
+}
+int fdatasync(int fd) {
+  count_call();
+  return static_cast<int>(::syscall(SYS_fdatasync, fd));
+}
+ssize_t pwrite(int fd, const void* data, size_t bytes, off_t offset) {
+  count_call();
+  return ::syscall(SYS_pwrite64, fd, data, bytes, offset);
+}
+ssize_t pwrite64(int fd, const void* data, size_t bytes, off64_t offset) {
+  count_call();
+  return ::syscall(SYS_pwrite64, fd, data, bytes, offset);
+}
+// To the catalog's helper.
+ssize_t send(int fd, const void* data, size_t bytes, int flags) {
+  count_call();
+  return ::syscall(SYS_sendto, fd, data, bytes, flags, nullptr, 0);
 }
 int renameat(int from_fd, const char* from, int to_fd, const char* to) noexcept {
   count_call();
@@ -75,22 +83,8 @@ class StoreKillTest : public World {
     return directory.value()->allocated_bytes().value() <= 16 * kMiB ? 0 : 6;
   }
 
-  // Whether the child was killed; false when it was through before.
   bool killed_at(int point) const {
-    const pid_t child = ::fork();
-    if (child == 0) {
-      ::alarm(60);
-      calls_until_kill.store(point, std::memory_order_relaxed);
-      ::_exit(live());
-    }
-    int status = 0;
-    EXPECT_EQ(::waitpid(child, &status, 0), child);
-    if (WIFSIGNALED(status)) {
-      EXPECT_EQ(WTERMSIG(status), SIGKILL);
-      return true;
-    }
-    EXPECT_EQ(WEXITSTATUS(status), 0) << "the step that failed";
-    return false;
+    return kill_points::is_killed_at(point, [this] { return live(); });
   }
 
   void expect_sound(int point) const {

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disk_driver import ROOMY
+from disk_driver import LONGEST_CHAIN, ROOMY, chain_keys, group_of
 
 DRIVER = Path(__file__).with_name("disk_driver.py")
 PATIENCE = 40.0
+NEVER_EVICTED = 12  # blocks of a group: with no more stored since, none of 37 slots is given away
 
 
 @dataclass
@@ -37,17 +37,20 @@ class Tally:
     hits: int = 0
     hits_expected: int = 0
     served: int = 0  # without a promise
+    not_served: int = 0  # the same, and as it may be
     wrong_bytes: int = 0
     revived: int = 0
     sabotages: int = 0
+    most_bytes: int = 0  # under the directory, at any moment that was looked at
     opened_from: dict[str, int] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)
 
     def __iadd__(self, other: "Tally") -> "Tally":
         for name in ("cycles", "killed", "checks", "blocks_checked", "hits", "hits_expected"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("served", "wrong_bytes", "revived", "sabotages"):
+        for name in ("served", "not_served", "wrong_bytes", "revived", "sabotages"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.most_bytes = max(self.most_bytes, other.most_bytes)
         for source, times in other.opened_from.items():
             self.opened_from[source] = self.opened_from.get(source, 0) + times
         self.troubles += other.troubles
@@ -76,7 +79,7 @@ class Server:
         assert self.popen.stdout is not None
         self._out = self.popen.stdout.fileno()
         self._rest = b""
-        self._lines: list[list[str]] = []
+        self.lines: list[list[str]] = []  # said, and not yet taken by line()
 
     def begin(self, plan: dict[str, Any]) -> None:
         assert self.popen.stdin is not None
@@ -85,16 +88,26 @@ class Server:
 
     def line(self, until: float) -> list[str] | None:
         """The next line's words; None when the time is over."""
-        while not self._lines:
-            ready, _, _ = select.select([self._out], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
+        while not self.lines:
+            if not self._gather(max(0.0, until - time.monotonic())):
                 return None
-            got = os.read(self._out, 1 << 16)
-            if not got:
-                raise RuntimeError("the server of the drivers has ended")
-            *whole, self._rest = (self._rest + got).split(b"\n")
-            self._lines += [one.decode().split() for one in whole]
-        return self._lines.pop(0)
+        return self.lines.pop(0)
+
+    def gather(self) -> None:
+        """Into `lines` comes whatever has been said so far."""
+        while self._gather(0):
+            pass
+
+    def _gather(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self._out], [], [], seconds)
+        if not ready:
+            return False
+        got = os.read(self._out, 1 << 16)
+        if not got:
+            raise RuntimeError("the server of the drivers has ended")
+        *whole, self._rest = (self._rest + got).split(b"\n")
+        self.lines += [one.decode().split() for one in whole]
+        return True
 
     def close(self) -> None:
         assert self.popen.stdin is not None
@@ -120,8 +133,9 @@ class Book:
     """Chains by what is known of them."""
 
     live: set[int] = field(default_factory=set)  # durable
-    maybe: set[int] = field(default_factory=set)  # stored, or dropped, without an answer; or sabotaged
+    maybe: set[int] = field(default_factory=set)  # stored, or dropped, without an answer; or harmed
     gone: set[int] = field(default_factory=set)  # dropped
+    harmed: set[int] = field(default_factory=set)  # somebody has damaged what holds them, or may have
     next_chain: int = 0
 
     def note(self, words: list[str]) -> None:
@@ -129,22 +143,49 @@ class Book:
         if word == "store":
             self.maybe.add(chain)
             self.next_chain = chain + 1
-        elif word == "durable":
+        elif word == "durable" and chain not in self.harmed:
             self.maybe.discard(chain)
             self.live.add(chain)
         elif word == "drop":
             self.live.discard(chain)
             self.maybe.add(chain)
-        elif word == "dropped":
+        elif word == "dropped" and chain not in self.harmed:
             self.maybe.discard(chain)
             self.gone.add(chain)
 
-    def forget_promises(self, chains: set[int] | None = None) -> None:
-        """Somebody has damaged what holds them: right bytes or a miss from now on."""
-        lost = set(self.live if chains is None else self.live & chains)
-        self.live -= lost
-        self.maybe |= lost | self.gone
-        self.gone.clear()
+    def harm(self, chains: set[int]) -> None:
+        """Of these nothing is promised any more, not even that a drop reaches them: right bytes or a miss."""
+        self.harmed |= chains
+        self.maybe |= (self.live | self.gone) & chains
+        self.live -= chains
+        self.gone -= chains
+
+    def newest(self, blocks: int) -> set[int]:
+        """The durable chains after which at most so many blocks of their group were stored."""
+        found = set()
+        for group in range(2):
+            after = 0
+            for chain in reversed(range(self.next_chain)):
+                if group_of(chain) != group:
+                    continue
+                if chain in self.live:
+                    found.add(chain)
+                after += blocks_of(chain)
+                if after > blocks:
+                    break
+        return found
+
+
+@dataclass
+class Harm:
+    """What a damage has done."""
+
+    chains: set[int]  # whose slots it touched
+    lasting: bool = False  # what the running driver goes on to write is harmed, too
+
+
+def blocks_of(chain: int) -> int:
+    return 1 + chain // 2 % LONGEST_CHAIN
 
 
 class Campaign:
@@ -154,8 +195,8 @@ class Campaign:
         home: An empty directory.
         seed: Of all that is random here and in the drivers.
         capacity: Of the disk: ROOMY or TIGHT.
-        between: Called between two cycles, to do damage.
-        during: Called while a driver works, to do damage.
+        between: Called between two cycles, to do damage. Returns what it did, or None for nothing.
+        during: The same, called while a driver works.
     """
 
     def __init__(
@@ -163,8 +204,8 @@ class Campaign:
         home: Path,
         seed: int,
         capacity: int = ROOMY,
-        between: "Callable[[Campaign], None] | None" = None,
-        during: "Callable[[Campaign], None] | None" = None,
+        between: "Callable[[Campaign], Harm | None] | None" = None,
+        during: "Callable[[Campaign], Harm | None] | None" = None,
     ) -> None:
         self.home = home
         self.disk = home / "disk"
@@ -177,6 +218,8 @@ class Campaign:
         self.tally = Tally()
         self.cycle = 0
         self.old_catalogs: list[tuple[Path, set[int]]] = []
+        self._chain_of_key: dict[bytes, int] = {}
+        self._keys_known = 0  # of so many chains
 
     @property
     def store(self) -> Path | None:
@@ -184,19 +227,30 @@ class Campaign:
         found = sorted((self.disk / "stores").glob("*-*"))
         return found[0] if found else None
 
+    def chain_of(self, key: bytes) -> int | None:
+        """Of a key that this campaign has stored so far."""
+        while self._keys_known < self.book.next_chain:
+            for one in chain_keys(self.seed, self._keys_known):
+                self._chain_of_key[bytes(one)] = self._keys_known
+            self._keys_known += 1
+        return self._chain_of_key.get(key)
+
     def run(self, cycles: int) -> Tally:
         with Server(self.seed, self.home / "drivers.log") as server:
             for _ in range(cycles):
                 self._one_cycle(server, last=False)
                 if self.tally.troubles:
                     return self.tally
-                if self.between is not None:
-                    self.between(self)
+                if self.between is not None and (harm := self.between(self)) is not None:
+                    self.tally.sabotages += 1
+                    self.book.harm(harm.chains)
             self._one_cycle(server, last=True)
         return self.tally
 
     def _plan(self, last: bool) -> dict[str, Any]:
-        promises = self.capacity == ROOMY
+        roomy = self.capacity == ROOMY
+        # A disk that evicts owes those that were stored last, whatever was read in between.
+        promised = self.book.live if roomy else self.book.newest(NEVER_EVICTED)
 
         def some(chains: set[int], most: int) -> list[int]:
             ordered = sorted(chains)
@@ -207,17 +261,17 @@ class Campaign:
 
         # What is checked every time: the newest and some of the others; all of it every eighth time.
         most = 1 << 30 if self.cycle % 8 == 7 else 40
-        check = some(self.book.live, most)
+        check = some(promised, most)
         return {
             "directory": str(self.disk),
             "capacity": self.capacity,
             "cycle": self.cycle,
             "live": sorted(self.book.live),
             "next_chain": self.book.next_chain,
-            "check": check if promises else [],
-            "maybe": some(self.book.maybe, most // 4) + ([] if promises else check),
+            "check": check,
+            "maybe": some(self.book.maybe, most // 4) + some(self.book.live - promised, most),
             "gone": some(self.book.gone, most // 2),
-            "keep": 60 if promises else 1000,
+            "keep": 60 if roomy else 1000,
             "operations": 0 if last else self.random.choice([8, 10**6, 10**6, 10**6, 10**6, 10**6]),
         }
 
@@ -233,16 +287,18 @@ class Campaign:
         kill_at = begun + self.random.uniform(0, 0.08) if kind == "early" else None
         kill_after = self.random.randint(1, 12) if kind == "said" else None
         damage_at: float | None = None
-        pid, killed, damaged = 0, False, False
+        pid, killed, lasting = 0, False, False
         deadline = begun + PATIENCE
         while True:
             until = min(deadline, *(t for t in (kill_at, damage_at) if t is not None), deadline)
             words = server.line(until)
             now = time.monotonic()
+            if words is None or words[0] in ("checked", "end"):
+                self._note_room()
             if words is None:
                 if damage_at is not None and now >= damage_at and self.during is not None:
-                    damage_at, damaged = None, True
-                    self.during(self)
+                    damage_at = None
+                    lasting |= self._damage_while_running(server)
                 elif kill_at is not None and now >= kill_at and pid:
                     kill_at, killed = None, True
                     _kill(pid)
@@ -266,8 +322,8 @@ class Campaign:
                 self._note_bad(words)
             elif words[0] == "end":
                 self._note_end(int(words[1]), killed)
-                if damaged:
-                    self.book.forget_promises()  # what was written before and told after
+                if lasting:
+                    self.book.harm(set(range(self.book.next_chain)))
                 return
             else:
                 self.book.note(words)
@@ -277,16 +333,39 @@ class Campaign:
                         killed = True
                         _kill(pid)
 
+    def _damage_while_running(self, server: Server) -> bool:
+        """Returns whether what the driver goes on to write is harmed."""
+        assert self.during is not None
+        settled = set(self.book.live)
+        harm = self.during(self)
+        if harm is None:
+            return False
+        self.tally.sabotages += 1
+        # What was under way meanwhile may have been touched as well.
+        server.gather()
+        stored = [int(words[1]) for words in server.lines if words[0] == "store"]
+        until = max([self.book.next_chain - 1, *stored]) + 1
+        self.book.harm(harm.chains | (set(range(until)) - settled - self.book.gone))
+        return harm.lasting
+
     def _note_checked(self, words: list[str], plan: dict[str, Any]) -> None:
         hits, expected, _, revived, served = map(int, words[1:])
         self.tally.served += served
+        self.tally.not_served += sum(map(blocks_of, plan["maybe"])) - served
         self.tally.checks += 1
         self.tally.hits += hits
         self.tally.hits_expected += expected
         self.tally.revived += revived
         self.tally.blocks_checked += sum(
-            1 + chain // 2 % 4 for chain in (*plan["check"], *plan["maybe"], *plan["gone"])
+            blocks_of(chain) for chain in (*plan["check"], *plan["maybe"], *plan["gone"])
         )
+
+    def _note_room(self) -> None:
+        self.tally.most_bytes = max(self.tally.most_bytes, allocated_bytes(self.disk))
+        if self.tally.most_bytes > self.capacity:
+            self.tally.troubles.append(
+                f"{self.tally.most_bytes} bytes in cycle {self.cycle}, above the capacity of {self.capacity}"
+            )
 
     def _note_bad(self, words: list[str]) -> None:
         if words[0] == "wrong":
@@ -313,90 +392,15 @@ class Campaign:
         return (self.home / "drivers.log").read_text(errors="replace")[-4000:]
 
 
+def allocated_bytes(directory: Path) -> int:
+    """Of everything below it, as the file system counts (st_blocks)."""
+    total = 0
+    for path in (directory, *directory.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # replaced just now
+            total += path.lstat().st_blocks * 512
+    return total
+
+
 def _kill(pid: int, signum: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):  # it was closed in order meanwhile
         os.kill(pid, signum)
-
-
-# --- damage ---
-
-
-def damage_catalog(campaign: Campaign) -> None:
-    """Deletes, cuts, overwrites or turns back the catalog: it costs hits or time, never right bytes."""
-    store = campaign.store
-    if store is None or not (store / "catalog.mdb").exists():
-        return
-    catalog = store / "catalog.mdb"
-    older = campaign.home / f"catalog.{campaign.cycle}"
-    kinds = {"keep a copy": 4, "delete": 4, "cut": 4, "older": 4, "zero": 1, "garbage": 1}
-    what = campaign.random.choices(list(kinds), list(kinds.values()))[0]
-    if what == "keep a copy":
-        shutil.copyfile(catalog, older)
-        campaign.old_catalogs = [*campaign.old_catalogs[-4:], (older, set(campaign.book.live))]
-        return
-    size = catalog.stat().st_size
-    if what == "delete":
-        catalog.unlink()
-    elif what == "cut":
-        os.truncate(catalog, campaign.random.randrange(size + 1))
-    elif what in ("zero", "garbage"):
-        with catalog.open("r+b") as file:
-            begin = campaign.random.choice([0, campaign.random.randrange(size)])
-            count = campaign.random.randint(1, size - begin)
-            file.seek(begin)
-            file.write(bytes(count) if what == "zero" else campaign.random.randbytes(count))
-        # A record that lies about a slot costs the block that stands there.
-        campaign.book.forget_promises()
-    elif campaign.old_catalogs:
-        path, then = campaign.random.choice(campaign.old_catalogs)
-        shutil.copyfile(path, catalog)
-        # What came later may stand in a slot that the older catalog says to hold something else.
-        campaign.book.forget_promises(campaign.book.live - then)
-    campaign.tally.sabotages += 1
-
-
-def damage_slots(campaign: Campaign) -> None:
-    """Cuts, swaps, zeroes or overwrites slot files: misses, never wrong bytes, no crash, no hang."""
-    store = campaign.store
-    files = [] if store is None else sorted(store.glob("slots.*"))
-    if not files or campaign.random.random() < 0.3:
-        return
-    chosen = campaign.random.choice(files)
-    size = chosen.stat().st_size
-    what = campaign.random.choice(["cut", "swap slots", "swap files", "zero", "overwrite", "flip"])
-    if size == 0:
-        return
-    if what == "cut":
-        os.truncate(chosen, campaign.random.randrange(size))
-    elif what == "swap files" and len(files) > 1:
-        aside = chosen.with_suffix(".aside")
-        other = files[0] if chosen == files[1] else files[1]
-        chosen.rename(aside)
-        other.rename(chosen)
-        aside.rename(other)
-    else:
-        stride = 8192 if chosen.name == "slots.0" else 16384
-        used = min(size, stride * 200)  # where blocks are
-        with chosen.open("r+b") as file:
-            if what in ("zero", "overwrite"):
-                begin = campaign.random.randrange(used)
-                count = campaign.random.randint(1, min(1 << 20, size - begin))
-                file.seek(begin)
-                file.write(bytes(count) if what == "zero" else campaign.random.randbytes(count))
-            else:
-                for _ in range(20):
-                    a, b = (campaign.random.randrange(max(1, used // stride)) * stride for _ in "ab")
-                    file.seek(a)
-                    one = bytearray(file.read(stride))
-                    file.seek(b)
-                    two = file.read(stride)
-                    if what == "flip" and one:
-                        one[campaign.random.randrange(len(one))] ^= 1 << campaign.random.randrange(8)
-                        b = a
-                    file.seek(b)
-                    file.write(one)
-                    if what != "flip":
-                        file.seek(a)
-                        file.write(two)
-    campaign.book.forget_promises()
-    campaign.tally.sabotages += 1

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -93,11 +94,18 @@ def live_through(world: World, fill: Callable[[], None], free: Callable[[], None
     world.engine.close(PATIENCE)
 
 
+def cannot_mount(why: str) -> NoReturn:
+    """Skips, where it may be skipped."""
+    if os.environ.get("KVTIER_REQUIRE_MOUNTS") == "1":
+        pytest.fail(f"KVTIER_REQUIRE_MOUNTS=1, but {why}")
+    pytest.skip(why)
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A small ext4 of its own."""
     if os.geteuid() != 0:
-        pytest.skip("loop mounts need root")
+        cannot_mount("loop mounts need root")
     image, mount = tmp_path / "image", tmp_path / "mount"
     mount.mkdir()
     with image.open("wb") as file:
@@ -106,7 +114,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True, capture_output=True)
         subprocess.run(["mount", "-o", "loop", image, mount], check=True, capture_output=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"loop mounts are not allowed here: {getattr(error, 'stderr', error)!r}")
+        cannot_mount(f"loop mounts are not allowed here: {getattr(error, 'stderr', error)!r}")
     try:
         yield mount
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from disk_campaign import allocated_bytes
 from disk_driver import LOADED, PATIENCE, TIGHT, Tensors, chain_keys, config, group_of, payloads
 
 import kvtier
@@ -39,6 +40,7 @@ def held() -> Held:
 
 class Soak:
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.engine = kvtier.open(config(str(directory), TIGHT))
         self.tensors = [Tensors(self.engine, group) for group in range(2)]
         self.random = np.random.default_rng(SEED)
@@ -71,8 +73,10 @@ class Soak:
                 self.served += int(hits.sum())
 
     def round(self) -> None:
-        for _ in range(200):
+        for n in range(200):
             self.operation()
+            if n % 20 == 0:
+                assert 0 < allocated_bytes(self.directory) <= TIGHT
         self.engine.flush(PATIENCE)
 
     def assert_conserved(self) -> None:

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "kvtier/platform/io_queue.h"
 
@@ -29,12 +30,22 @@ struct DriveFaults {
   // nowhere in a file without such a place.
   double misplaced = 0;
   double lost_write = 0;  // reported done and never done, even though synced
+  // A read or write of more than 4096 bytes moves only a part, of at least so many: the queue has to go on
+  // with the rest, which meets faults of its own.
+  double short_transfer = 0;
   // Completes late: after `delayed_requests` others of its queue, or when only such are in flight, or at
   // release_delayed().
   double delay = 0;
   std::uint32_t delayed_requests = 8;
   bool never_completes = false;                          // delayed requests come only at release_delayed()
   std::optional<std::uint64_t> fail_nth = std::nullopt;  // the n-th request from now (from 0) fails with EIO
+};
+
+// Bytes of a file on which the drive has lied: it flipped a bit of what was written there, put it elsewhere,
+// or put there what belongs elsewhere.
+struct SpoiledRange {
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;
 };
 
 // Shared by all queues over the same files. Threads: any.
@@ -53,6 +64,8 @@ class SimulatedDrive {
   std::uint64_t requests() const;         // submitted so far
   std::uint64_t unsynced_writes() const;  // that a power loss now may lose
   std::uint64_t faults_injected() const;
+  // Of all files, in any order. Later good writes are not subtracted.
+  std::vector<SpoiledRange> spoiled() const;
 
  private:
   struct State;
