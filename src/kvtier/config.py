@@ -151,8 +151,8 @@ class Config:
             Several, separated by commas: the first encrypts, the others only decrypt (for rotation).
         disk_queue_depth: Requests in flight on each drive.
         disk_commit_seconds: At most so long after a block was written it is durable.
-        disk_answer_seconds: A drive that leaves a request without an answer for longer is out of service until
-            it answers: what waits for it ends, loads as misses, stores as not durable. 0.1 to 3600.
+        disk_answer_seconds: A drive that leaves a request without an answer for longer is out of service
+            until it answers: what waits for it ends, loads as misses, stores as not durable. 0.1 to 3600.
         trace: A file to which every lookup is written as a request, for `kvtier replay`; no tokens and no
             contents (docs/formats/trace.md). It is replaced at open.
         ghosts: Whether stats() estimates what other capacities would give (docs/costs.md).
