@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <ostream>
 #include <string>
@@ -153,10 +154,9 @@ TEST_P(PowerLossTable, what_is_committed_and_sound_is_served_and_nothing_else) {
   const bool believed = GetParam() == CatalogState::older || GetParam() == CatalogState::newer;
   EXPECT_EQ(opened.report.source, believed ? OpenReport::Source::catalog : OpenReport::Source::headers);
 
-  std::vector<std::uint32_t> slots;
-  for (std::uint32_t slot = 0; slot < kStates; ++slot) slots.push_back(slot);
-  for (std::uint32_t slot = kKept; slot < kKeptEnd; ++slot) slots.push_back(slot);
-  for (std::uint32_t slot = kAdded; slot < kAddedEnd; ++slot) slots.push_back(slot);
+  std::vector<std::uint32_t> slots(kStates);
+  std::iota(slots.begin(), slots.end(), 0U);
+  for (std::uint32_t n = 0; n < kKeptEnd - kKept; ++n) slots.insert(slots.end(), {kKept + n, kAdded + n});
   for (const std::uint32_t slot : slots) {
     const auto record = named.find(slot);
     const auto served = record == named.end() ? std::nullopt : served_at(*opened.store, record->second);
