@@ -17,6 +17,7 @@ help:  ## this list
 setup: .venv/.ready  ## system packages (if any is missing) and .venv
 vllm-env: .venv-vllm/.built  ## .venv-vllm: vLLM's CPU build and this package, for test-vllm
 build: .venv/.built  ## the package, editable, into .venv; rebuilds what changed in csrc/
+	@ls -t build/cp*/kvtier-cuda.txt | head -n 1 | xargs cat
 
 demo: build  ## the demonstration
 	kvtier demo

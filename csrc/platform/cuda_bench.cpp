@@ -24,6 +24,7 @@ class Bench final : public CudaBench {
   explicit Bench(std::unique_ptr<CudaDevice> device) : device_(std::move(device)) {}
 
   Status start() {
+    device_->set_measuring(true);
     for (auto [stream, handle] : {std::pair{&store_owner_, &store_stream_}, {&load_owner_, &load_stream_}}) {
       Result<OwnedStream> made = OwnedStream::create(*device_);
       if (!made) return made.status();

@@ -18,15 +18,16 @@ class BounceRing {
   static constexpr std::size_t kPartBytes = std::size_t{4} << 20;
 
   Mutex& mutex() KVTIER_THREAD_ANNOTATION(lock_returned(mutex_)) { return mutex_; }
-  // Makes the buffer at the first use. Errors: when not even that can be pinned.
+  // Makes the buffer. Errors: when not even that can be pinned.
   Status prepare() KVTIER_REQUIRES(mutex_);
+  // Whether the buffer was made; everything below requires it.
+  bool is_ready() const KVTIER_REQUIRES(mutex_) { return buffer_ != nullptr; }
   // The buffer's next part, once the copies that were said to use it are over. Blocks until then.
   Result<std::byte*> next_part() KVTIER_REQUIRES(mutex_);
   // What was submitted to `stream` so far uses the part that next_part() gave last.
   Status in_use(cudaStream_t stream) KVTIER_REQUIRES(mutex_);
   // Blocks until the copies of the last part are over.
   Status finish_part() KVTIER_REQUIRES(mutex_);
-  const std::byte* begin() const KVTIER_REQUIRES(mutex_) { return buffer_; }
   void free() KVTIER_REQUIRES(mutex_);
   void abandon() KVTIER_REQUIRES(mutex_);
 

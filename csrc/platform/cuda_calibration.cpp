@@ -25,7 +25,12 @@ constexpr CopyPath kMeasured[] = {CopyPath::merged, CopyPath::batched, CopyPath:
 
 class Calibrator {
  public:
-  explicit Calibrator(CudaDevice& device) : device_(device), decode_(device, scratch_) {}
+  explicit Calibrator(CudaDevice& device) : device_(device), decode_(device, scratch_) {
+    device_.set_measuring(true);
+  }
+  ~Calibrator() { device_.set_measuring(false); }
+  Calibrator(const Calibrator&) = delete;
+  Calibrator& operator=(const Calibrator&) = delete;
 
   Status run() {
     KVTIER_RETURN_IF_ERROR(prepare());

@@ -77,22 +77,12 @@ CopyPath CudaDevice::chosen(Direction direction, std::uint64_t run_bytes) const 
                      share != nullptr ? std::optional(*share) : std::nullopt);
 }
 
-CopyPath CudaDevice::usable(Stream& stream, CopyPath path, std::uint64_t run_bytes) {
+CopyPath CudaDevice::usable(const Stream& stream, CopyPath path, std::uint64_t run_bytes) const {
   CopyPaths here = paths_;
-  if (!stream.own || stream.lane_refused) here.remove(CopyPath::staged);
+  if (!stream.lane) here.remove(CopyPath::staged);
   // A framework's stream may be the legacy default one, which the batched copy refuses.
   if (!stream.own) here.remove(CopyPath::batched);
-  if (!here.has(path)) path = default_path(here, run_bytes);
-  if (path != CopyPath::staged || stream.lane) return path;
-  Result<std::unique_ptr<StagingLane>> lane = StagingLane::create(stream.native, priority_);
-  if (lane) {
-    stream.lane = std::move(*lane);
-    return path;
-  }
-  static_cast<void>(noted(lane.status()));
-  stream.lane_refused = true;
-  here.remove(CopyPath::staged);
-  return default_path(here, run_bytes);
+  return here.has(path) ? path : default_path(here, run_bytes);
 }
 
 // --- registered memory ---
@@ -110,42 +100,42 @@ std::optional<RateLimit> CudaDevice::rate_of(Direction direction, CopyPath path,
 Status CudaDevice::copy_registered(Stream& stream, std::span<const CopyRun> runs, Direction direction,
                                    std::optional<CopyPath> path) {
   if (runs.empty()) return Status::ok();
-  if (!path && stream.own && limit_of(direction)) return copy_limited(stream, runs, direction);
+  if (!path && is_limited(stream, direction)) return copy_limited(stream, runs, direction);
   const std::uint64_t mean = total_bytes(runs) / runs.size();
-  return submit(stream, runs, direction, usable(stream, path.value_or(chosen(direction, mean)), mean));
+  const CopyPath way = usable(stream, path.value_or(chosen(direction, mean)), mean);
+  if (path && way != *path) {
+    return Status::unsupported("path " + std::string(to_string(*path)) + " cannot be used in this stream");
+  }
+  return submit(stream, runs, direction, way);
 }
 
 Status CudaDevice::copy_limited(Stream& stream, std::span<const CopyRun> runs, Direction direction) {
-  TokenBucket*& bucket = stream.buckets[index_of(direction)];
-  if (bucket == nullptr) {
-    void* memory = nullptr;
-    KVTIER_RETURN_IF_ERROR(to_status("cudaMalloc", cudaMalloc(&memory, sizeof(TokenBucket))));
-    bucket = static_cast<TokenBucket*>(memory);
-    KVTIER_RETURN_IF_ERROR(
-        to_status("cudaMemsetAsync", cudaMemsetAsync(bucket, 0, sizeof(TokenBucket), stream.native)));
-  }
   const std::vector<CopyRun> pieces = split_runs(runs, kBurstBytes);
   std::span<const CopyRun> left = pieces;
   while (!left.empty()) {
     const std::span<const CopyRun> burst = left.first(burst_runs(left, kBurstBytes));
     left = left.subspan(burst.size());
-    const std::uint64_t bytes = total_bytes(burst);
-    const std::uint64_t mean = bytes / burst.size();
+    const std::uint64_t mean = total_bytes(burst) / burst.size();
     const CopyPath path = usable(stream, chosen(direction, mean), mean);
-    if (const std::optional<RateLimit> rate = rate_of(direction, path, mean)) {
-      cudaStream_t at = stream.native;
-      if (path == CopyPath::staged) {
-        if (direction == Direction::load) {
-          KVTIER_RETURN_IF_ERROR(stream.lane->join());
-          KVTIER_RETURN_IF_ERROR(stream.lane->fork());
-        }
-        at = stream.lane->bus_stream(direction);
-      }
-      KVTIER_RETURN_IF_ERROR(to_status("the pacing kernel", launch_pace(at, bucket, *rate, bytes)));
-    }
+    KVTIER_RETURN_IF_ERROR(pace(stream, burst, direction, path));
     KVTIER_RETURN_IF_ERROR(submit(stream, burst, direction, path));
   }
   return Status::ok();
+}
+
+Status CudaDevice::pace(Stream& stream, std::span<const CopyRun> burst, Direction direction, CopyPath path) {
+  const std::uint64_t bytes = total_bytes(burst);
+  const std::optional<RateLimit> rate = rate_of(direction, path, bytes / burst.size());
+  if (!rate) return Status::ok();
+  cudaStream_t at = stream.native;
+  if (path == CopyPath::staged) {
+    if (direction == Direction::load) {
+      KVTIER_RETURN_IF_ERROR(stream.lane->join());
+      KVTIER_RETURN_IF_ERROR(stream.lane->fork());
+    }
+    at = stream.lane->bus_stream(direction);
+  }
+  return to_status("the pacing kernel", launch_pace(at, &stream.buckets[index_of(direction)], *rate, bytes));
 }
 
 Status CudaDevice::submit(Stream& stream, std::span<const CopyRun> runs, Direction direction, CopyPath path) {
@@ -183,18 +173,29 @@ Status CudaDevice::copy_pageable(Stream& stream, std::span<const CopyRun> runs, 
   }
   BounceRing& ring = bounce_[index_of(direction)];
   MutexLock lock(ring.mutex());
-  const Status prepared = ring.prepare();
-  if (!prepared) {
-    // Not even a few megabytes can be pinned: then the driver's own staging, one run after another.
-    KVTIER_RETURN_IF_ERROR(submit_plain(stream.native, runs, direction));
-    return to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream.native));
+  return ring.is_ready() ? bounce(stream, runs, direction, ring) : copy_by_driver(stream, runs, direction);
+}
+
+// By the driver's own staging, one run after another: nobody said that this memory would be copied, or not
+// even a few megabytes could be pinned.
+Status CudaDevice::copy_by_driver(Stream& stream, std::span<const CopyRun> runs, Direction direction) {
+  const std::vector<CopyRun> pieces = split_runs(runs, kBurstBytes);
+  std::span<const CopyRun> left = pieces;
+  while (!left.empty()) {
+    const std::span<const CopyRun> burst = left.first(burst_runs(left, kBurstBytes));
+    left = left.subspan(burst.size());
+    if (is_limited(stream, direction)) {
+      KVTIER_RETURN_IF_ERROR(pace(stream, burst, direction, CopyPath::plain));
+    }
+    KVTIER_RETURN_IF_ERROR(submit_plain(stream.native, burst, direction));
   }
-  return bounce(stream, runs, direction, ring);
+  return to_status("cudaStreamSynchronize", cudaStreamSynchronize(stream.native));
 }
 
 Status CudaDevice::bounce(Stream& stream, std::span<const CopyRun> runs, Direction direction,
                           BounceRing& ring) {
   const bool load = direction == Direction::load;
+  const CopyPath path = context_->driver().has_batch() && stream.own ? CopyPath::batched : CopyPath::plain;
   const std::vector<CopyRun> pieces = split_runs(runs, BounceRing::kPartBytes);
   std::span<const CopyRun> left = pieces;
   while (!left.empty()) {
@@ -210,9 +211,8 @@ Status CudaDevice::bounce(Stream& stream, std::span<const CopyRun> runs, Directi
       pinned.push_back(load ? CopyRun{run.destination, at, run.bytes} : CopyRun{at, run.source, run.bytes});
       at += run.bytes;
     }
-    KVTIER_RETURN_IF_ERROR(context_->driver().has_batch() && stream.own
-                               ? submit_batched(context_->driver(), stream.native, pinned)
-                               : submit_plain(stream.native, pinned, direction));
+    if (is_limited(stream, direction)) KVTIER_RETURN_IF_ERROR(pace(stream, pinned, direction, path));
+    KVTIER_RETURN_IF_ERROR(submit(stream, pinned, direction, path));
     KVTIER_RETURN_IF_ERROR(ring.in_use(stream.native));
     if (load) continue;
     KVTIER_RETURN_IF_ERROR(ring.finish_part());

@@ -111,7 +111,12 @@ Status CudaDevice::start() {
   paths_.add(CopyPath::merged);
   if (context_->driver().has_batch()) paths_.add(CopyPath::batched);
   // Kernels come loaded or not at all: a GPU that this build has no code for still has its copy engines.
-  if (to_status("kernels", load_kernels())) {
+  const Status kernels = to_status("kernels", load_kernels());
+  if (!kernels && (options_.store_limit || options_.load_limit)) {
+    return Status::unsupported("cuda device: a rate limit needs kernels, and " + name_ +
+                               " runs none of this build: " + kernels.message());
+  }
+  if (kernels) {
     paths_.add(CopyPath::kernel);
     paths_.add(CopyPath::staged);
     if (compute_capability_ >= 90 && to_status("bulk kernels", load_bulk_kernel()))
@@ -155,7 +160,7 @@ void CudaDevice::release(Stream& stream, bool alive) {
   if (stream.lane && !alive) stream.lane->abandon();
   stream.lane.reset();
   if (!alive) return;
-  for (TokenBucket* bucket : stream.buckets) static_cast<void>(cudaFree(bucket));
+  static_cast<void>(cudaFree(stream.buckets));
   static_cast<void>(noted(to_status("cudaStreamDestroy", cudaStreamDestroy(stream.native))));
 }
 
@@ -189,10 +194,41 @@ Result<StreamHandle> CudaDevice::create_stream() {
   stream->own = true;
   KVTIER_RETURN_IF_ERROR(noted(to_status(
       "cudaStreamCreate", cudaStreamCreateWithPriority(&stream->native, cudaStreamNonBlocking, priority_))));
+  Status equipped = noted(equip(*stream));
+  if (equipped) equipped = health();
+  if (!equipped) {
+    release(*stream, health().is_ok());
+    return equipped;
+  }
   const auto handle = reinterpret_cast<std::uintptr_t>(stream->native);
   MutexLock lock(mutex_);
   streams_.emplace(handle, std::move(stream));
   return StreamHandle{handle};
+}
+
+Status CudaDevice::equip(Stream& stream) {
+  MutexLock lock(stream.mutex);
+  if (may_stage()) {
+    Result<std::unique_ptr<StagingLane>> lane = StagingLane::create(stream.native, priority_);
+    if (lane) {
+      stream.lane = std::move(*lane);
+    } else {
+      static_cast<void>(noted(lane.status()));
+    }
+  }
+  if (!options_.store_limit && !options_.load_limit) return Status::ok();
+  constexpr std::size_t kBytes = 2 * sizeof(TokenBucket);
+  void* memory = nullptr;
+  if (const Status status = to_status("cudaMalloc", cudaMalloc(&memory, kBytes)); !status) {
+    return Status::resource("a rate limit's bucket: " + status.message(), status.native_code());
+  }
+  stream.buckets = static_cast<TokenBucket*>(memory);
+  return to_status("cudaMemsetAsync", cudaMemsetAsync(memory, 0, kBytes, stream.native));
+}
+
+bool CudaDevice::may_stage() const {
+  if (!paths_.has(CopyPath::staged)) return false;
+  return measuring_ || !options_.path || *options_.path == CopyPath::staged || !paths_.has(*options_.path);
 }
 
 void CudaDevice::destroy_stream(StreamHandle handle) {
@@ -290,16 +326,23 @@ Status CudaDevice::register_host(void* begin, std::size_t bytes) {
   Status status = noted(regions_.add(begin, bytes));
   const bool refused = status.code() == StatusCode::device && !is_capture_conflict(status) &&
                        status.native_code() != cudaErrorHostMemoryAlreadyRegistered;
-  if (refused) {
-    MutexLock lock(mutex_);
-    if (!std::exchange(said_pageable_, true)) {
-      std::fprintf(stderr,
-                   "kvtier: %s cannot pin host memory (%s); copies of it pass through a small pinned ring "
-                   "and are slower. See `ulimit -l`.\n",
-                   name_.c_str(), status.message().c_str());
-    }
-  }
+  if (refused) expect_pageable(status);
   return status;
+}
+
+void CudaDevice::expect_pageable(const Status& why) {
+  {
+    MutexLock lock(mutex_);
+    if (std::exchange(said_pageable_, true)) return;
+  }
+  std::fprintf(stderr,
+               "kvtier: %s cannot pin host memory (%s); copies of it pass through a small pinned ring "
+               "and are slower. See `ulimit -l`.\n",
+               name_.c_str(), why.message().c_str());
+  for (BounceRing& ring : bounce_) {
+    MutexLock lock(ring.mutex());
+    static_cast<void>(noted(ring.prepare()));  // without it the driver's own staging serves
+  }
 }
 
 Status CudaDevice::unregister_host(void* begin) {

@@ -47,7 +47,8 @@ class CudaDevice final : public Device {
   CopyPaths paths() const { return paths_; }
   unsigned num_sms() const { return num_sms_; }
   int compute_capability() const { return compute_capability_; }
-  // copy() by one path, whatever the options say. Without a rate limit.
+  // copy() by one path, whatever the options say. Without a rate limit. Errors: unsupported where the stream
+  // cannot be used for that path.
   Status copy_by(StreamHandle stream, std::span<const CopyRun> runs, Direction direction, CopyPath path);
   CopyPath chosen(Direction direction, std::uint64_t run_bytes) const;
   // Whether the direction's limit is a share of decoding.
@@ -59,23 +60,31 @@ class CudaDevice final : public Device {
   void set_calibration(Calibration calibration) { calibration_ = std::move(calibration); }
   const Calibration& calibration() const { return calibration_; }
   void remove_path(CopyPath path) { paths_.remove(path); }
+  // Streams that are made while this holds can be used for every path, not only for those that copy() takes.
+  void set_measuring(bool measuring) { measuring_ = measuring; }
 
  private:
   // A stream of ours, or for one call a framework's. Its mutex keeps the parts of a submission together.
+  // What its copies need of the driver is made with it: an allocation in copy() would wait for the GPU.
   struct Stream {
     Mutex mutex;
     cudaStream_t native = nullptr;
     bool own = false;
-    std::unique_ptr<StagingLane> lane KVTIER_GUARDED_BY(mutex);
-    bool lane_refused KVTIER_GUARDED_BY(mutex) = false;  // HBM had no room for its ring
-    std::array<TokenBucket*, 2> buckets KVTIER_GUARDED_BY(mutex){};
+    std::unique_ptr<StagingLane> lane KVTIER_GUARDED_BY(mutex);  // null: no staged copies in this stream
+    TokenBucket* buckets KVTIER_GUARDED_BY(mutex) = nullptr;     // one for each direction; null: no limits
   };
   using StreamPtr = std::shared_ptr<Stream>;
 
   CudaDevice(const CudaOptions& options, std::shared_ptr<Context> context);
   Status start();
   void leak_all();
+  // Makes what copies in a new stream will need. Errors: resource when a limit's bucket has no room in HBM; a
+  // ring that has none costs its path alone.
+  Status equip(Stream& stream);
+  bool may_stage() const;
   void release(Stream& stream, bool alive);
+  // Host memory could not be pinned: says so and makes the rings that its copies pass through, once.
+  void expect_pageable(const Status& why);
   // Remembers a sticky error; returns `status`.
   Status noted(Status status) const;
   void mark_lost(Status why) const;
@@ -92,11 +101,21 @@ class CudaDevice final : public Device {
       KVTIER_REQUIRES(stream.mutex);
   Status copy_pageable(Stream& stream, std::span<const CopyRun> runs, Direction direction)
       KVTIER_REQUIRES(stream.mutex);
+  Status copy_by_driver(Stream& stream, std::span<const CopyRun> runs, Direction direction)
+      KVTIER_REQUIRES(stream.mutex);
   Status bounce(Stream& stream, std::span<const CopyRun> runs, Direction direction, BounceRing& ring)
       KVTIER_REQUIRES(stream.mutex, ring.mutex());
   Status submit(Stream& stream, std::span<const CopyRun> runs, Direction direction, CopyPath path)
       KVTIER_REQUIRES(stream.mutex);
-  CopyPath usable(Stream& stream, CopyPath path, std::uint64_t run_bytes) KVTIER_REQUIRES(stream.mutex);
+  // `path`, or what stands in for it where this stream cannot be used for it.
+  CopyPath usable(const Stream& stream, CopyPath path, std::uint64_t run_bytes) const
+      KVTIER_REQUIRES(stream.mutex);
+  bool is_limited(const Stream& stream, Direction direction) const {
+    return stream.own && limit_of(direction).has_value();
+  }
+  // Keeps what follows in the stream back until the direction's bucket admits `burst`, copied by `path`.
+  Status pace(Stream& stream, std::span<const CopyRun> burst, Direction direction, CopyPath path)
+      KVTIER_REQUIRES(stream.mutex);
   const std::optional<CopyLimit>& limit_of(Direction direction) const {
     return direction == Direction::store ? options_.store_limit : options_.load_limit;
   }
@@ -111,6 +130,7 @@ class CudaDevice final : public Device {
   int compute_capability_ = 0;
   int priority_ = 0;  // the lowest
   CopyPaths paths_;
+  bool measuring_ = false;
   Calibration calibration_;
   HostRegions regions_;
   std::array<BounceRing, 2> bounce_;

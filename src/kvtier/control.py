@@ -1,9 +1,10 @@
-"""The control socket of a live engine: how `kvtier purge` reaches the process that has a store open.
+"""The control socket of a live engine: how `kvtier purge` and `inspect` reach who has a store open.
 
 DIR/stores/<store>/control is a Unix socket (0600) in a directory that only the owner may enter. A peer of
 another user is refused (SO_PEERCRED). One JSON object a line each way:
 
     {"op": "purge", "namespace": "tenant-a"}  ->  {"dropped": 17}  or  {"error": "..."}
+    {"op": "hits"}  ->  {"hits": {"read": 3, "lookup_blocks": 9, ...}}  or  {"error": "..."}
 """
 
 import contextlib
@@ -23,10 +24,12 @@ from kvtier.errors import KVTierError, StorageError
 NAME = "control"
 _MAX_LINE_BYTES = 64 << 10
 _PEER_PATIENCE_SECONDS = 10.0  # for a peer's line; a purge itself may take longer
+_HITS_PATIENCE_SECONDS = 5.0
 _BACKLOG = 8
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 
 Purge = Callable[[str], int]  # a namespace -> blocks
+Hits = Callable[[Path], dict[str, int]]  # a store -> counts since it was opened
 
 
 class ControlServer:
@@ -38,15 +41,17 @@ class ControlServer:
         problem: Why there are fewer sockets than stores; empty if there are not.
     """
 
-    def __init__(self, stores: Sequence[str | os.PathLike[str]], purge: Purge) -> None:
+    def __init__(self, stores: Sequence[str | os.PathLike[str]], purge: Purge, hits: Hits) -> None:
         """Begins to serve; a socket of a dead process is replaced.
 
         Args:
             stores: Directories of the stores. Their locks are ours: whoever had a socket there has ended.
             purge: Does it.
+            hits: Counts them.
         """
         self.problem = ""
         self._purge = purge
+        self._hits = hits
         self._pid = os.getpid()
         self._stopping = False
         self._listeners: list[tuple[int, int, socket.socket]] = []  # directory, inode, socket
@@ -61,7 +66,7 @@ class ControlServer:
                 self.problem = f"{Path(store) / NAME}: {error.strerror or error}"
                 continue
             self._listeners.append((directory, inode, listener))
-            self._selector.register(listener, selectors.EVENT_READ)
+            self._selector.register(listener, selectors.EVENT_READ, Path(store))
         self._thread = threading.Thread(target=self._serve, name="kvtier-control", daemon=True)
         self._thread.start()
 
@@ -115,11 +120,11 @@ class ControlServer:
                     self._peers.add(peer)
                     try:
                         with peer:
-                            self._answer(peer)
+                            self._answer(peer, key.data)
                     finally:
                         self._peers.discard(peer)
 
-    def _answer(self, peer: socket.socket) -> None:
+    def _answer(self, peer: socket.socket, store: Path) -> None:
         peer.settimeout(_PEER_PATIENCE_SECONDS)
         _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         for line in _lines(peer):
@@ -127,22 +132,24 @@ class ControlServer:
                 # After its question: a socket that is closed unread would take our answer with it.
                 _send(peer, {"error": f"you are user {uid}; allowed: {os.geteuid()}, who runs the engine"})
                 return
-            _send(peer, self._outcome(line))
+            _send(peer, self._outcome(line, store))
             if self._stopping:
                 return
 
-    def _outcome(self, line: bytes) -> dict[str, Any]:
+    def _outcome(self, line: bytes, store: Path) -> dict[str, Any]:
         try:
             asked = json.loads(line)
         except ValueError:
             return {"error": "not a line of JSON"}
-        if not isinstance(asked, dict) or asked.get("op") != "purge":
-            return {"error": 'allowed: {"op": "purge", "namespace": NAME}'}
+        if not isinstance(asked, dict) or asked.get("op") not in ("purge", "hits"):
+            return {"error": 'allowed: {"op": "purge", "namespace": NAME}, {"op": "hits"}'}
         namespace = asked.get("namespace")
-        if not isinstance(namespace, str):
+        if asked["op"] == "purge" and not isinstance(namespace, str):
             return {"error": f"namespace is {namespace!r}; allowed: a string"}
         try:
-            return {"dropped": self._purge(namespace)}
+            if asked["op"] == "hits":
+                return {"hits": self._hits(store)}
+            return {"dropped": self._purge(str(namespace))}
         except KVTierError as error:
             return {"error": str(error)}
 
@@ -158,8 +165,30 @@ def ask_to_purge(store: str | os.PathLike[str], namespace: str, timeout: float |
     Raises:
         StorageError: Nobody answers there, or the engine could not do it.
     """
+    return int(_ask(store, {"op": "purge", "namespace": namespace}, "dropped", int, timeout))
+
+
+def ask_for_hits(store: str | os.PathLike[str], timeout: float = _HITS_PATIENCE_SECONDS) -> dict[str, int]:
+    """Asks the process that has a store open what was found since it opened it.
+
+    Args:
+        store: Directory of the store.
+        timeout: Seconds for the whole.
+
+    Returns:
+        `read`: blocks read from this store that proved themselves. `lookup_blocks`, `lookup_hits_host` and
+        `lookup_hits_disk`: blocks that the whole engine was asked for and found, on whichever drive.
+
+    Raises:
+        StorageError: Nobody answers there, or not in time.
+    """
+    return {str(k): int(v) for k, v in _ask(store, {"op": "hits"}, "hits", dict, timeout).items()}
+
+
+def _ask(
+    store: str | os.PathLike[str], question: dict[str, str], wanted: str, kind: type, timeout: float | None
+) -> Any:
     path = Path(store) / NAME
-    question = {"op": "purge", "namespace": namespace}
     directory = -1
     try:
         directory = os.open(store, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -176,10 +205,10 @@ def ask_to_purge(store: str | os.PathLike[str], namespace: str, timeout: float |
     finally:
         if directory >= 0:
             os.close(directory)
-    if not isinstance(answer, dict) or not isinstance(answer.get("dropped"), int):
+    if not isinstance(answer, dict) or not isinstance(answer.get(wanted), kind):
         said = answer.get("error") if isinstance(answer, dict) else answer
         raise StorageError(0, f"{path}: {said}")
-    return int(answer["dropped"])
+    return answer[wanted]
 
 
 def _address(directory: int) -> str:

@@ -219,7 +219,11 @@ class Engine:
         if stores := [Path(disk.path) / "stores" / disk.store for disk in drives]:
             # Not bound to us: an engine that nobody refers to any more ends, and its sockets with it.
             engine = weakref.ref(self)
-            self._control = ControlServer(stores, lambda namespace: _purge(engine(), namespace))
+            self._control = ControlServer(
+                stores,
+                lambda namespace: _purge(engine(), namespace),
+                lambda store: _hits(engine(), store),
+            )
             weakref.finalize(self, self._control.close, _EXIT_PATIENCE_SECONDS).atexit = False
         _open_engines.add(self)
 
@@ -566,6 +570,21 @@ def _purge(engine: Engine | None, namespace: str) -> int:
     if engine is None:
         raise ClosedError("the engine is closed")
     return engine.drop(namespace=namespace)
+
+
+def _hits(engine: Engine | None, store: Path) -> dict[str, int]:
+    """Likewise."""
+    if engine is None:
+        raise ClosedError("the engine is closed")
+    stats = engine.stats()
+    return {
+        "read": sum(
+            disk.reads_good for disk in stats.disks if Path(disk.path, "stores", disk.store) == store
+        ),
+        "lookup_blocks": stats.lookup_blocks,
+        "lookup_hits_host": stats.lookup_hits_host,
+        "lookup_hits_disk": stats.lookup_hits_disk,
+    }
 
 
 def open_engine(config: Config) -> Engine:

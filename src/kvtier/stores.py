@@ -3,6 +3,7 @@
 Looking changes nothing, and may be done while engines run. docs/disk.md says what the words mean.
 """
 
+import contextlib
 import shutil
 import statistics
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier import _core
-from kvtier.control import ask_to_purge
+from kvtier.control import ask_for_hits, ask_to_purge
 from kvtier.errors import KVTierError, StorageError
 from kvtier.keys import check_namespace
 
@@ -73,7 +74,9 @@ def headers(path: str, *, keys: Sequence[bytes] = (), progress: Progress | None 
 def inspect(path: str) -> dict[str, Any]:
     """Says what is in the stores: occupancy, namespaces, ages, depths.
 
-    From the catalogs, or from the slots' headers where there is none; ages are in catalogs alone.
+    From the catalogs, or from the slots' headers where there is none; ages are in catalogs alone. `hits` are
+    asked of the engine that has a store open (`control.ask_for_hits`): drives keep no count of them. None
+    where nobody has it open, or that engine does not answer.
 
     Raises:
         ConfigError: Not a store directory.
@@ -105,6 +108,10 @@ def inspect(path: str) -> dict[str, Any]:
     for store in found["stores"]:
         if store["name"] in missing:
             store.update(_summary(missing[store["name"]]))
+        store["hits"] = None
+        if store["in_use"]:
+            with contextlib.suppress(StorageError):
+                store["hits"] = ask_for_hits(Path(path) / "stores" / store["name"])
     return found
 
 

@@ -5,9 +5,9 @@ such copies at once. Then, for every shape and layout: each path, the path that 
 CPU's time of submission, and how much longer a kernel that only reads HBM (as decoding does) takes beside it.
 
 Result names: `limit/<direction>`; `<shape>/<layout>/<direction>/<path>` in GB/s, with `calibrated` for the
-chosen path, and `<...>/submit` in us per block; `decode_slowdown/<load|store|both>/<limited|free>` in percent
-and `decode_rate/<...>`, the GB/s moved meanwhile. Path `batched` is what vLLM uses, `plain` is one copy for
-each run.
+chosen path, `<...>/submit` in us per block and `<...>/sms`, the SMs that its kernels use;
+`decode_slowdown/<load|store|both>/<limited|free>` in percent and `decode_rate/<...>`, the GB/s moved
+meanwhile. Path `batched` is what vLLM uses, `plain` is one copy for each run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 import kvtier
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import Report, measured, results_table
+from kvtier.cli.results import Report, Result, measured, results_table
 from kvtier.config import parse_rate
 from kvtier.errors import ConfigError
 from kvtier.gpus import CudaFacts, Gpu, cuda_facts, device_bench
@@ -35,6 +35,9 @@ LIMIT_BYTES = 256 << 20
 HEADER_BYTES = 4096  # before a slot's payload
 RUNS_PER_BATCH = 4096  # as the transfer layer submits them
 CHECKED_RUNS = 4096  # of each candidate, whose bytes are compared
+# Their kernels have a thread block, and so an SM, for each of --sms: batches of this size have work for more.
+# The others leave the SMs alone.
+KERNEL_PATHS = ("kernel", "staged", "bulk")
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,17 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         progress.phase("limits")
         bench.limits()
         progress.step()
+        report.save()
         for shape in SHAPES:
             for layout in LAYOUTS:
                 progress.phase(f"{shape.name}, {layout}")
                 bench.shape(shape, layout)
                 progress.step()
+                report.save()
         progress.phase("beside decoding")
         bench.slowdown("free", bench.native)
         progress.step()
+        report.save()
         limited = device_bench(args.gpu, max_sms=args.sms, store_limit=rate, load_limit=rate)
         bench.slowdown("limited", limited)
         progress.step()
@@ -224,12 +230,14 @@ class _Bench:
         if not right:
             print(f"wrong bytes: {name} is not reported", file=self.report.out)
             return
+        chosen = {each: self.native.chosen(each, int(r[0, 2])) for each, r in runs.items()}
         for path in paths:
             full = f"{name}/{path or 'calibrated'}"
+            kernels = sum((path or chosen[each]) in KERNEL_PATHS for each in runs)  # one for each direction
             self.report.add(measured(full, rates[path][1:], "GB/s", limits[1:]))
             self.report.add(measured(f"{full}/submit", submits[path][1:], "us"))
+            self.report.add(Result(f"{full}/sms", kernels * self.args.sms, "SMs"))
         self.targets[f"{name}/calibrated"] = "ratio >= 0.95" if direction == "both" else "ratio >= 0.97"
-        chosen = {each: self.native.chosen(each, int(r[0, 2])) for each, r in runs.items()}
         self.report.machine.setdefault("chosen", {})[name] = chosen
 
     def _right(self, runs: dict[str, Runs], path: str | None) -> bool:

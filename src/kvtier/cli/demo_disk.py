@@ -1,7 +1,9 @@
-"""The demo's disk row: a process computes and saves the prefix, and is killed; another one restores it.
+"""The demo's disk row: a process computes and saves the prefix, and is killed; others restore it.
 
-Killed with SIGKILL. Neither is the process that measures the other rows: they share with it the model, the
-prompt and the files of the disk tier, and their logits are compared with its own, bit by bit.
+Each is killed with SIGKILL while its engine is open: every restored run is of a new process that opens what a
+killed one has left. None is the process that measures the other rows: they share with it the model, the
+prompt and the files of the disk tier, and their logits are compared with its own, bit by bit. Starting a
+process, its model and opening the engine (the result `reopen`) are not in their times.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def disk_for(folder: Path, num_blocks: int, slot_bytes: int) -> Disk:
 def measure(
     args: argparse.Namespace, config: Config, token_ids: Any, expected: Any, folder: Path, report: Report
 ) -> None:
-    """Runs both processes and adds their results and checks to the report.
+    """Runs the processes and adds their results and checks to the report.
 
     Args:
         args: Of the command line.
@@ -69,28 +71,28 @@ def measure(
         block_tokens=args.block_tokens,
         chunk_tokens=args.chunk,
         copy_threads=args.copy_threads,
-        runs=args.runs,
         host_bytes=config.host_bytes,
         disk_bytes=config.disks[0].capacity_bytes,
     )
-    work = len(token_ids) + (args.runs + 1) * SUFFIX_TOKENS
+    restored = []
+    identical = True
+    work = len(token_ids) + 2 * args.runs * SUFFIX_TOKENS
     with Progress(report.out, work) as progress:
         saved = live("kvtier.cli.demo_life", "save", asdict(life), progress)
         report.checks["disk_saved_whole_prefix"] = bool(saved["durable"])
         report.checks["disk_cold_identical_logits"] = _equal(folder / "save.npy", expected)
-        progress.phase("killed with SIGKILL; a new process starts")
-        restored = live("kvtier.cli.demo_life", "restore", asdict(life), progress)
-    report.checks["disk_restored_whole_prefix"] = bool(restored["restored"])
-    report.checks["disk_identical_logits"] = bool(restored["identical"]) and _equal(
-        folder / "restore.npy", expected
-    )
-    report.checks["disk_control_differs"] = bool(restored["control_differs"])
+        for _ in range(args.runs):
+            progress.phase("killed with SIGKILL; a new process starts")
+            restored.append(live("kvtier.cli.demo_life", "restore", asdict(life), progress))
+            identical = identical and _equal(folder / "restore.npy", expected)
+    report.checks["disk_restored_whole_prefix"] = all(run["restored"] for run in restored)
+    report.checks["disk_identical_logits"] = identical and all(run["identical"] for run in restored)
+    report.checks["disk_control_differs"] = all(run["control_differs"] for run in restored)
     cold = next(result.value for result in report.results if result.name == "ttft_cold")
-    ttft, seconds = restored["ttft"], restored["restore"]
     report.add(
-        measured("ttft_disk_after_sigkill", ttft, "s", [cold] * len(ttft)),
-        measured("restore_disk", [restored["kv_bytes"] / s / 1e9 for s in seconds], "GB/s"),
-        measured("reopen", restored["open"], "s"),
+        measured("ttft_disk_after_sigkill", [run["ttft"] for run in restored], "s", [cold] * args.runs),
+        measured("restore_disk", [run["kv_bytes"] / run["restore"] / 1e9 for run in restored], "GB/s"),
+        measured("reopen", [run["open"] for run in restored], "s"),
     )
 
 

@@ -1,4 +1,4 @@
-"""`kvtier inspect DIR`: what is on a drive: occupancy, namespaces, ages. Changes nothing."""
+"""`kvtier inspect DIR`: what is on a drive: occupancy, namespaces, ages, hits. Changes nothing."""
 
 from __future__ import annotations
 
@@ -26,21 +26,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_HITS = """
+hits: blocks read from the store, and proved, since the engine that has it open opened it. All its drives
+together, and host memory:"""
+
+
 def _print(found: dict[str, Any], names: dict[str, str], out: Any) -> None:
     capacity, used = found["capacity_bytes"], found["allocated_bytes"]
     share = f" ({100 * used / capacity:.0f} %)" if capacity else ""
     print(f"{_bytes(used)} of {_bytes(capacity)} on the drive{share}\n", file=out)
-    header = ("store", "state", "blocks", "payload", "allocated", "oldest", "median", "newest", "from")
+    ages = ("oldest", "median", "newest")
+    header = ("store", "state", "blocks", "payload", "allocated", *ages, "hits", "from")
     rows = []
     for store in found["stores"]:
         state = "in use" if store["in_use"] else ("clean" if store["clean"] else "not closed in order")
         if not store["readable"]:
             state = "unreadable"
-        ages = store["ages"]
-        times = [_age(ages[f"{name}_s"]) if ages else "" for name in ("oldest", "median", "newest")]
+        times = [_age(store["ages"][f"{name}_s"]) if store["ages"] else "" for name in ages]
         sizes = (_bytes(store["payload_bytes"]), _bytes(store["allocated_bytes"]))
-        rows.append((store["name"], state, str(store["blocks"]), *sizes, *times, store["source"]))
+        unknown = "unknown" if store["in_use"] else ""  # its engine does not answer
+        hits = unknown if store["hits"] is None else str(store["hits"]["read"])
+        rows.append((store["name"], state, str(store["blocks"]), *sizes, *times, hits, store["source"]))
     print(table(header, rows), file=out)
+    if asked := [(store["name"], store["hits"]) for store in found["stores"] if store["hits"] is not None]:
+        print(_HITS, file=out)
+        columns = ("lookup_blocks", "lookup_hits_host", "lookup_hits_disk")
+        lines = [(name, *(str(of[column]) for column in columns)) for name, of in asked]
+        print(table(("store", "blocks looked up", "in host memory", "on disk"), lines), file=out)
     tenants = [
         (store["name"], _name(tag, names), str(of["blocks"]), _bytes(of["bytes"]))
         for store in found["stores"]

@@ -17,7 +17,7 @@ _COMMANDS = {
     "replay": "what a request trace would hit, with which tiers and eviction policies",
     "size": "how much DRAM and NVMe reach which hit rate and time to first token, by a request trace",
     "verify": "reads every block on a drive and proves it",
-    "inspect": "what is on a drive: occupancy, namespaces, ages",
+    "inspect": "what is on a drive: occupancy, namespaces, ages, hits",
     "purge": "forgets a tenant's blocks on a drive for good",
     "doctor": "what kvtier finds on this machine, and whether it works here",
 }

@@ -122,6 +122,12 @@ class Report:
         """Writes the JSON now. A file is replaced as a whole: a reader never sees half of it."""
         write_json(self.path, self.document())
 
+    def save(self) -> None:
+        """Writes to a file what there is so far, as of an interrupted run: whatever comes, it is kept."""
+        if self.path not in (None, "-"):
+            document = self.document()
+            write_json(self.path, document | {"checks": document["checks"] | {"completed": False}})
+
     def __enter__(self) -> Report:
         if self.path is not None and self.path != "-" and not Path(self.path).absolute().parent.is_dir():
             raise FileNotFoundError(f"--json {self.path}: there is no such folder")

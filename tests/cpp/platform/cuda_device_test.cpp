@@ -6,6 +6,7 @@
 
 #ifdef KVTIER_HAVE_CUDA
 #include <cuda_runtime_api.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -185,9 +186,54 @@ TEST_F(CudaDeviceOnGpu, stages_are_reused_only_behind_the_copies_that_use_them) 
   }
 }
 
-TEST_F(CudaDeviceOnGpu, memory_that_is_not_pinned_is_copied_through_the_ring_by_every_path) {
+// What copies need is made with their stream: an allocation would wait for the GPU.
+TEST_F(CudaDeviceOnGpu, no_copy_allocates_device_memory) {
+  for (const CopyPath path : kPaths) {
+    CudaOptions options = by(path);
+    options.load_limit = options.store_limit = std::uint64_t{1} << 40;
+    open(options);
+    const auto free_bytes = [] {
+      std::size_t free = 0;
+      std::size_t total = 0;
+      EXPECT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
+      return free;
+    };
+    const std::size_t before = free_bytes();
+    std::vector<CopyRun> loads;
+    std::vector<CopyRun> stores;
+    for (std::size_t at = 0; at + 8192 <= kBytes; at += 8192) {
+      loads.push_back({pages_ + at, host_.get() + at, 4096});
+      stores.push_back({host_.get() + kBytes + at, pages_ + at, 4096});
+    }
+    copy(loads, Direction::load);
+    copy(stores, Direction::store);
+    finish();
+    EXPECT_EQ(free_bytes(), before) << to_string(path);
+    stream_.reset();
+    ASSERT_TRUE(device_->unregister_host(host_.get()));
+    device_.reset();
+  }
+  open(by(CopyPath::plain));
+}
+
+// Of what was never offered for pinning the driver itself takes care; a refusal makes our ring.
+class UnpinnedOnGpu : public CudaDeviceOnGpu, public ::testing::WithParamInterface<bool> {
+ protected:
+  void refuse_to_pin() {
+    if (!GetParam()) return;
+    constexpr std::size_t kNowhere = std::size_t{1} << 20;
+    void* nowhere = ::mmap(nullptr, kNowhere, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    ASSERT_NE(nowhere, MAP_FAILED);
+    EXPECT_FALSE(device_->register_host(nowhere, kNowhere));
+    ASSERT_EQ(::munmap(nowhere, kNowhere), 0);
+    ASSERT_TRUE(device_->health());
+  }
+};
+
+TEST_P(UnpinnedOnGpu, memory_is_copied_by_every_path) {
   for (const CopyPath path : {CopyPath::plain, CopyPath::staged, CopyPath::kernel}) {
     open(by(path));
+    refuse_to_pin();
     std::vector<std::byte> source(std::size_t{10} << 20);
     for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::byte>(i * 131 + i / 4096);
     std::vector<std::byte> back(source.size());
@@ -208,6 +254,28 @@ TEST_F(CudaDeviceOnGpu, memory_that_is_not_pinned_is_copied_through_the_ring_by_
   }
   open(by(CopyPath::plain));
 }
+
+TEST_P(UnpinnedOnGpu, copies_keep_to_the_rate_of_their_direction) {
+  CudaOptions options = by(CopyPath::merged);
+  options.load_limit = options.store_limit = std::uint64_t{500'000'000};
+  open(options);
+  refuse_to_pin();
+  std::vector<std::byte> memory(kBytes, std::byte{7});
+  constexpr double kShortest = 0.9 * static_cast<double>(kBytes - (6 << 20)) / 5e8;
+  for (const Direction direction : {Direction::load, Direction::store}) {
+    const auto begin = std::chrono::steady_clock::now();
+    copy({direction == Direction::load ? CopyRun{pages_, memory.data(), kBytes}
+                                       : CopyRun{memory.data(), pages_, kBytes}},
+         direction);
+    finish();
+    EXPECT_GE(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(), kShortest);
+  }
+  EXPECT_EQ(std::count(memory.begin(), memory.end(), std::byte{7}), static_cast<std::ptrdiff_t>(kBytes));
+}
+
+INSTANTIATE_TEST_SUITE_P(CudaDevice, UnpinnedOnGpu, ::testing::Bool(), [](const auto& suite) {
+  return suite.param ? std::string("refused") : std::string("never_offered");
+});
 
 TEST_F(CudaDeviceOnGpu, a_stream_that_captures_is_refused_and_its_capture_stays_whole) {
   open(by(CopyPath::kernel));

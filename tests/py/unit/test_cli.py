@@ -1,6 +1,7 @@
 """The commands, with sizes so small that they prove that they work and measure nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,7 +186,13 @@ class TestDemo:
         checks = {name for name, passed in document["checks"].items() if passed}
         assert {"disk_saved_whole_prefix", "disk_restored_whole_prefix"} <= checks
         assert {"disk_identical_logits", "disk_cold_identical_logits", "disk_control_differs"} <= checks
-        assert "killed with SIGKILL" in printed
+        assert "SIGKILL" in printed
+        # Each run is of a process of its own, after the kill of the one before; the table shows the row.
+        assert {
+            r["n"] for r in document["results"] if r["name"] in {"ttft_disk_after_sigkill", "reopen"}
+        } == {2}
+        assert printed.count("killed with SIGKILL; a new process starts") == 2
+        assert re.search(r"^ +disk +\S+\+128 ", printed, re.MULTILINE)
         assert list(disk.iterdir()) == []  # nothing is left
 
     def test_a_disk_row_that_cannot_be_is_one_line(

@@ -2,6 +2,8 @@
 
 import argparse
 import ctypes
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,10 +185,10 @@ class StandIn:
         return 1e-3
 
     def paths(self) -> list[str]:
-        return ["plain", "merged"]
+        return ["plain", "merged", "kernel"]
 
     def chosen(self, direction: str, run_bytes: int) -> str:
-        return "plain"
+        return "plain" if direction == "store" else "kernel"
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -209,10 +211,58 @@ def test_the_benchmark_reports_every_name_once_and_no_figure_of_wrong_bytes(
         for shape in SHAPES
         for layout in LAYOUTS
         for direction in ("store", "load")
-        for path in ("calibrated", "plain", "merged")
-        for end in ("", "/submit")
+        for path in ("calibrated", "plain", "merged", "kernel")
+        for end in ("", "/submit", "/sms")
     }
     assert (reported & names) == (set() if broken else reported)
+    if not broken:
+        sms = {r.name: r.value for r in report.results if r.name.endswith("/sms")}
+        where = "llama-3.1-70b-tp8/layers"
+        assert [sms[f"{where}/load/{path}/sms"] for path in ("plain", "kernel", "calibrated")] == [0, 8, 8]
+        # The stand-in's choice is a kernel for loads and none for stores.
+        assert [sms[f"{where}/store/{path}/sms"] for path in ("merged", "kernel", "calibrated")] == [0, 8, 0]
+        assert [sms[f"{where}/both/{path}/sms"] for path in ("plain", "kernel", "calibrated")] == [0, 16, 8]
+
+
+def test_a_benchmark_that_is_killed_leaves_what_it_had_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = gpus.Gpu(0, "Stand-in", 90, 132, 1 << 30, "0000:00:00.0", "unknown", None)
+    monkeypatch.setattr(bench_device, "cuda_facts", lambda: gpus.CudaFacts(13000, 13000, (gpu,)))
+    monkeypatch.setattr(bench_device, "device_bench", lambda *_, **__: StandIn(broken=False))
+    monkeypatch.setattr(bench_device, "LIMIT_BYTES", 1 << 20)
+    file = tmp_path / "device.json"
+    of_one_shape = 0
+
+    def killed(*_: Any) -> None:
+        raise SystemExit
+
+    def first_shape_only(bench: Any, shape: Any, layout: str) -> None:
+        nonlocal of_one_shape
+        if of_one_shape:
+            killed()
+        measure_shape(bench, shape, layout)
+        of_one_shape = len(report.results)
+
+    measure_shape = bench_device._Bench.shape
+    monkeypatch.setattr(bench_device._Bench, "shape", first_shape_only)
+    report = Report("bench device", str(file))
+    with pytest.raises(SystemExit):  # outside of `with report`: nothing writes the file at the end
+        bench_device.measure(argparse.Namespace(gpu=0, mib=8, sms=8, rate="1GB", rounds=1, seed=1), report)
+    document = json.loads(file.read_text())
+    assert problems(document) == []
+    assert len(document["results"]) == of_one_shape > 3
+    assert document["checks"] == {"bytes": True, "completed": False}
+    assert "completed" not in report.checks
+
+
+def test_the_shares_of_gpu_checks_steps_add_up_to_less_than_nine_minutes() -> None:
+    script = (Path(__file__).resolve().parents[3] / "scripts" / "gpu-check.sh").read_text()
+    shares = [int(n) for n in re.findall(r"^step \w+ (\d+)", script, re.MULTILINE)]
+    kill_after = int(re.findall(r"--kill-after=(\d+)", script)[0])
+    assert len(shares) == 8
+    assert sum(shares) == 530
+    assert sum(shares) + kill_after < 9 * 60
 
 
 def test_rows_are_found_by_their_address() -> None:

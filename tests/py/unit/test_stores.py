@@ -14,7 +14,7 @@ import pytest
 import kvtier
 from kvtier import Config, Disk, KVLayout, StorageError, Tier, control, stores
 from kvtier.cli import main
-from kvtier.control import ControlServer, ask_to_purge
+from kvtier.control import ControlServer, ask_for_hits, ask_to_purge
 from kvtier.keys import Keys
 
 LAYOUT = KVLayout(2, 2, 8, "float16", 4)
@@ -220,6 +220,40 @@ def test_inspect_says_what_is_there(config: Config, source: str, capsys: pytest.
     assert (store["ages"] is None) is (source == "headers")
 
 
+def test_inspect_shows_the_hits_of_the_engine_that_has_it_open(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store,) = stores.inspect(directory(config))["stores"]
+    assert store["hits"] is None  # nobody has it open
+    with kvtier.open(config) as engine:
+        (store,) = stores.inspect(directory(config))["stores"]
+        assert store["hits"] == {"read": 0, "lookup_blocks": 0, "lookup_hits_host": 0, "lookup_hits_disk": 0}
+        keys = keys_of(config, "a")
+        engine.lookup(keys)
+        engine.prefetch(keys[:3]).wait(PATIENCE)
+        engine.lookup(keys)
+        (store,) = run(["inspect", directory(config)], capsys)[1]["stores"]
+        hits = {"read": 3, "lookup_blocks": 16, "lookup_hits_host": 3, "lookup_hits_disk": 13}
+        assert store["hits"] == hits
+        assert main(["inspect", directory(config)]) == 0
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[2].split()[-2:] == ["hits", "from"]
+        assert [line.split()[-3:] for line in printed.splitlines() if line.endswith(" 13")] == [
+            ["16", "3", "13"]
+        ]
+
+
+def test_inspect_goes_on_where_the_engine_does_not_answer(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with kvtier.open(config):
+        (store_of(config) / "control").unlink()
+        (store,) = run(["inspect", directory(config)], capsys)[1]["stores"]
+        assert (store["in_use"], store["hits"], store["blocks"]) == (True, None, 16)
+        assert main(["inspect", directory(config)]) == 0
+        assert " unknown " in capsys.readouterr().out
+
+
 def test_inspect_prints_names_that_it_is_told(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", directory(config), "--namespace", "a"]) == 0
     said = capsys.readouterr().out
@@ -276,6 +310,10 @@ def test_purge_wants_to_know_what(config: Config, argv: list[str]) -> None:
 # --- the control socket -------------------------------------------------------------------------------
 
 
+def hits_of(store: Path) -> dict[str, int]:
+    return {"read": len(store.name)}
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ControlServer]:
     def purge(namespace: str) -> int:
@@ -283,7 +321,7 @@ def server(tmp_path: Path) -> Iterator[ControlServer]:
             raise StorageError(5, "the drive failed")
         return len(namespace)
 
-    server = ControlServer([tmp_path], purge)
+    server = ControlServer([tmp_path], purge, hits_of)
     yield server
     server.close(PATIENCE)
 
@@ -307,6 +345,17 @@ def test_a_purge_is_asked_for_and_answered(tmp_path: Path, server: ControlServer
     with pytest.raises(StorageError, match="the drive failed"):
         ask_to_purge(tmp_path, "bad", PATIENCE)
     assert ask_to_purge(tmp_path, "", PATIENCE) == 0
+
+
+def test_hits_are_those_of_the_store_that_is_asked(tmp_path: Path) -> None:
+    for name in ("one", "three"):
+        (tmp_path / name).mkdir()
+    server = ControlServer([tmp_path / "one", tmp_path / "three"], len, hits_of)
+    assert ask_for_hits(tmp_path / "three") == {"read": 5}
+    assert ask_for_hits(tmp_path / "one") == {"read": 3}
+    server.close(PATIENCE)
+    with pytest.raises(StorageError, match="does not answer"):
+        ask_for_hits(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +388,7 @@ def test_the_socket_of_a_dead_process_is_replaced(tmp_path: Path) -> None:
         dead.bind(str(tmp_path / "control"))
     with pytest.raises(StorageError, match="does not answer"):
         ask_to_purge(tmp_path, "x", 1)
-    server = ControlServer([tmp_path], len)
+    server = ControlServer([tmp_path], len, hits_of)
     assert ask_to_purge(tmp_path, "xyz", PATIENCE) == 3
     server.close(PATIENCE)
     server.close(PATIENCE)
