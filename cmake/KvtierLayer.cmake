@@ -18,6 +18,12 @@ function(kvtier_layer name)
   set(target kvtier_${name})
   add_library(${target} STATIC ${sources})
   add_library(kvtier::${name} ALIAS ${target})
+  if(KVTIER_SANITIZE)
+    # Most of what these builds take is headers, read and instantiated again for every file. What is not in the
+    # main file gcc takes for a header, where nothing unnamed belongs: that warning is for the other builds.
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-subobject-linkage>)
+  endif()
   target_include_directories(${target} PUBLIC "${dir}/include")
   target_link_libraries(${target} PRIVATE kvtier_flags PUBLIC Threads::Threads)
   foreach(lower IN LISTS arg_DEPENDS)

@@ -58,7 +58,7 @@ memcheck() {
     return 1
   fi
   compute-sanitizer --tool memcheck --error-exitcode 9 "$binary" --gtest_brief=1 \
-    --gtest_filter='Cuda/*.copies_every_run*:Cuda/*.copies_both_ways'
+    --gtest_filter='Cuda/*.copies_every_run*:Cuda/*.copies_both_ways*'
 }
 
 doctor() { "${kvtier[@]}" doctor; }

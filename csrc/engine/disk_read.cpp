@@ -10,7 +10,7 @@
 namespace kvtier {
 namespace {
 
-constexpr std::size_t kBlocksPerHold = 256;
+constexpr std::size_t kReadsPerHold = 256;
 // A load from disk goes on to the pages in parts. The first is whatever arrives first, each of the others
 // twice as much as the one before, up to this: large enough for a batch of copies, small enough that the
 // copies overlap with the reads behind them.
@@ -299,12 +299,12 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
       prefetches_.push_back(operation);
     }
     const std::uint64_t readable = disk_ ? readable_volumes() : 0;
-    for (std::size_t begin = 0; begin < keys.size(); begin += kBlocksPerHold) {
+    for (std::size_t begin = 0; begin < keys.size(); begin += kReadsPerHold) {
       Reads reads;
       {
         MutexLock lock(mutex_);
         const bool failed = counters_.health != "ok" || closing_;
-        for (std::size_t k = begin; k < std::min(begin + kBlocksPerHold, keys.size()); ++k) {
+        for (std::size_t k = begin; k < std::min(begin + kReadsPerHold, keys.size()); ++k) {
           for (std::size_t g = 0; g < num_groups; ++g) {
             const GroupId group{static_cast<std::uint16_t>(g)};
             const auto i = static_cast<std::uint32_t>(k * num_groups + g);

@@ -13,7 +13,7 @@
 namespace kvtier {
 namespace {
 
-constexpr std::size_t kBlocksPerHold = 1024;
+constexpr std::size_t kEntriesPerHold = 1024;
 constexpr std::size_t kWritesPerHold = 64;
 constexpr double kSecondsPerDay = 86400;
 constexpr std::uint64_t kSavesPerDay = 64;  // while a day's worth is written
@@ -64,18 +64,18 @@ void EngineImpl::track_store(const Operation& operation) {
     if (disk_->candidates.size() >= disk_->most_candidates) drop_gone_candidates(settled);
   }
   // What was there already comes first: it is the head of the prompt.
-  for (std::size_t begin = 0; begin < operation.seen.size(); begin += kBlocksPerHold) {
+  for (std::size_t begin = 0; begin < operation.seen.size(); begin += kEntriesPerHold) {
     MutexLock lock(mutex_);
-    for (std::size_t i = begin; i < std::min(begin + kBlocksPerHold, operation.seen.size()); ++i) {
+    for (std::size_t i = begin; i < std::min(begin + kEntriesPerHold, operation.seen.size()); ++i) {
       Entry& entry = tier_.index().at(operation.seen[i].first);
       if (entry.generation == operation.seen[i].second && entry.linked && entry.state == SlotState::ready) {
         add_candidate(entry, tracker);
       }
     }
   }
-  for (std::size_t begin = 0; begin < operation.entries.size(); begin += kBlocksPerHold) {
+  for (std::size_t begin = 0; begin < operation.entries.size(); begin += kEntriesPerHold) {
     MutexLock lock(mutex_);
-    for (std::size_t i = begin; i < std::min(begin + kBlocksPerHold, operation.entries.size()); ++i) {
+    for (std::size_t i = begin; i < std::min(begin + kEntriesPerHold, operation.entries.size()); ++i) {
       if (operation.outcomes[operation.blocks[i]] != BlockOutcome::stored) continue;
       Entry& entry = tier_.index().at(operation.entries[i]);
       // It may have been evicted since its commit, and its record be another's: then that one is offered too

@@ -12,15 +12,15 @@ namespace kvtier {
 namespace {
 
 using PlaceKey = std::pair<std::uint32_t, std::uint32_t>;
-using BlockName = std::pair<std::array<std::byte, kKeyBytes>, std::uint16_t>;
+using KeyAndGroup = std::pair<std::array<std::byte, kKeyBytes>, std::uint16_t>;
 
 PlaceKey place_key(const SlotPlace& place) { return {place.class_index, raw(place.slot)}; }
-BlockName block_name(const BlockIdentity& block) { return {block.key.bytes, raw(block.group)}; }
+KeyAndGroup block_name(const BlockIdentity& block) { return {block.key.bytes, raw(block.group)}; }
 
 // The catalog's content: what docs/formats/catalog.md calls `blocks` and `slots`.
 struct Content {
   std::map<PlaceKey, CatalogRecord> by_place;
-  std::map<BlockName, PlaceKey> place_of;
+  std::map<KeyAndGroup, PlaceKey> place_of;
 
   void forget(PlaceKey place) {
     const auto found = by_place.find(place);

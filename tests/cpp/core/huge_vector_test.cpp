@@ -33,6 +33,7 @@ TEST(HugeVector, grows_over_the_boundary_and_moves) {
   for (std::size_t i = 0; i < count; ++i) ASSERT_EQ(moved[i], i);
 }
 
+#if !defined(__SANITIZE_THREAD__)  // which maps a shadow for each: half a minute for what one thread does
 TEST(HugeVector, what_it_no_longer_needs_is_given_back) {
   // Altogether more addresses than a process has.
   constexpr std::size_t kBytes = std::size_t{1} << 30;
@@ -40,6 +41,7 @@ TEST(HugeVector, what_it_no_longer_needs_is_given_back) {
   HugePageAllocator<std::byte> allocator;
   for (std::size_t i = 0; i < kTimes; ++i) allocator.deallocate(allocator.allocate(kBytes), kBytes);
 }
+#endif
 
 TEST(HugeVector, memory_that_cannot_be_had_is_bad_alloc) {
   HugePageAllocator<std::uint64_t> allocator;

@@ -20,8 +20,11 @@ class CpuHarness final : public DeviceHarness {
   std::unique_ptr<Device> device_ = make_cpu_device({.copy_threads = kThreads});
 };
 
-using CpuHarnesses = ::testing::Types<CpuHarness<1>, CpuHarness<2>, CpuHarness<8>>;
-INSTANTIATE_TYPED_TEST_SUITE_P(Cpu, DeviceConformance, CpuHarnesses);
+INSTANTIATE_TEST_SUITE_P(Cpu, DeviceConformance,
+                         ::testing::Values(kind_of<DeviceHarness, CpuHarness<1>>("threads_1"),
+                                           kind_of<DeviceHarness, CpuHarness<2>>("threads_2"),
+                                           kind_of<DeviceHarness, CpuHarness<8>>("threads_8")),
+                         kind_name<DeviceHarness>);
 
 }  // namespace
 }  // namespace kvtier::conformance

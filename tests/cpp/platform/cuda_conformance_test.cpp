@@ -93,10 +93,17 @@ class CudaHarness final : public DeviceHarness {
   bool held_ = false;
 };
 
-using CudaHarnesses = ::testing::Types<CudaHarness<CopyPath::plain>, CudaHarness<CopyPath::merged>,
-                                       CudaHarness<CopyPath::batched>, CudaHarness<CopyPath::kernel>,
-                                       CudaHarness<CopyPath::staged>, CudaHarness<CopyPath::bulk>>;
-INSTANTIATE_TYPED_TEST_SUITE_P(Cuda, DeviceConformance, CudaHarnesses);
+template <CopyPath kPath>
+Kind<DeviceHarness> along(const char* name) {
+  return kind_of<DeviceHarness, CudaHarness<kPath>>(name);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cuda, DeviceConformance,
+                         ::testing::Values(along<CopyPath::plain>("plain"), along<CopyPath::merged>("merged"),
+                                           along<CopyPath::batched>("batched"),
+                                           along<CopyPath::kernel>("kernel"),
+                                           along<CopyPath::staged>("staged"), along<CopyPath::bulk>("bulk")),
+                         kind_name<DeviceHarness>);
 
 }  // namespace
 }  // namespace kvtier::conformance

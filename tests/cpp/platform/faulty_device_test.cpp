@@ -6,7 +6,7 @@
 #include <set>
 #include <thread>
 
-#include "conformance/device_conformance.h"
+#include "conformance/device_harness.h"
 
 #include "kvtier/platform/simulated_device.h"
 

@@ -47,13 +47,26 @@ class SimulatedHarness final : public IoQueueHarness {
   SimulatedDrive drive_{DriveFaults{.seed = 5, .delay = 0.2}};
 };
 
-using Uring = ::testing::Types<UringHarness<UringLevel::basic>, UringHarness<UringLevel::timed_wait>,
-                               UringHarness<UringLevel::cooperative>, UringHarness<UringLevel::single_owner>,
-                               UringHarness<UringLevel::deferred>>;
-using Threads = ::testing::Types<ThreadsHarness<1>, ThreadsHarness<3>, ThreadsHarness<32>>;
-INSTANTIATE_TYPED_TEST_SUITE_P(Uring, IoQueueConformance, Uring);
-INSTANTIATE_TYPED_TEST_SUITE_P(Threads, IoQueueConformance, Threads);
-INSTANTIATE_TYPED_TEST_SUITE_P(Simulated, IoQueueConformance, ::testing::Types<SimulatedHarness>);
+template <UringLevel kHighest>
+Kind<IoQueueHarness> uring(const char* name) {
+  return kind_of<IoQueueHarness, UringHarness<kHighest>>(name);
+}
+
+INSTANTIATE_TEST_SUITE_P(Uring, IoQueueConformance,
+                         ::testing::Values(uring<UringLevel::basic>("basic"),
+                                           uring<UringLevel::timed_wait>("timed_wait"),
+                                           uring<UringLevel::cooperative>("cooperative"),
+                                           uring<UringLevel::single_owner>("single_owner"),
+                                           uring<UringLevel::deferred>("deferred")),
+                         kind_name<IoQueueHarness>);
+INSTANTIATE_TEST_SUITE_P(Threads, IoQueueConformance,
+                         ::testing::Values(kind_of<IoQueueHarness, ThreadsHarness<1>>("one"),
+                                           kind_of<IoQueueHarness, ThreadsHarness<3>>("three"),
+                                           kind_of<IoQueueHarness, ThreadsHarness<32>>("thirty_two")),
+                         kind_name<IoQueueHarness>);
+INSTANTIATE_TEST_SUITE_P(Simulated, IoQueueConformance,
+                         ::testing::Values(kind_of<IoQueueHarness, SimulatedHarness>("drive")),
+                         kind_name<IoQueueHarness>);
 
 TEST(IoQueueOptions, out_of_bounds_are_refused) {
   for (const IoQueueOptions& options : {IoQueueOptions{.depth = 0}, IoQueueOptions{.depth = 4097},

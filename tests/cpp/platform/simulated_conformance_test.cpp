@@ -25,10 +25,16 @@ class SimulatedHarness final : public DeviceHarness {
   StreamHandle stream_ = device_.create_framework_stream();
 };
 
-using Seeds =
-    ::testing::Types<SimulatedHarness<1>, SimulatedHarness<2>, SimulatedHarness<3>, SimulatedHarness<4>,
-                     SimulatedHarness<5>, SimulatedHarness<6>, SimulatedHarness<7>, SimulatedHarness<8>>;
-INSTANTIATE_TYPED_TEST_SUITE_P(Simulated, DeviceConformance, Seeds);
+template <std::uint64_t kSeed>
+Kind<DeviceHarness> seeded(const char* name) {
+  return kind_of<DeviceHarness, SimulatedHarness<kSeed>>(name);
+}
+
+INSTANTIATE_TEST_SUITE_P(Simulated, DeviceConformance,
+                         ::testing::Values(seeded<1>("seed_1"), seeded<2>("seed_2"), seeded<3>("seed_3"),
+                                           seeded<4>("seed_4"), seeded<5>("seed_5"), seeded<6>("seed_6"),
+                                           seeded<7>("seed_7"), seeded<8>("seed_8")),
+                         kind_name<DeviceHarness>);
 
 }  // namespace
 }  // namespace kvtier::conformance

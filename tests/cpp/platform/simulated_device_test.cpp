@@ -12,7 +12,7 @@
 #include <set>
 #include <thread>
 
-#include "conformance/device_conformance.h"
+#include "conformance/device_harness.h"
 
 namespace kvtier {
 namespace {

@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "conformance/device_conformance.h"
+#include "conformance/device_harness.h"
 
 #include "kvtier/platform/cpu_device.h"
 #include "kvtier/platform/simulated_device.h"

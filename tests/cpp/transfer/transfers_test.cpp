@@ -13,11 +13,6 @@
 #include "kvtier/platform/faulty_device.h"
 
 namespace kvtier {
-
-namespace conformance {
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(DeviceConformance);  // only its helpers are used here
-}
-
 namespace {
 
 // Each is another schedule of the simulated device.
