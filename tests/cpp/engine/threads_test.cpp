@@ -21,6 +21,7 @@ void call(World& world, std::uint32_t self, std::uint64_t seed, std::atomic<int>
           std::atomic<std::uint64_t>& hits) {
   Random random(seed * 100 + self);
   const std::uint32_t first = self * kPagesEach;
+  std::uint32_t pages_left = 4;
   for (int step = 0; step < kSteps; ++step) {
     Numbers numbers;
     const std::uint32_t tree = random.below(4);
@@ -36,8 +37,9 @@ void call(World& world, std::uint32_t self, std::uint64_t seed, std::atomic<int>
         if (!ticket.value()->wait(Moment::released, in_seconds(60))) ++wrong;
         break;
       }
-      case 2: {  // dropped at once; its pages are used no more
-        const Numbers at{first + 15};
+      case 2: {  // dropped at once; its page is used no more
+        if (pages_left == 0) break;
+        const Numbers at{first + kPagesEach - pages_left--};
         world.write(0, {7000 + self}, at);
         if (!world.try_store(0, {7000 + self}, at)) return;
         break;
