@@ -7,6 +7,8 @@
 
 #include "engine_impl.h"
 
+#include "kvtier/core/ordering.h"
+
 namespace kvtier {
 namespace {
 
@@ -215,8 +217,23 @@ void EngineImpl::advance(const std::shared_ptr<Operation>& operation) {
   submit_part(operation, std::move(part));
 }
 
+// As break_order_for_tests(), of a load's part.
+void EngineImpl::break_part_order_for_tests(const Operation& operation, Pipeline::Part& part) {
+  if (!ordering_enabled(OrderingPoint::pins_until_load_copy)) {
+    MutexLock lock(mutex_);
+    for (const EntryId id : part.entries) tier_.unpin(tier_.index().at(id));
+    part.unpinned = true;
+  }
+  if (!ordering_enabled(OrderingPoint::done_after_load_copy)) {
+    Ticket& ticket = *operation.ticket;
+    ticket.set_outcomes(std::vector<BlockOutcome>(operation.outcomes.size(), BlockOutcome::loaded));
+    ticket.settle(Moment::ready);
+  }
+}
+
 // Takes over a hold.
 void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part) {
+  if (any_ordering_disabled()) break_part_order_for_tests(*operation, part);
   const auto shared = std::make_shared<const Pipeline::Part>(std::move(part));
   HopMeter::Flight flight;
   {
@@ -263,7 +280,7 @@ void EngineImpl::end_part(const std::shared_ptr<Operation>& operation, const Pip
     for (std::size_t i = part.entries.size(); i-- > 0;) {  // tail first, so that the tail is the oldest
       Entry& entry = tier_.index().at(part.entries[i]);
       operation->outcomes[part.blocks[i]] = outcome.status ? BlockOutcome::loaded : BlockOutcome::failed;
-      if (outcome.drained) tier_.unpin(entry);
+      if (outcome.drained && !part.unpinned) tier_.unpin(entry);
     }
     if (operation->outcome.status) operation->outcome.status = outcome.status;
     operation->outcome.drained = operation->outcome.drained && outcome.drained;

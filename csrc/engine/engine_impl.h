@@ -80,6 +80,7 @@ struct Pipeline {
     std::vector<EntryId> entries;  // pinned
     std::vector<std::uint32_t> blocks;
     std::vector<SlotId> slots;
+    bool unpinned = false;  // by an ordering point that a test disabled
   };
   std::vector<PageId> pages;
   std::uint32_t first_block = 0;
@@ -315,6 +316,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   void on_read_let_go(const Promotion& promotion);
   void advance(const std::shared_ptr<Operation>& operation);
   void submit_part(const std::shared_ptr<Operation>& operation, Pipeline::Part part);
+  void break_part_order_for_tests(const Operation& operation, Pipeline::Part& part);
   void end_part(const std::shared_ptr<Operation>& operation, const Pipeline::Part& part,
                 const HopMeter::Flight& flight, const TransferOutcome& outcome) noexcept;
   void release_hold(const std::shared_ptr<Operation>& operation);

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "support/disk_world.h"
 #include "support/engine_world.h"
 #include "support/temp_directory.h"
 
@@ -15,45 +16,6 @@
 
 namespace kvtier::support {
 namespace {
-
-constexpr std::uint64_t kCapacity = std::uint64_t{32} << 20;
-
-// A directory, a simulated drive and the catalog's history, which outlive the engines opened on them.
-struct Drive {
-  explicit Drive(const DriveFaults& faults = {}) : drive(faults) {}
-
-  DiskOptions options() {
-    DiskOptions disk;
-    disk.disks = {{directory.path() + "/disk", kCapacity}};
-    disk.commit_interval = std::chrono::milliseconds(1);
-    disk.write_bytes_per_day = 0;
-    disk.admission = Admission::all;
-    disk.adjust = [this](SlotStoreOptions& options, std::size_t) {
-      options.use_direct_io = false;
-      options.make_queue = [this](std::uint32_t depth) -> Result<std::unique_ptr<IoQueue>> {
-        return drive.make_queue(depth);
-      };
-      options.make_catalog = [this](const Directory&) -> Result<std::unique_ptr<Catalog>> {
-        return catalogs.open(catalogs.num_versions() - 1);
-      };
-      if (slots > 0) options.classes[0].num_slots = slots;
-    };
-    return disk;
-  }
-
-  TempDirectory directory;
-  SimulatedDrive drive;
-  CatalogHistory catalogs;
-  std::uint32_t slots = 0;           // of the first class; 0: as the capacity says
-  std::optional<std::size_t> known;  // the catalog's version at some moment
-};
-
-WorldOptions world_on(Drive& drive, std::uint32_t blocks = 8) {
-  WorldOptions options;
-  options.blocks = blocks;
-  options.disk = drive.options();
-  return options;
-}
 
 // Of a store that still writes: a file that is replaced meanwhile ends a copy.
 void copy_files(const std::string& from, const std::string& to) {
@@ -64,14 +26,6 @@ void copy_files(const std::string& from, const std::string& to) {
     std::filesystem::copy(from, to, kHow, error);
   } while (error == std::errc::no_such_file_or_directory);
   ASSERT_FALSE(error) << error.message();
-}
-
-FlushResult flush(World& world) { return world.engine->flush(in_seconds(30)).value(); }
-
-// Fills the host tier with others, so that what it held is on disk alone.
-void push_out(World& world, std::uint32_t blocks = 8) {
-  done(world.store(0, range(1000, 1000 + blocks), range(0, blocks)));
-  flush(world);
 }
 
 TEST(Disk, flushed_blocks_are_found_by_the_next_engine_with_the_same_bytes) {

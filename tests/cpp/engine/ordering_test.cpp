@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "support/disk_world.h"
 #include "support/engine_world.h"
 
 namespace kvtier {
@@ -243,6 +244,46 @@ TEST(Ordering, every_point_is_missed_when_it_is_disabled) {
       wrong += (*scenario)(seed, disabled) ? 0 : 1;
     }
     // The hazards are made to happen, so all but a few lucky seeds (an eager device runs at once) tell.
+    EXPECT_GE(wrong, kSeeds / 2) << to_string(point);
+  }
+}
+
+// The same two of a load from a drive, which goes to its pages in parts (engine/disk_read.cpp). The only slot
+// is asked for while the part that it stands for is held, or attention is launched when the load says done.
+bool a_load_from_disk(std::uint64_t seed) {
+  Drive drive;
+  WorldOptions options = world_on(drive, 1);
+  options.seed = seed;
+  World world(options);
+  SimulatedDevice& sim = *world.machine.sim;
+  done(world.store(0, {0}, {0}));
+  flush(world);
+  push_out(world, 1);
+  world.scribble(0);
+  sim.hold(kLoadStream);
+  const auto ticket = world.load(0, {0}, {4});
+  const auto give_up = in_seconds(30);
+  while (world.stats().promote_good == 0) {
+    if (std::chrono::steady_clock::now() > give_up) return false;
+    std::this_thread::yield();
+  }
+  bool right = !settles_early(*ticket, Moment::ready) || world.right(0, *ticket, {0}, {4});
+  done(world.store(0, {1}, {1}));  // takes the slot, or is declined
+  sim.release(kLoadStream);
+  right = world.right(0, *ticket, {0}, {4}) && right;
+  run_the_others(sim);
+  return right && world.engine->close(in_seconds(30)).is_ok();
+}
+
+TEST(Ordering, a_load_from_disk_is_right_and_is_missed_when_its_points_are_disabled) {
+  for (std::uint64_t seed = 1; seed <= kSeeds; ++seed) EXPECT_TRUE(a_load_from_disk(seed)) << "seed " << seed;
+  for (const OrderingPoint point :
+       {OrderingPoint::pins_until_load_copy, OrderingPoint::done_after_load_copy}) {
+    std::uint64_t wrong = 0;
+    for (std::uint64_t seed = 1; seed <= kSeeds; ++seed) {
+      const DisableOrdering disabled(point);
+      wrong += a_load_from_disk(seed) ? 0 : 1;
+    }
     EXPECT_GE(wrong, kSeeds / 2) << to_string(point);
   }
 }

@@ -16,7 +16,7 @@ namespace kvtier {
 namespace {
 
 // Each is another schedule of the simulated device.
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr unsigned kSeeds = 200;
 #else
 constexpr unsigned kSeeds = 4000;
