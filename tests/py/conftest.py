@@ -1,5 +1,6 @@
 """What all Python tests share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,10 @@ from hypothesis import settings
 # Machines that run the tests differ in speed; pytest-timeout is what ends a test that hangs.
 settings.register_profile("kvtier", deadline=None)
 settings.load_profile("kvtier")
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
