@@ -10,7 +10,7 @@ from hypothesis import settings
 settings.register_profile("kvtier", deadline=None)
 settings.load_profile("kvtier")
 
-# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that; tests press it.
+# What a shell puts into the background ignores Ctrl-C, and so do its children; some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
