@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kvtier/core/mutex.h"
+#include "kvtier/core/ordering.h"
 #include "kvtier/core/process.h"
 #include "kvtier/transfer/plan.h"
 
@@ -188,7 +189,7 @@ Status RankWorkerImpl::detach(Pages& pages, Deadline deadline) {
     return Status::invalid_argument("these pages are not attached to this rank's worker");
   }
   own->usable = false;
-  while (own->running > 0) {
+  while (own->running > 0 && ordering_enabled(OrderingPoint::detach_after_copies)) {
     if (!deadline) {
       changed_.wait(lock);
     } else if (!changed_.wait_until(lock, *deadline) && own->running > 0) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "kvtier/core/ordering.h"
 #include "kvtier/platform/cpu_device.h"
 #include "kvtier/platform/faulty_device.h"
 #include "kvtier/platform/simulated_device.h"
@@ -299,42 +300,69 @@ TEST(RankWorker, an_arena_of_another_layout_is_refused) {
   EXPECT_EQ(RankWorker::create({group(2)}, 2).status().code(), StatusCode::invalid_argument);
 }
 
-// The simulated device runs nothing before it is released.
+// A rank whose one store is under way: the simulated device runs nothing before it is released.
+struct HeldStore {
+  HeldStore() {
+    const GroupSpec spec = group(2);
+    keeper = open_keeper(spec);
+    const auto size = static_cast<std::size_t>(kPages) * 1024;
+    memory = device->allocate(size);
+    worker = RankWorker::create({spec}, 0).value();
+    const Memory shape(spec, 0);
+    EXPECT_EQ(shape.bytes.size(), size / 2);
+    TensorView view = shape.view();
+    view.base = memory;
+    pages = worker->attach(device, GroupId{0}, std::vector{view}).value();
+    EXPECT_TRUE(
+        worker->join(keeper->arena().geometry(), keeper->config().class_of_group(), keeper->arena().fd())
+            .is_ok());
+    store = grant(*keeper, Direction::store, {key(1)}, 1);
+    EXPECT_TRUE(worker->wait_until_whole().is_ok());
+    device->hold();
+    RankOrder order;
+    const std::vector<BlockOutcome> running{BlockOutcome::running};
+    const std::vector<PageId> page{PageId{0}};
+    order.outcomes = running;
+    order.slots = store.slots;
+    order.pages = page;
+    EXPECT_TRUE(worker->run(*pages, order).is_ok());
+  }
+
+  std::shared_ptr<Engine> keeper;
+  std::shared_ptr<SimulatedDevice> device = std::make_shared<SimulatedDevice>();
+  std::byte* memory = nullptr;
+  std::shared_ptr<RankWorker> worker;
+  std::shared_ptr<Pages> pages;
+  Grant store;
+};
+
 TEST(RankWorker, leave_and_detach_wait_for_copies) {
-  const GroupSpec spec = group(2);
-  const auto keeper = open_keeper(spec);
-  auto device = std::make_shared<SimulatedDevice>();
-  const auto size = static_cast<std::size_t>(kPages) * 1024;
-  std::byte* memory = device->allocate(size);
-  const auto worker = RankWorker::create({spec}, 0).value();
-  Memory shape(spec, 0);
-  ASSERT_EQ(shape.bytes.size(), size / 2);
-  TensorView view = shape.view();
-  view.base = memory;
-  const auto pages = worker->attach(device, GroupId{0}, std::vector{view}).value();
-  ASSERT_TRUE(
-      worker->join(keeper->arena().geometry(), keeper->config().class_of_group(), keeper->arena().fd())
-          .is_ok());
-  const Grant store = grant(*keeper, Direction::store, {key(1)}, 1);
-  ASSERT_TRUE(worker->wait_until_whole().is_ok());
-  device->hold();
-  RankOrder order;
-  const std::vector<BlockOutcome> running{BlockOutcome::running};
-  const std::vector<PageId> page{PageId{0}};
-  order.outcomes = running;
-  order.slots = store.slots;
-  order.pages = page;
-  ASSERT_TRUE(worker->run(*pages, order).is_ok());
+  HeldStore held;
   const Deadline now = std::chrono::steady_clock::now();
-  EXPECT_EQ(worker->leave(now).code(), StatusCode::timeout);
-  EXPECT_EQ(worker->detach(*pages, now).code(), StatusCode::timeout);
-  device->release();
-  EXPECT_TRUE(worker->leave(soon()).is_ok());
-  EXPECT_TRUE(worker->detach(*pages, soon()).is_ok());
-  EXPECT_EQ(worker->take_ended().size(), 1U);
-  EXPECT_TRUE(worker->close(soon()).is_ok());
-  EXPECT_TRUE(device->violations().empty());
-  ASSERT_TRUE(keeper->finish_part(store.id, {}).is_ok());
+  EXPECT_EQ(held.worker->leave(now).code(), StatusCode::timeout);
+  EXPECT_EQ(held.worker->detach(*held.pages, now).code(), StatusCode::timeout);
+  held.device->release();
+  EXPECT_TRUE(held.worker->leave(soon()).is_ok());
+  EXPECT_TRUE(held.worker->detach(*held.pages, soon()).is_ok());
+  held.device->free(held.memory);
+  EXPECT_EQ(held.worker->take_ended().size(), 1U);
+  EXPECT_TRUE(held.worker->close(soon()).is_ok());
+  EXPECT_TRUE(held.device->violations().empty());
+  ASSERT_TRUE(held.keeper->finish_part(held.store.id, {}).is_ok());
+}
+
+TEST(RankWorker, a_detach_that_does_not_wait_is_noticed) {
+  HeldStore held;
+  {
+    const DisableOrdering disabled(OrderingPoint::detach_after_copies);
+    EXPECT_TRUE(held.worker->detach(*held.pages, std::chrono::steady_clock::now()).is_ok());
+  }
+  held.device->free(held.memory);
+  held.device->release();
+  EXPECT_TRUE(held.worker->leave(soon()).is_ok());
+  EXPECT_FALSE(held.device->violations().empty()) << "a copy out of memory that was freed";
+  EXPECT_TRUE(held.worker->close(soon()).is_ok());
+  ASSERT_TRUE(held.keeper->finish_part(held.store.id, {}).is_ok());
 }
 
 TEST(RankWorker, copies_that_nobody_can_prove_to_be_over_keep_the_arena) {
