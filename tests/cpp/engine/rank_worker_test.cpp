@@ -308,7 +308,7 @@ struct HeldStore {
     const auto size = static_cast<std::size_t>(kPages) * 1024;
     memory = device->allocate(size);
     worker = RankWorker::create({spec}, 0).value();
-    const Memory shape(spec, 0);
+    Memory shape(spec, 0);
     EXPECT_EQ(shape.bytes.size(), size / 2);
     TensorView view = shape.view();
     view.base = memory;
