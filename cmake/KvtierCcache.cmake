@@ -3,9 +3,8 @@ find_program(KVTIER_CCACHE ccache)
 mark_as_advanced(KVTIER_CCACHE)
 if(KVTIER_CCACHE)
   set(kvtier_launcher "${KVTIER_CCACHE}")
-  if(KVTIER_SANITIZE)
-    # Their tests have precompiled headers, which ccache caches only when told that it may (its manual, "Precompiled
-    # headers").
+  if(KVTIER_TESTS)
+    # They have precompiled headers, which ccache caches only when told that it may (its manual, "Precompiled headers").
     set(kvtier_launcher "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${KVTIER_CCACHE}")
   endif()
   foreach(language CXX CUDA)

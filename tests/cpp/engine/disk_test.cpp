@@ -10,6 +10,7 @@
 #include "support/disk_world.h"
 #include "support/engine_world.h"
 #include "support/temp_directory.h"
+#include "support/turns.h"
 
 #include "kvtier/platform/simulated_drive.h"
 #include "kvtier/storage/store_formats.h"
@@ -64,7 +65,7 @@ TEST(Disk, close_makes_durable_what_was_stored) {
 }
 
 TEST(Disk, a_load_takes_some_blocks_from_host_and_some_from_disk) {
-  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+  for (std::uint64_t seed = 0; seed < turns(20, 5); ++seed) {
     DriveFaults faults;
     faults.seed = seed;
     Drive drive(faults);
@@ -124,7 +125,7 @@ TEST(Disk, a_prefetch_brings_blocks_to_the_host_tier) {
 
 // A read that a load joins may end before the load is through with its own beginning.
 TEST(Disk, a_load_that_joins_a_running_prefetch_gets_its_bytes) {
-  for (std::uint64_t seed = 0; seed < 40; ++seed) {
+  for (std::uint64_t seed = 0; seed < turns(40, 8); ++seed) {
     DriveFaults faults;
     faults.seed = seed;
     Drive drive(faults);
@@ -332,11 +333,7 @@ std::uint64_t run_with_failure(std::optional<std::uint64_t> n) {
 }
 
 TEST(Disk, every_failing_request_is_a_miss_and_slots_are_conserved) {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  constexpr std::uint64_t kStep = 5;
-#else
-  constexpr std::uint64_t kStep = 1;
-#endif
+  constexpr std::uint64_t kStep = turns(1, 5);
   const std::uint64_t requests = run_with_failure(std::nullopt);
   EXPECT_GT(requests, 15U);
   for (std::uint64_t n = 0; n < requests; n += kStep) {

@@ -9,6 +9,7 @@
 
 #include "support/disk_world.h"
 #include "support/engine_world.h"
+#include "support/turns.h"
 
 namespace kvtier {
 namespace {
@@ -220,7 +221,7 @@ std::optional<Scenario> scenario_of(OrderingPoint point) {
   return std::nullopt;
 }
 
-constexpr std::uint64_t kSeeds = 20;
+constexpr std::uint64_t kSeeds = turns(20, 6);
 
 TEST(Ordering, every_point_has_a_scenario_that_is_right_on_every_seed) {
   for (const OrderingPoint point : all_ordering_points()) {

@@ -2,17 +2,14 @@
 #include <atomic>
 
 #include "support/engine_world.h"
+#include "support/turns.h"
 
 namespace kvtier {
 namespace {
 
 using namespace support;
 
-#if defined(__SANITIZE_THREAD__)
-constexpr int kSteps = 200;
-#else
-constexpr int kSteps = 400;
-#endif
+constexpr int kSteps = turns(400, 200);
 constexpr std::uint32_t kThreads = 8;
 constexpr std::uint32_t kPagesEach = 16;
 

@@ -13,22 +13,19 @@
 #include <utility>
 #include <vector>
 
+#include "support/turns.h"
+
 #include "kvtier/core/layout.h"
 
 namespace kvtier {
 namespace {
 
+using support::random_bytes;
+
 using Copy = std::function<void(void*, const void*, std::size_t)>;
 
 constexpr std::size_t kGuardBytes = 192;  // a stray store of the widest kind lands inside
 constexpr std::byte kUntouched{0xa5};
-
-std::vector<std::byte> random_bytes(std::size_t bytes, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<std::byte> result(bytes);
-  std::ranges::generate(result, [&random] { return static_cast<std::byte>(random() & 0xff); });
-  return result;
-}
 
 // Memory whose beginning is aligned to a page, so that offsets are alignments.
 class Pages {

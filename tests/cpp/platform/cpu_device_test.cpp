@@ -19,8 +19,12 @@
 #include <thread>
 #include <vector>
 
+#include "support/turns.h"
+
 namespace kvtier {
 namespace {
+
+using support::random_bytes;
 
 constexpr StreamHandle kCaller{0};
 constexpr std::size_t kMiB = std::size_t{1} << 20;
@@ -28,13 +32,6 @@ constexpr std::size_t kMiB = std::size_t{1} << 20;
 ::testing::AssertionResult ok(const Status& status) {
   if (status) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << to_string(status.code()) << ": " << status.message();
-}
-
-std::vector<std::byte> random_bytes(std::size_t bytes, unsigned seed) {
-  std::mt19937_64 random(seed);
-  std::vector<std::byte> result(bytes);
-  for (std::byte& each : result) each = static_cast<std::byte>(random() & 0xff);
-  return result;
 }
 
 class CpuDevice : public ::testing::TestWithParam<unsigned> {
@@ -228,7 +225,7 @@ TEST_P(CpuDevice, one_stream_keeps_the_order_of_its_batches) {
 // Parts of all sizes, of one direction and of the other in turn: each turn reads what the one before wrote.
 TEST_P(CpuDevice, a_move_in_parts_is_whole_before_what_follows) {
   constexpr std::size_t kBytes = 12 * kMiB + 5;
-  constexpr std::size_t kTurns = 6;
+  constexpr std::size_t kTurns = support::turns(6, 2);
   const StreamHandle own = stream();
   std::mt19937 random(4);
   std::uniform_int_distribution<std::size_t> exponent(0, 22);

@@ -7,6 +7,8 @@
 #include <map>
 #include <random>
 
+#include "support/turns.h"
+
 namespace kvtier {
 namespace {
 
@@ -81,7 +83,7 @@ TEST(RunPlan, rows_that_a_2d_copy_cannot_express_stay_apart) {
 }
 
 TEST(RunPlan, merging_moves_every_byte_once_and_where_it_belongs) {
-  for (unsigned seed = 0; seed < 300; ++seed) {
+  for (unsigned seed = 0; seed < support::turns(300, 30); ++seed) {
     std::mt19937 random(seed);
     const std::vector<CopyRun> runs = random_runs(random);
     ASSERT_EQ(bytes_of(merge_runs(runs)), bytes_of(runs)) << seed;
@@ -110,7 +112,7 @@ TEST(RunPlan, a_burst_is_as_many_runs_as_fit_and_at_least_one) {
 
 // Stages one after another: what each stage's two lists move, through the ring, is what the runs say.
 TEST(RunPlan, staging_moves_every_byte_once_through_a_stage_that_it_never_leaves) {
-  for (unsigned seed = 0; seed < 300; ++seed) {
+  for (unsigned seed = 0; seed < support::turns(300, 30); ++seed) {
     std::mt19937 random(seed);
     const std::vector<CopyRun> runs = random_runs(random);
     for (const Direction direction : {Direction::load, Direction::store}) {

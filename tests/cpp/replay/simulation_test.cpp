@@ -7,6 +7,8 @@
 #include <set>
 #include <vector>
 
+#include "support/turns.h"
+
 #include "kvtier/replay/belady.h"
 
 namespace kvtier::replay {
@@ -230,7 +232,7 @@ TEST(Simulation, plain_lru_agrees_with_a_naive_model) {
 }
 
 TEST(Simulation, no_policy_is_above_belady_and_leaf_first_ones_leave_no_orphans) {
-  for (unsigned seed = 0; seed < 10; ++seed) {
+  for (unsigned seed = 0; seed < support::turns(10, 1); ++seed) {
     const Trace trace = conversations(seed, 300);
     for (const EvictionChoice& choice : eviction_choices()) {
       for (const std::uint32_t capacity : {5U, 40U, 150U}) {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "storage/catalog_world.h"
+#include "support/turns.h"
 
 #include "kvtier/storage/catalog.h"
 
@@ -132,7 +133,7 @@ TEST_F(HelperCatalogTest, a_reset_that_was_interrupted_is_not_believed) {
   // truth.
   auto catalog = open();
   std::vector<CatalogRecord> records;
-  for (std::uint32_t i = 0; i < 100'000; ++i) records.push_back(record_of(i, i));
+  for (std::uint32_t i = 0; i < support::turns(100'000, 30'000); ++i) records.push_back(record_of(i, i));
   std::thread killer([&, first = helpers().at(0)] {
     for (;;) {  // until the new helper has committed its first piece
       const std::vector<pid_t> now = helpers();
@@ -185,10 +186,10 @@ TEST_F(HelperCatalogTest, the_proposed_bound_is_never_met) {
   options.max_bytes = catalog_bound_bytes(kSlots);
   auto catalog = open(options);
   std::mt19937 random(3);
-  for (int round = 0; round < 60; ++round) {
+  for (std::uint64_t round = 0; round < support::turns(60, 18); ++round) {
     std::vector<CatalogChange> changes;
     for (std::uint32_t i = 0; i < kSlots; ++i) {
-      changes.push_back(round % 3 == 2 ? touch(i, round)
+      changes.push_back(round % 3 == 2 ? touch(i, static_cast<std::int64_t>(round))
                                        : put(static_cast<std::uint32_t>(random()),
                                              static_cast<std::uint32_t>(random() % kSlots)));
     }

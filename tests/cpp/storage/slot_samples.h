@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "support/turns.h"
+
 #include "kvtier/storage/checksum.h"
 #include "kvtier/storage/slot_image.h"
 
@@ -23,12 +25,7 @@ using Bytes = std::vector<std::byte>;
 
 inline constexpr std::size_t kHeaderChecksumAt = 4080;
 
-// Long single-threaded loops prove nothing more under ThreadSanitizer, and take 50 times as long there.
-#if defined(__SANITIZE_THREAD__)
-inline constexpr int kLoopDivisor = 20;
-#else
-inline constexpr int kLoopDivisor = 1;
-#endif
+inline constexpr int kLoopDivisor = support::turns(1, 5);
 
 // `out` = first, first + 1, ...
 template <typename Array>

@@ -7,6 +7,7 @@
 #include <set>
 #include <stdexcept>
 
+#include "support/turns.h"
 #include "transfer/transfer_world.h"
 
 #include "kvtier/core/ordering.h"
@@ -16,11 +17,7 @@ namespace kvtier {
 namespace {
 
 // Each is another schedule of the simulated device.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr unsigned kSeeds = 200;
-#else
-constexpr unsigned kSeeds = 4000;
-#endif
+constexpr unsigned kSeeds = support::turns(4000, 200);
 
 std::unique_ptr<Transfers> make(Device& device) { return Transfers::create(device).value(); }
 
