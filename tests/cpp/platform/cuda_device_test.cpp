@@ -172,8 +172,10 @@ TEST_F(CudaDeviceOnGpu, stages_are_reused_only_behind_the_copies_that_use_them) 
       std::memcpy(host_.get() + i, &word, 8);
     }
     std::memset(host_.get() + kBytes, 0xdd, kBytes);
-    for (std::size_t at = 0; at < loads.size(); at += 1000) {
-      const std::size_t end = std::min(at + 1000, loads.size());
+    // One stage at a time, the directions in turn; or each direction's whole, more stages than there are.
+    const std::size_t step = round % 2 == 0 ? 1000 : loads.size();
+    for (std::size_t at = 0; at < loads.size(); at += step) {
+      const std::size_t end = std::min(at + step, loads.size());
       copy(
           {loads.begin() + static_cast<std::ptrdiff_t>(at), loads.begin() + static_cast<std::ptrdiff_t>(end)},
           Direction::load);

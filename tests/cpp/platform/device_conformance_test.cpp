@@ -124,6 +124,26 @@ TEST_P(DeviceConformance, an_event_orders_two_streams) {
   EXPECT_EQ(bytes_at(back), expected);
 }
 
+TEST_P(DeviceConformance, an_event_orders_a_load_behind_another_streams_store) {
+  const StreamHandle producer = new_stream();
+  const StreamHandle consumer = new_stream();
+  std::byte* pages = allocate();
+  std::byte* others = allocate();
+  std::byte* slot = new_host();
+  write(pages, std::byte{8});
+  std::unique_ptr<Event> computed = new_event();
+  std::unique_ptr<Event> stored = new_event();
+  harness_->launch([] { std::this_thread::sleep_for(std::chrono::milliseconds(2)); });
+  ASSERT_TRUE(ok(device().record(*computed, framework())));
+  ASSERT_TRUE(ok(device().wait(producer, *computed)));
+  ASSERT_TRUE(ok(copy(producer, slot, pages, Direction::store)));
+  ASSERT_TRUE(ok(device().record(*stored, producer)));
+  ASSERT_TRUE(ok(device().wait(consumer, *stored)));
+  ASSERT_TRUE(ok(copy(consumer, others, slot, Direction::load)));
+  finish(consumer);
+  EXPECT_EQ(read(others), filled(std::byte{8}));
+}
+
 TEST_P(DeviceConformance, a_store_behind_the_frameworks_event_sees_its_kernels) {
   const StreamHandle stream = new_stream();
   std::byte* pages = allocate();

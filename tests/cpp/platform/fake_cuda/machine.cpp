@@ -12,6 +12,8 @@ namespace fake_cuda {
 namespace {
 
 constexpr int kWorkers = 4;  // one may be held by a test's host function
+constexpr std::chrono::milliseconds kSleep{8};
+constexpr unsigned kOperationsPerSleep = 24;
 constexpr std::size_t kPage = 4096;
 
 std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
@@ -164,22 +166,34 @@ void Machine::work() {
   std::unique_lock lock(mutex_);
   while (true) {
     std::vector<Stream*> able;
+    bool some_sleep = false;
+    const auto now = std::chrono::steady_clock::now();
     for (const auto& [handle, stream] : streams_) {
       if (stream->running || stream->queue.empty()) continue;
+      if (stream->sleeps_until > now) {
+        some_sleep = true;
+        continue;
+      }
       const Operation& first = stream->queue.front();
       if (first.waits_for == nullptr || first.waits_for->done) able.push_back(stream.get());
     }
     if (able.empty()) {
-      changed_.wait(lock);
+      if (some_sleep) {
+        changed_.wait_for(lock, kSleep / 8);
+      } else {
+        changed_.wait(lock);
+      }
       continue;
     }
     Stream& stream = *able[random_() % able.size()];
+    if (random_() % kOperationsPerSleep == 0) {  // the others get far ahead of it
+      stream.sleeps_until = now + kSleep;
+      continue;
+    }
     Operation operation = std::move(stream.queue.front());
     stream.queue.pop_front();
     stream.running = true;
-    const bool dawdles = random_() % 8 == 0;
     lock.unlock();
-    if (dawdles) std::this_thread::sleep_for(std::chrono::microseconds(50));
     if (operation.run) operation.run();
     lock.lock();
     stream.running = false;

@@ -80,6 +80,7 @@ class Machine {
     bool capturing = false;
     bool spoilt = false;
     bool destroyed = false;
+    std::chrono::steady_clock::time_point sleeps_until;
     bool idle() const { return queue.empty() && !running; }
   };
 
