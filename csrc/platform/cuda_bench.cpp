@@ -36,7 +36,11 @@ class Bench final : public CudaBench {
   Device& device() override { return *device_; }
   Result<std::byte*> device_memory(std::size_t bytes) override { return scratch_.device_memory(bytes); }
   Result<std::byte*> host_memory(std::size_t bytes) override { return scratch_.host_memory(bytes); }
-  Result<double> decode_alone() override { return decode_.alone_seconds(); }
+  Result<double> decode_alone() override {
+    const Scope scope(*device_->context());
+    KVTIER_RETURN_IF_ERROR(scope.status());
+    return decode_.run();
+  }
   CopyPaths paths() const override { return device_->paths(); }
   CopyPath chosen(Direction direction, std::uint64_t run_bytes) const override {
     return device_->chosen(direction, run_bytes);

@@ -1,4 +1,4 @@
-// Calibration: every path, both directions, a few run lengths, beside a kernel that reads HBM all the time.
+// Calibration: every path, both directions, a few run lengths, beside kernels that read HBM all the time.
 #ifdef KVTIER_HAVE_CUDA
 
 #include <unistd.h>
@@ -129,6 +129,8 @@ class Calibrator {
     KVTIER_RETURN_IF_ERROR(end.create(device_.context()));
     const cudaStream_t stream = native_stream(stream_);
     KVTIER_RETURN_IF_ERROR(finish());
+    Result<double> alone = decode_.run();
+    if (!alone) return alone.status();
     KVTIER_RETURN_IF_ERROR(decode_.launch());
     KVTIER_RETURN_IF_ERROR(begin.record(stream));
     KVTIER_RETURN_IF_ERROR(copy(back_, score.run_bytes, kTimedBytes, score.direction, score.path));
@@ -141,7 +143,7 @@ class Calibrator {
     const double seconds = std::max(*taken, 1e-7);
     const double together = std::min(seconds, *decode);
     score.bytes_per_second = static_cast<double>(kTimedBytes) / seconds;
-    score.slowdown = std::max(0.0, *decode - decode_.alone_seconds()) / std::max(together, 1e-7);
+    score.slowdown = std::max(0.0, *decode - *alone) / std::max(together, 1e-7);
     return score;
   }
 

@@ -30,7 +30,10 @@ cudaError_t launch_bulk_copy(cudaStream_t stream, const Table& table, unsigned n
 // Keeps the stream from going on until `bytes` may move. `bucket` is device memory, of this stream only.
 cudaError_t launch_pace(cudaStream_t stream, TokenBucket* bucket, RateLimit limit, std::uint64_t bytes);
 
-// What a decode step does to HBM: reads `bytes` of it, `passes` times, with all SMs. For measurements.
+// What a decode step does to HBM, with all SMs: `passes` kernels one after another, each of which reads
+// `bytes`. As in a server, other streams' kernels get onto the SMs between them; one kernel as long as all
+// would keep copies by kernels out until its end, and so would seem not to be slowed down by them. For
+// measurements.
 cudaError_t launch_decode(cudaStream_t stream, const void* memory, std::size_t bytes, unsigned passes,
                           unsigned num_sms, std::uint32_t* sink);
 

@@ -65,21 +65,22 @@ inline cudaStream_t native_stream(StreamHandle handle) {
 // Makes the native stream itself cover all copies that were given to it (the staged path uses another).
 Status cover(CudaDevice& device, StreamHandle stream);
 
-// A memory-bound kernel of about the length that is asked for, in a stream of its own.
+// Memory-bound kernels, one after another, of about the length that is asked for, in a stream of their own.
 class DecodeLoad {
  public:
   static constexpr std::size_t kBytes = std::size_t{128} << 20;
 
   DecodeLoad(CudaDevice& device, Scratch& scratch) : device_(device), scratch_(scratch) {}
-  // Measures, and chooses the number of passes for `seconds`. Blocks.
+  // Warms up, measures, and chooses the number of passes for `seconds`. Blocks.
   Status prepare(double seconds);
-  double alone_seconds() const { return alone_seconds_; }
   Status launch();
-  // Of the kernel that launch() started. Blocks.
+  // Of the kernels that launch() started. Blocks.
   Result<double> seconds() { return end_.seconds_since(begin_); }
+  // How long they take now with nothing beside: a GPU's clocks change, so whoever compares measures this
+  // each time. Blocks.
+  Result<double> run();
 
  private:
-  Result<double> run();
   CudaDevice& device_;
   Scratch& scratch_;
   std::optional<OwnedStream> owner_;
@@ -89,7 +90,6 @@ class DecodeLoad {
   std::byte* memory_ = nullptr;
   std::uint32_t* sink_ = nullptr;
   unsigned passes_ = 1;
-  double alone_seconds_ = 0;
 };
 
 }  // namespace kvtier::cuda

@@ -2,7 +2,7 @@
 
 The limit of a direction is one plain cudaMemcpyAsync of 256 MiB of pinned memory; of both, the sum of two
 such copies at once. Then, for every shape and layout: each path, the path that the calibration chose, the
-CPU's time of submission, and how much longer a kernel that only reads HBM (as decoding does) takes beside it.
+CPU's time of submission, and how much longer kernels that only read HBM (as decoding does) take beside it.
 
 Result names: `limit/<direction>`; `<shape>/<layout>/<direction>/<path>` in GB/s, with `calibrated` for the
 chosen path, `<...>/submit` in us per block and `<...>/sms`, the SMs that its kernels use;
@@ -33,7 +33,7 @@ NO_RUNS: Runs = np.empty((0, 3), np.uint64)
 DIRECTIONS = ("store", "load", "both")
 LIMIT_BYTES = 256 << 20
 HEADER_BYTES = 4096  # before a slot's payload
-RUNS_PER_BATCH = 4096  # as the transfer layer submits them
+RUNS_PER_BATCH = 16384  # as the transfer layer submits them, but the first few
 CHECKED_RUNS = 4096  # of each candidate, whose bytes are compared
 # Their kernels have a thread block, and so an SM, for each of --sms: batches of this size have work for more.
 # The others leave the SMs alone.
@@ -266,7 +266,6 @@ class _Bench:
     def slowdown(self, kind: str, native: Any) -> None:
         """Beside a kernel that reads HBM: the 70B rank's pages, the hardest."""
         shape = SHAPES[1]
-        alone = native.decode_alone()
         for direction in DIRECTIONS:
             runs = {}
             for each in ("store", "load"):
@@ -278,9 +277,14 @@ class _Bench:
             # Two devices, one memory: the limited one knows nothing of what the other has registered.
             if kind == "limited":
                 runs = self._own(native, runs)
-            took = [self._time(native, runs, None, "decode") for _ in range(self.args.rounds + 1)][1:]
-            slower = [100 * (decode / alone - 1) for _, _, decode in took]
-            rates = [moved / copied / 1e9 for copied, _, _ in took]
+            slower: list[float] = []
+            rates: list[float] = []
+            for _ in range(self.args.rounds + 1):
+                alone = native.decode_alone()  # of the same moment: a GPU's clocks change
+                copied, _, decode = self._time(native, runs, None, "decode")
+                slower.append(100 * (decode / alone - 1))
+                rates.append(moved / copied / 1e9)
+            slower, rates = slower[1:], rates[1:]
             self.report.add(
                 measured(f"decode_slowdown/{direction}/{kind}", slower, "%"),
                 measured(f"decode_rate/{direction}/{kind}", rates, "GB/s"),

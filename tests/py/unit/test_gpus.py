@@ -224,6 +224,32 @@ def test_the_benchmark_reports_every_name_once_and_no_figure_of_wrong_bytes(
         assert [sms[f"{where}/both/{path}/sms"] for path in ("plain", "kernel", "calibrated")] == [0, 16, 8]
 
 
+class Quickening(StandIn):
+    """Its clocks rise with every measurement; beside copies, the decode kernels take a fifth longer."""
+
+    clock = 1.0
+
+    def time(self, **options: Any) -> tuple[float, float, float]:
+        copied, submitted, _ = super().time(**options)
+        decode, self.clock = 1.2e-3 * self.clock, 0.9 * self.clock
+        return copied, submitted, decode
+
+    def decode_alone(self) -> float:
+        return 1e-3 * self.clock
+
+
+def test_decoding_beside_copies_is_compared_with_decoding_alone_at_that_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_device, "device_bench", lambda *_, **__: Quickening(broken=False))
+    monkeypatch.setattr(bench_device, "LIMIT_BYTES", 1 << 20)
+    report = Report("bench device")
+    bench = bench_device._Bench(argparse.Namespace(gpu=0, mib=8, sms=8, rounds=3, seed=1), report)
+    bench.slowdown("free", bench.native)
+    slower = {r.name: r.value for r in report.results if r.name.startswith("decode_slowdown/")}
+    assert slower == pytest.approx({f"decode_slowdown/{d}/free": 20.0 for d in ("store", "load", "both")})
+
+
 def test_a_benchmark_that_is_killed_leaves_what_it_had_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -105,7 +105,7 @@ class CudaBench {
   // `runs_per_batch`. Either list may be empty.
   virtual Result<Timing> time(std::span<const CopyRun> stores, std::span<const CopyRun> loads,
                               std::size_t runs_per_batch, std::optional<CopyPath> path, Beside beside) = 0;
-  // How long the decode kernel of time() takes alone.
+  // How long the decode kernels of time() take alone, measured by this call: a GPU's clocks change.
   virtual Result<double> decode_alone() = 0;
   virtual CopyPaths paths() const = 0;
   virtual CopyPath chosen(Direction direction, std::uint64_t run_bytes) const = 0;
