@@ -192,6 +192,34 @@ TEST(RunTable, a_compact_table_ends_where_the_next_run_is_of_another_kind) {
   EXPECT_EQ(table.unit(1, kUnitBytes).source, kFar - 16);
 }
 
+// The layers of a cache that fills such a GPU lie far apart; a table for each few of them would be a launch
+// for each few runs.
+TEST(RunTable, pages_all_over_a_large_gpu_go_into_one_compact_table) {
+  constexpr std::uint64_t kPages = (std::uint64_t{7} << 40) + 512;
+  constexpr std::uint64_t kSlots = (std::uint64_t{5} << 40) + 4096 + 48;
+  std::vector<MappedRun> runs;
+  for (std::uint64_t layer = 0; layer < 100; ++layer) {
+    runs.push_back({kPages + layer * (std::uint64_t{10} << 30), kSlots + layer * 4096, 4096});
+  }
+  SmallCompactRuns table{};
+  TableCursor cursor;
+  ASSERT_TRUE(fill_table(table, runs, cursor));
+  ASSERT_EQ(cursor.run, runs.size());
+  for (std::uint32_t i = 0; i < table.num_units(kUnitBytes); ++i) {
+    EXPECT_EQ(table.unit(i, kUnitBytes).destination, runs[i].destination);
+    EXPECT_EQ(table.unit(i, kUnitBytes).source, runs[i].source);
+  }
+  // One whose place is not a multiple of 256 from the others' has to wait for a table of its own.
+  runs[90].source += 16;
+  cursor = {};
+  ASSERT_TRUE(fill_table(table, runs, cursor));
+  EXPECT_EQ(cursor.run, 90U);
+  ASSERT_TRUE(fill_table(table, runs, cursor));
+  EXPECT_EQ(cursor.run, 97U);  // 64 GiB on
+  EXPECT_EQ(table.unit(0, kUnitBytes).source, runs[90].source);
+  EXPECT_EQ(table.unit(6, kUnitBytes).destination, runs[96].destination);
+}
+
 TEST(RunTable, the_prefix_that_decides_between_tables_is_what_a_compact_one_would_take) {
   std::vector<MappedRun> runs(100, {0, 1 << 20, 4096});
   EXPECT_EQ(compact_prefix(runs, {}), 100U);

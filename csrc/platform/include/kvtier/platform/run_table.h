@@ -37,17 +37,19 @@ inline constexpr std::uint32_t kWideUnitBytes = 16384;  // an entry of a WideRun
 inline constexpr std::uint32_t kMaxCompactRunBytes = 1U << 30;
 inline constexpr std::size_t kMaxTableBytes = 32764;
 
-// Runs of one length. Addresses and the length are multiples of 16, and each side spans at most 64 GiB.
+// Runs of one length. Addresses and the length are multiples of 16. Each side spans at most 64 GiB, or 1 TiB
+// where its addresses lie a multiple of 256 apart, as those of pages do.
 template <std::uint32_t kCapacity>
 struct CompactRuns {
   struct Offsets {
-    std::uint32_t destination;  // in units of 16 bytes from the base
+    std::uint32_t destination;  // in steps from the base
     std::uint32_t source;
   };
   std::uint64_t destination_base;
   std::uint64_t source_base;
   std::uint32_t count;
   std::uint32_t run_bytes;
+  std::uint32_t step_bytes;
   Offsets at[kCapacity];
 
   KVTIER_HOST_DEVICE std::uint32_t num_units(std::uint32_t unit_bytes) const {
@@ -58,8 +60,9 @@ struct CompactRuns {
     const Offsets& run = at[index / per_run];
     const std::uint32_t begin = index % per_run * unit_bytes;
     const std::uint32_t left = run_bytes - begin;
-    return {destination_base + std::uint64_t{run.destination} * 16 + begin,
-            source_base + std::uint64_t{run.source} * 16 + begin, left < unit_bytes ? left : unit_bytes};
+    return {destination_base + std::uint64_t{run.destination} * step_bytes + begin,
+            source_base + std::uint64_t{run.source} * step_bytes + begin,
+            left < unit_bytes ? left : unit_bytes};
   }
 };
 
@@ -198,17 +201,17 @@ struct TableCursor {
 // cursor does not suit this kind of table, and nothing was done.
 template <std::uint32_t kCapacity>
 bool fill_table(CompactRuns<kCapacity>& table, std::span<const MappedRun> runs, TableCursor& cursor) {
-  constexpr std::uint64_t kSpan = std::uint64_t{16} << 32;
+  const auto step_of = [](std::uint64_t differing_bits) { return (differing_bits & 255) == 0 ? 256U : 16U; };
   if (cursor.done_bytes != 0 || cursor.run >= runs.size()) return false;
   const MappedRun& first = runs[cursor.run];
   if (first.bytes > kMaxCompactRunBytes) return false;
   struct Side {
     std::uint64_t low;
     std::uint64_t high;
-    bool admits(std::uint64_t address) const {
+    bool admits(std::uint64_t address, std::uint64_t span) const {
       const std::uint64_t new_low = address < low ? address : low;
       const std::uint64_t new_high = address > high ? address : high;
-      return new_high - new_low < kSpan;
+      return new_high - new_low < span;
     }
     void add(std::uint64_t address) {
       if (address < low) low = address;
@@ -217,11 +220,16 @@ bool fill_table(CompactRuns<kCapacity>& table, std::span<const MappedRun> runs, 
   };
   Side to{first.destination, first.destination};
   Side from{first.source, first.source};
+  std::uint64_t differing_bits = 0;
   std::size_t end = cursor.run;
   while (end < runs.size() && end - cursor.run < kCapacity) {
     const MappedRun& run = runs[end];
     if (run.bytes != first.bytes || !suits_bulk(run)) break;
-    if (!to.admits(run.destination) || !from.admits(run.source)) break;
+    const std::uint64_t bits =
+        differing_bits | (run.destination ^ first.destination) | (run.source ^ first.source);
+    const std::uint64_t span = std::uint64_t{step_of(bits)} << 32;
+    if (!to.admits(run.destination, span) || !from.admits(run.source, span)) break;
+    differing_bits = bits;
     to.add(run.destination);
     from.add(run.source);
     ++end;
@@ -231,9 +239,11 @@ bool fill_table(CompactRuns<kCapacity>& table, std::span<const MappedRun> runs, 
   table.source_base = from.low;
   table.count = static_cast<std::uint32_t>(end - cursor.run);
   table.run_bytes = static_cast<std::uint32_t>(first.bytes);
+  const std::uint32_t step = step_of(differing_bits);
+  table.step_bytes = step;
   for (std::size_t i = cursor.run; i < end; ++i) {
-    table.at[i - cursor.run] = {static_cast<std::uint32_t>((runs[i].destination - to.low) / 16),
-                                static_cast<std::uint32_t>((runs[i].source - from.low) / 16)};
+    table.at[i - cursor.run] = {static_cast<std::uint32_t>((runs[i].destination - to.low) / step),
+                                static_cast<std::uint32_t>((runs[i].source - from.low) / step)};
   }
   cursor.run = end;
   return true;
