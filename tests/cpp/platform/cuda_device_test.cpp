@@ -188,6 +188,41 @@ TEST_F(CudaDeviceOnGpu, stages_are_reused_only_behind_the_copies_that_use_them) 
   }
 }
 
+// Short runs go through the ring, and its second stream; long ones do not. Each copy reads what the one
+// before has written, to either side.
+TEST_F(CudaDeviceOnGpu, copies_by_different_paths_keep_the_order_of_their_stream) {
+  CudaOptions options;
+  options.calibration = CalibrationUse::none;
+  open(options);
+  constexpr std::size_t kPart = std::size_t{2} << 20;
+  constexpr std::size_t kParts = 8;
+  const auto copy_part = [&](void* to, const void* from, Direction direction, bool in_short_runs) {
+    std::vector<CopyRun> runs;
+    const std::size_t each = in_short_runs ? 4096 : kPart;
+    for (std::size_t at = kPart; at > 0; at -= each) {  // backwards, so that they do not merge
+      runs.push_back(
+          {static_cast<std::byte*>(to) + at - each, static_cast<const std::byte*>(from) + at - each, each});
+    }
+    copy(runs, direction);
+  };
+  for (unsigned round = 0; round < 12; ++round) {
+    std::memset(host_.get(), 0xdd, kBytes);
+    ASSERT_EQ(cudaMemset(pages_, 0xee, kBytes), cudaSuccess);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (std::size_t i = 0; i < kPart; ++i)
+      host_.get()[i] = static_cast<std::byte>(i * 131 + i / 4096 + round);
+    const std::vector<std::byte> sent(host_.get(), host_.get() + kPart);
+    for (std::size_t i = 0; i < kParts; ++i) {
+      const bool short_loads = (round >> i % 2 & 1) != 0;
+      const bool short_stores = (round >> (1 + i % 2) & 1) != 0;
+      copy_part(pages_ + i * kPart, host_.get() + i * kPart, Direction::load, short_loads);
+      copy_part(host_.get() + (i + 1) * kPart, pages_ + i * kPart, Direction::store, short_stores);
+    }
+    finish();
+    EXPECT_EQ(std::memcmp(host_.get() + kParts * kPart, sent.data(), kPart), 0) << round;
+  }
+}
+
 // What copies need is made with their stream: an allocation would wait for the GPU.
 TEST_F(CudaDeviceOnGpu, no_copy_allocates_device_memory) {
   for (const CopyPath path : kPaths) {
