@@ -199,9 +199,8 @@ TEST_F(CudaDeviceOnGpu, copies_by_different_paths_keep_the_order_of_their_stream
   const auto copy_part = [&](void* to, const void* from, Direction direction, bool in_short_runs) {
     std::vector<CopyRun> runs;
     const std::size_t each = in_short_runs ? 4096 : kPart;
-    for (std::size_t at = kPart; at > 0; at -= each) {  // backwards, so that they do not merge
-      runs.push_back(
-          {static_cast<std::byte*>(to) + at - each, static_cast<const std::byte*>(from) + at - each, each});
+    for (std::size_t at = 0; at < kPart; at += each) {
+      runs.push_back({static_cast<std::byte*>(to) + at, static_cast<const std::byte*>(from) + at, each});
     }
     copy(runs, direction);
   };
