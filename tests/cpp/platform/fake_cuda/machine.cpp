@@ -12,8 +12,10 @@ namespace fake_cuda {
 namespace {
 
 constexpr int kWorkers = 4;  // one may be held by a test's host function
-constexpr std::chrono::milliseconds kSleep{8};
-constexpr unsigned kOperationsPerSleep = 24;
+// A stream falls asleep now and then, and the others get far ahead of it: until then, or until nothing else
+// goes on and the host waits.
+constexpr std::chrono::milliseconds kSleep{20};
+constexpr unsigned kOperationsPerSleep = 12;
 constexpr std::size_t kPage = 4096;
 
 std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
@@ -166,30 +168,33 @@ void Machine::work() {
   std::unique_lock lock(mutex_);
   while (true) {
     std::vector<Stream*> able;
-    bool some_sleep = false;
+    std::vector<Stream*> asleep;
+    bool running = false;
     const auto now = std::chrono::steady_clock::now();
     for (const auto& [handle, stream] : streams_) {
+      running |= stream->running;
       if (stream->running || stream->queue.empty()) continue;
-      if (stream->sleeps_until > now) {
-        some_sleep = true;
-        continue;
-      }
       const Operation& first = stream->queue.front();
-      if (first.waits_for == nullptr || first.waits_for->done) able.push_back(stream.get());
+      if (first.waits_for != nullptr && !first.waits_for->done) continue;
+      (stream->sleeps_until > now ? asleep : able).push_back(stream.get());
     }
     if (able.empty()) {
-      if (some_sleep) {
-        changed_.wait_for(lock, kSleep / 8);
-      } else {
+      if (asleep.empty()) {
         changed_.wait(lock);
+        continue;
       }
-      continue;
+      if (running || waiting_hosts_ == 0) {
+        changed_.wait_for(lock, kSleep / 20);
+        continue;
+      }
+      able = asleep;
     }
     Stream& stream = *able[random_() % able.size()];
-    if (random_() % kOperationsPerSleep == 0) {  // the others get far ahead of it
+    if (asleep.empty() && random_() % kOperationsPerSleep == 0) {
       stream.sleeps_until = now + kSleep;
       continue;
     }
+    stream.sleeps_until = {};
     Operation operation = std::move(stream.queue.front());
     stream.queue.pop_front();
     stream.running = true;
@@ -213,18 +218,22 @@ void Machine::finish(cudaStream_t stream) {
 
 void Machine::finish_all() {
   std::unique_lock lock(mutex_);
+  ++waiting_hosts_;
   changed_.wait(lock, [this] {
     for (const auto& [handle, stream] : streams_) {
       if (!stream->idle()) return false;
     }
     return true;
   });
+  --waiting_hosts_;
 }
 
 void Machine::finish(const std::shared_ptr<Moment>& moment) {
   if (moment == nullptr) return;
   std::unique_lock lock(mutex_);
+  ++waiting_hosts_;
   changed_.wait(lock, [&] { return moment->done; });
+  --waiting_hosts_;
 }
 
 bool Machine::is_done(const std::shared_ptr<Moment>& moment) {

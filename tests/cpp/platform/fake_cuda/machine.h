@@ -97,6 +97,7 @@ class Machine {
   std::map<std::uintptr_t, std::size_t> pinned_;
   std::map<std::uintptr_t, std::unique_ptr<Stream>> streams_;
   std::uintptr_t next_stream_ = 0x1000;
+  int waiting_hosts_ = 0;  // threads within finish() and finish_all()
 };
 
 // Of this thread.
