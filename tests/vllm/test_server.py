@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from drive_faults import slots
 
+from kvtier.adapters.vllm.counters import COUNTERS
+
 HERE = Path(__file__).parent
 BLOCK = 32
 
@@ -211,6 +213,8 @@ def test_the_server_restores_what_its_device_cache_lost(api: Api) -> None:
     assert api.metric("vllm:kvtier_hit_tokens_host_total") == hits
     assert api.metric("vllm:kvtier_load_bytes_total") > 0
     assert api.metric("vllm:external_prefix_cache_hits_total") == hits
+    shown = api.request("GET", "/metrics")[1].decode()
+    assert [name for name in COUNTERS if f"\nvllm:kvtier_{name}_total" not in shown] == []
     # vLLM binds its worker to one processor; what copies runs wherever its engine may.
     engine = api.processors("VLLM::EngineCore", "VLLM::EngineCore")
     assert engine
