@@ -57,6 +57,50 @@ def small_file_system(folder: Path, num_bytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", mount], check=True)
 
 
+class SilentDrive:
+    """Lets what a process asks of a drive go without an answer, and answers it all later."""
+
+    def __init__(self, group: Path, device: str) -> None:
+        self._group = group
+        self._device = device
+
+    def silence(self) -> None:
+        """What is asked from now on waits for a byte a second."""
+        self._limit(1)
+
+    def answer(self) -> None:
+        """No limit; what waits is answered at once."""
+        self._limit(0)
+
+    def _limit(self, rate: int) -> None:
+        for way in ("read", "write"):
+            (self._group / f"blkio.throttle.{way}_bps_device").write_text(f"{self._device} {rate}")
+
+
+@contextlib.contextmanager
+def silent_drive(mount: Path) -> Iterator[SilentDrive]:
+    """Puts this process, and those that it starts meanwhile, under a limit of the file system's drive.
+
+    Raises:
+        OSError: There is no blkio controller to ask; the message says so.
+    """
+    root = Path("/sys/fs/cgroup/blkio")
+    if not (root / "blkio.throttle.read_bps_device").exists():
+        raise OSError(f"{root} has no throttling here")
+    number = mount.stat().st_dev
+    group = root / f"kvtier-test-{os.getpid()}"
+    group.mkdir()
+    drive = SilentDrive(group, f"{os.major(number)}:{os.minor(number)}")
+    try:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield drive
+    finally:
+        drive.answer()
+        for process in (group / "cgroup.procs").read_text().split():
+            (root / "cgroup.procs").write_text(process)
+        group.rmdir()
+
+
 def fill_up(file: Path) -> None:
     """Takes all room of a file system, up to one of its blocks."""
     with file.open("wb") as handle, contextlib.suppress(OSError):

@@ -55,19 +55,24 @@ class Server:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.vllm_scheduler = self.core.scheduler
         if connector:
-            from vllm.distributed.kv_transfer import get_kv_transfer_group
+            from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-            sides = [self.vllm_scheduler.connector, get_kv_transfer_group()]
+            sides = [self.vllm_scheduler.connector]
+            if has_kv_transfer_group():  # else the workers are processes of their own
+                sides.append(get_kv_transfer_group())
             if multi:
                 sides = [side.sub_connectors[0] for side in sides]
-            self.scheduler, self.worker = sides[0]._scheduler, sides[1]._worker
-            if self.worker is not None:
-                self.wait(lambda: self.worker._worker.joined)
+            self.scheduler, self.worker = sides[0]._scheduler, getattr(sides[-1], "_worker", None)
+            if self.scheduler is not None:
+                self.scheduler._keeper.wait_for_workers(20)
 
-    def generate(self, prompts: list[list[int]], tokens: int = 8, **extra: Any) -> list[Any]:
+    def generate(
+        self, prompts: list[list[int]], tokens: int = 8, *, lora: Any = None, **extra: Any
+    ) -> list[Any]:
         """Greedy; each result has `.tokens`, `.logprobs` (of the chosen), `.cached`."""
         asked = [{"prompt_token_ids": p} for p in prompts]
-        outputs = self.llm.generate(asked, self.params(tokens, **extra), use_tqdm=False)
+        params = self.params(tokens, **extra)
+        outputs = self.llm.generate(asked, params, use_tqdm=False, lora_request=lora)
         return [Result(output) for output in outputs]
 
     @staticmethod

@@ -66,6 +66,34 @@ def llama(path: Path, seed: int = 0, layers: int = 3) -> Path:
     return path
 
 
+def adapter(path: Path, seed: int, layers: int = 3, rank: int = 8) -> Path:
+    """A LoRA of llama(), as PEFT writes it, large enough to change the answers. Replaces what is there."""
+    names = {"q_proj": HEADS * HEAD_DIM, "k_proj": KV_HEADS * HEAD_DIM, "v_proj": KV_HEADS * HEAD_DIM}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "llama",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(names),
+    }
+    random = _Random(1000 + seed)
+    weights = {}
+    for i in range(layers):
+        for name, size in names.items():
+            prefix = f"base_model.model.model.layers.{i}.self_attn.{name}.lora_"
+            weights |= {
+                prefix + "A.weight": random(rank, HIDDEN),
+                prefix + "B.weight": random(size, rank),
+            }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(weights, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+    return path
+
+
 def gemma3(path: Path, seed: int = 0, layers: int = 6, window: int = 64) -> Path:
     """Sliding windows and full attention in turn: two groups of layers or more."""
     config = COMMON | {

@@ -1,5 +1,6 @@
 """What goes wrong with a drive: the server is killed while it stores, bits flip, the drive is full."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import models
 import pytest
-from drive_faults import fill_up, flip_bits, slots, small_file_system
+from drive_faults import SilentDrive, fill_up, flip_bits, silent_drive, slots, small_file_system
 from harness import BLOCK, Result, Server, same, serving
 from run_life import DURABLE, disk, more
 
@@ -164,6 +165,73 @@ def test_a_full_drive_costs_hits_and_nothing_else(
         assert same(server.generate(prompts), expected) == [True] * len(prompts)
         server.drain()
         server.check_empty()
+
+
+@pytest.fixture
+def silent(full_drive: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SilentDrive]:
+    from kvtier.adapters.vllm import connector
+
+    try:
+        with silent_drive(full_drive) as drive:
+            short = functools.partial(connector.Config, disk_answer_seconds=1.0)  # else half a minute
+            monkeypatch.setattr(connector, "Config", short)
+            yield drive
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def test_a_drive_that_does_not_answer_costs_hits_and_nothing_else(
+    llama: Path, full_drive: Path, silent: SilentDrive, computed: list[Result]
+) -> None:
+    extra = disk(full_drive / "disk", capacity="32MiB")
+    with serving(llama, extra=extra) as server:
+        assert same(server.generate(DURABLE), computed[:3]) == [True] * 3
+        assert server.scheduler._engine.flush(60).dropped == 0
+
+    def drive(server: Server) -> Any:
+        return server.scheduler._engine.stats().disks[0]
+
+    with serving(llama, extra=extra) as server:
+        silent.silence()
+        unread = server.generate(DURABLE)  # waits for reads, for a second, and computes
+        assert same(unread, computed[:3]) == [True] * 3
+        assert [r.cached for r in unread] == [0] * 3
+        server.wait(lambda: drive(server).health != "ok")
+        assert drive(server).unanswered > 0
+        assert same(server.generate(KILLED), computed[3:]) == [True] * len(KILLED)  # stored in memory alone
+        server.forget_device()
+        again = server.generate(DURABLE + KILLED)
+        assert same(again, computed) == [True] * len(computed)
+        assert all(r.cached for r in again)
+        assert server.count("load_failures") == 0
+        server.drain()
+        silent.answer()  # and what was given up lets go of its memory
+        server.wait(lambda: drive(server).health == "ok" and not drive(server).unanswered)
+        server.wait(lambda: not server.scheduler._engine.stats().quarantined_blocks)
+        server.check_empty()
+    with serving(llama, extra=extra) as server:  # what it kept is right
+        restored = server.generate(DURABLE)
+        assert same(restored, computed[:3]) == [True] * 3
+        assert [r.cached for r in restored] == HITS
+        assert same(server.generate(KILLED), computed[3:]) == [True] * len(KILLED)
+        assert server.count("hit_tokens_disk") >= sum(HITS)
+
+
+def test_a_server_ends_beside_a_drive_that_does_not_answer(
+    llama: Path, full_drive: Path, silent: SilentDrive, computed: list[Result]
+) -> None:
+    extra = disk(full_drive / "disk", capacity="32MiB")
+    with serving(llama, extra=extra) as server:
+        assert same(server.generate(DURABLE), computed[:3]) == [True] * 3
+        assert server.scheduler._engine.flush(60).dropped == 0
+        silent.silence()
+        assert same(server.generate(KILLED), computed[3:]) == [True] * len(KILLED)
+    silent.answer()
+    with serving(llama, extra=extra) as server:
+        restored = server.generate(DURABLE)
+        assert same(restored, computed[:3]) == [True] * 3
+        assert [r.cached for r in restored] == HITS
+        assert same(server.generate(KILLED), computed[3:]) == [True] * len(KILLED)
 
 
 def test_a_drive_smaller_than_the_traffic_evicts(llama: Path, tmp_path: Path, computed: list[Result]) -> None:

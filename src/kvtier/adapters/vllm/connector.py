@@ -47,6 +47,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._event_groups: dict[int, dict[str, Any]] = {}
         options = parse_options(vllm_config.kv_transfer_config.kv_connector_extra_config)
         _check_parallel(vllm_config.parallel_config)
+        _check_sleep(vllm_config.model_config)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         try:
             plan = plan_cache(kv_cache_config, tp_size)
@@ -256,6 +257,15 @@ def _check_parallel(parallel: Any) -> None:
             raise UnsupportedError(
                 f"{name} is {value}; allowed with kvtier: 1. Tensor and data parallelism on one host are"
             )
+
+
+def _check_sleep(model: Any) -> None:
+    """VLLM 0.33 asks supports_sleep_mode(); those before it ask nobody."""
+    if getattr(model, "enable_sleep_mode", False):
+        raise UnsupportedError(
+            "enable_sleep_mode is true; allowed with kvtier: false, for a sleep would take the memory of "
+            "pages from under copies that run"
+        )
 
 
 def _engine_config(
