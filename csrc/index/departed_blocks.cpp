@@ -1,68 +1,65 @@
 #include "kvtier/index/departed_blocks.h"
 
 #include <algorithm>
-#include <bit>
+
+#include "kvtier/core/status.h"
 
 namespace kvtier {
-namespace {
 
-std::size_t table_size(std::size_t capacity) { return std::bit_ceil(std::max<std::size_t>(capacity, 4) * 2); }
-
-}  // namespace
-
-DepartedBlocks::DepartedBlocks(std::size_t capacity)
-    : ring_(capacity), table_(table_size(capacity), kNone), mask_(table_.size() - 1) {
-  for (Departed& each : ring_) each.past.block_class = kVacant;
+DepartedBlocks::DepartedBlocks(std::size_t capacity) : buckets_(num_buckets(capacity)) {
+  KVTIER_CHECK(capacity > 0);
 }
 
-std::size_t DepartedBlocks::bucket_of(std::uint64_t digest) const {
-  std::size_t at = home(digest);
-  while (table_[at] != kNone && ring_[table_[at]].digest != digest) at = (at + 1) & mask_;
-  return at;
+BlockPast DepartedBlocks::past_of(const Place& place) {
+  return {.used = place.used,
+          .returns = static_cast<std::uint8_t>(place.returns),
+          .chain = static_cast<std::uint8_t>(place.chain),
+          .block_class = static_cast<std::uint8_t>(place.block_class)};
 }
 
-// Backward shift (Knuth 6.4, algorithm R), as in Index.
-void DepartedBlocks::clear_bucket(std::size_t hole) {
-  for (std::size_t at = (hole + 1) & mask_; table_[at] != kNone; at = (at + 1) & mask_) {
-    const std::size_t from_home = (at - home(ring_[table_[at]].digest)) & mask_;
-    if (from_home >= ((at - hole) & mask_)) {
-      table_[hole] = table_[at];
-      hole = at;
-    }
+const DepartedBlocks::Place* DepartedBlocks::place_of(std::uint64_t digest) const {
+  for (const Place& place : buckets_[bucket_of(digest)].places) {
+    if (place.label == label(digest) && !place.vacant()) return &place;
   }
-  table_[hole] = kNone;
+  return nullptr;
 }
 
 std::optional<BlockPast> DepartedBlocks::add(std::uint64_t digest, const BlockPast& past) {
-  Departed& place = ring_[next_];
+  std::array<Place, kPlaces>& places = buckets_[bucket_of(digest)].places;
+  auto* room = std::find_if(places.begin(), places.end(), [](const Place& place) { return place.vacant(); });
   std::optional<BlockPast> forgotten;
-  if (place.past.block_class != kVacant) {
-    forgotten = place.past;
-    clear_bucket(bucket_of(place.digest));
-  }
-  place = {digest, past};
-  table_[bucket_of(digest)] = static_cast<std::uint32_t>(next_);
-  next_ = (next_ + 1) % ring_.size();
+  if (room == places.end()) forgotten = past_of(*--room);
+  std::copy_backward(places.begin(), room, room + 1);
+  Place& first = places.front();
+  first.used = past.used;
+  first.label = label(digest) & 0xfffffU;
+  first.returns = std::min(past.returns, BlockPast::kMostReturns) & 0x3fU;
+  first.chain = past.chain & 0x3U;
+  first.block_class = past.block_class & 0xfU;
   return forgotten;
 }
 
 std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
-  const std::size_t bucket = bucket_of(digest);
-  if (table_[bucket] == kNone) return std::nullopt;
-  Departed& place = ring_[table_[bucket]];
-  const BlockPast past = place.past;
-  clear_bucket(bucket);
-  place.past.block_class = kVacant;
+  Place* const place = place_of(digest);
+  if (place == nullptr) return std::nullopt;
+  const BlockPast past = past_of(*place);
+  *place = Place{};
   return past;
 }
 
-BlockPast* DepartedBlocks::find(std::uint64_t digest) {
-  const std::size_t bucket = bucket_of(digest);
-  return table_[bucket] == kNone ? nullptr : &ring_[table_[bucket]].past;
+std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) const {
+  const Place* const place = place_of(digest);
+  return place == nullptr ? std::nullopt : std::optional(past_of(*place));
+}
+
+void DepartedBlocks::set_class(std::uint64_t digest, std::uint8_t block_class) {
+  Place* const place = place_of(digest);
+  KVTIER_CHECK(place != nullptr);
+  place->block_class = block_class & 0xfU;
 }
 
 double DepartedBlocks::bytes_for(std::size_t capacity) {
-  return static_cast<double>(capacity * sizeof(Departed) + table_size(capacity) * sizeof(std::uint32_t));
+  return static_cast<double>(num_buckets(capacity) * sizeof(Bucket));
 }
 
 }  // namespace kvtier
