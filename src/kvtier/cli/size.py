@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", default=policies()[0], help=f"{', '.join(policies())} (default: %(default)s)"
     )
     parser.add_argument(
-        "--admission", default=ADMISSIONS[1], choices=ADMISSIONS, help="(default: %(default)s)"
+        "--admission", default=ADMISSIONS[0], choices=ADMISSIONS, help="(default: %(default)s)"
     )
     parser.add_argument("--write-budget", metavar="SIZE", help="bytes that may be written to disk in a day")
     parser.add_argument(

@@ -23,7 +23,8 @@ BlockKey key_of(std::uint64_t n) {
 
 // A tier of one class and one group, all of it usable.
 TierIndex tier_of(std::uint32_t slots, bool leaf_first = true) {
-  TierIndex tier({.slots_per_class = {slots}, .class_of_group = {0}, .leaf_first = leaf_first});
+  TierIndex tier(
+      {.slots_per_class = {slots}, .class_of_group = {0}, .eviction = "lru", .leaf_first = leaf_first});
   tier.slots(0).grow(slots);
   return tier;
 }
@@ -564,8 +565,8 @@ class AgainstModel {
 TEST(TierIndex, agrees_with_a_naive_model_I1_I2_I3_I4) {
   for (unsigned seed = 0; seed < 40; ++seed) {
     SCOPED_TRACE(seed);
-    AgainstModel(seed, kDefaultEviction, true).run(1500);
-    AgainstModel(seed, kDefaultEviction, false).run(1500);
+    AgainstModel(seed, "lru", true).run(1500);
+    AgainstModel(seed, "lru", false).run(1500);
   }
 }
 
