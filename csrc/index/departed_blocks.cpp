@@ -6,8 +6,8 @@
 
 namespace kvtier {
 
-DepartedBlocks::DepartedBlocks(std::size_t capacity) : buckets_(num_buckets(capacity)) {
-  KVTIER_CHECK(capacity > 0);
+DepartedBlocks::DepartedBlocks(std::size_t capacity) : ring_(capacity), last_of_(capacity, kNone) {
+  KVTIER_CHECK(capacity > 0 && capacity < kNone);
 }
 
 BlockPast DepartedBlocks::past_of(const Place& place) {
@@ -17,49 +17,57 @@ BlockPast DepartedBlocks::past_of(const Place& place) {
           .block_class = static_cast<std::uint8_t>(place.block_class)};
 }
 
-const DepartedBlocks::Place* DepartedBlocks::place_of(std::uint64_t digest) const {
-  for (const Place& place : buckets_[bucket_of(digest)].places) {
-    if (place.label == label(digest) && !place.vacant()) return &place;
+// kNone when it is not remembered.
+std::uint32_t DepartedBlocks::place_of(std::uint64_t digest) const {
+  const std::size_t newest = (next_ == 0 ? ring_.size() : next_) - 1;
+  if (digest == newest_ && !ring_[newest].vacant()) return static_cast<std::uint32_t>(newest);
+  std::size_t since = 0;
+  for (std::uint32_t at = last_of_[bucket_of(digest)]; at != kNone; at = ring_[at].before) {
+    const std::size_t since_here = added_since(at);
+    if (since_here <= since) return kNone;  // it was added anew since the link was made
+    since = since_here;
+    if (ring_[at].label == label(digest) && !ring_[at].vacant()) return at;
   }
-  return nullptr;
+  return kNone;
 }
 
 std::optional<BlockPast> DepartedBlocks::add(std::uint64_t digest, const BlockPast& past) {
-  std::array<Place, kPlaces>& places = buckets_[bucket_of(digest)].places;
-  auto* room = std::find_if(places.begin(), places.end(), [](const Place& place) { return place.vacant(); });
-  std::optional<BlockPast> forgotten;
-  if (room == places.end()) forgotten = past_of(*--room);
-  std::copy_backward(places.begin(), room, room + 1);
-  Place& first = places.front();
-  first.used = past.used;
-  first.label = label(digest) & 0xfffffU;
-  first.returns = std::min(past.returns, BlockPast::kMostReturns) & 0x3fU;
-  first.chain = past.chain & 0x3U;
-  first.block_class = past.block_class & 0xfU;
+  Place& place = ring_[next_];
+  const std::optional<BlockPast> forgotten = place.vacant() ? std::nullopt : std::optional(past_of(place));
+  std::uint32_t& last = last_of_[bucket_of(digest)];
+  place.used = past.used;
+  place.label = label(digest) & 0xfffffU;
+  place.returns = std::min(past.returns, BlockPast::kMostReturns) & 0x3fU;
+  place.chain = past.chain & 0x3U;
+  place.block_class = past.block_class & 0xfU;
+  place.before = last;
+  last = static_cast<std::uint32_t>(next_);
+  newest_ = digest;
+  if (++next_ == ring_.size()) next_ = 0;
   return forgotten;
 }
 
 std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
-  Place* const place = place_of(digest);
-  if (place == nullptr) return std::nullopt;
-  const BlockPast past = past_of(*place);
-  *place = Place{};
+  const std::uint32_t at = place_of(digest);
+  if (at == kNone) return std::nullopt;
+  const BlockPast past = past_of(ring_[at]);
+  ring_[at].block_class = kVacantClass;
   return past;
 }
 
 std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) const {
-  const Place* const place = place_of(digest);
-  return place == nullptr ? std::nullopt : std::optional(past_of(*place));
+  const std::uint32_t at = place_of(digest);
+  return at == kNone ? std::nullopt : std::optional(past_of(ring_[at]));
 }
 
 void DepartedBlocks::set_class(std::uint64_t digest, std::uint8_t block_class) {
-  Place* const place = place_of(digest);
-  KVTIER_CHECK(place != nullptr);
-  place->block_class = block_class & 0xfU;
+  const std::uint32_t at = place_of(digest);
+  KVTIER_CHECK(at != kNone);
+  ring_[at].block_class = block_class & 0xfU;
 }
 
 double DepartedBlocks::bytes_for(std::size_t capacity) {
-  return static_cast<double>(num_buckets(capacity) * sizeof(Bucket));
+  return static_cast<double>(capacity * (sizeof(Place) + sizeof(std::uint32_t)));
 }
 
 }  // namespace kvtier

@@ -20,7 +20,7 @@
 // Expected blocks go only when nothing else is left. A block that was fetched ahead of a request counts as
 // used when it comes, and the request's own use of it is the same one.
 //
-// Memory: 16 bytes per record, 12 for each of as many departed blocks as the tier has blocks and 32,768 more,
+// Memory: 16 bytes per record, 16 for each of as many departed blocks as the tier has blocks and 32,768 more,
 // and 0.2 MiB, all allocated at the start; and the ids of one prompt's blocks. Insert and evict are O(log) of
 // the age, but for rank() at most once and learn() at most every 16th time that a tick has passed.
 #include <algorithm>

@@ -2,10 +2,9 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <deque>
 #include <map>
 #include <random>
+#include <vector>
 
 #include "support/eviction_world.h"
 
@@ -42,65 +41,62 @@ TEST(DepartedBlocks, returns_beyond_the_most_are_the_most) {
   EXPECT_EQ(departed.find(5)->block_class, BlockPast::kMostClass);
 }
 
-TEST(DepartedBlocks, a_bucket_forgets_the_one_that_was_added_first) {
-  DepartedBlocks departed(5);  // one bucket
-  for (Tick n = 0; n < 8; ++n) EXPECT_FALSE(departed.add(n, {.used = n}));
-  EXPECT_TRUE(departed.take(3));
-  EXPECT_FALSE(departed.add(8, {.used = 8})) << "there is room";
-  for (Tick n = 9; n < 12; ++n) EXPECT_EQ(departed.add(n, {.used = n})->used, n - 9);
-  for (Tick n = 4; n < 12; ++n) EXPECT_EQ(departed.find(n)->used, n);
+TEST(DepartedBlocks, the_one_that_was_added_first_is_forgotten) {
+  DepartedBlocks departed(4);
+  for (Tick n = 0; n < 4; ++n) EXPECT_FALSE(departed.add(n, {.used = n}));
+  EXPECT_EQ(departed.add(4, {.used = 4})->used, 0U);
+  EXPECT_FALSE(departed.find(0));
+  EXPECT_TRUE(departed.take(1));
+  EXPECT_FALSE(departed.add(5, {.used = 5})) << "its turn was come, and its place is empty";
+  for (Tick n = 2; n < 6; ++n) EXPECT_EQ(departed.find(n)->used, n);
 }
 
-// Against a table that forgets nothing but what it is told to. The last eight are known whatever falls
-// together.
-TEST(DepartedBlocks, what_is_not_forgotten_is_known) {
-  constexpr std::size_t kCapacity = 37;
-  DepartedBlocks departed(kCapacity);
-  std::map<Tick, std::uint64_t> known;  // digest by when it was added
-  std::map<std::uint64_t, Tick> added;
-  std::mt19937_64 random(3);  // NOLINT: the same every time
-  std::deque<std::uint64_t> last;
-  for (Tick n = 0; n < 20'000; ++n) {
-    const std::uint64_t digest = (random() % 600) * 0x9e3779b97f4a7c15ULL;
-    const std::optional<BlockPast> past = departed.take(digest);
-    ASSERT_EQ(past.has_value(), added.contains(digest)) << n;
-    if (past) {
-      ASSERT_EQ(past->used, added[digest]);
-      known.erase(added[digest]);
-      added.erase(digest);
-    }
-    if (random() % 4 == 0) continue;
-    if (const std::optional<BlockPast> forgotten = departed.add(digest, {.used = n})) {
-      ASSERT_TRUE(known.contains(forgotten->used));
-      const std::uint64_t gone = known[forgotten->used];
-      ASSERT_EQ(std::count(last.begin(), last.end(), gone), 0) << "it was one of the last seven";
-      added.erase(gone);
-      known.erase(forgotten->used);
-    }
-    known[n] = digest;
-    added[digest] = n;
-    ASSERT_LE(known.size(), kCapacity * 3 / 2 + 7);
-    last.push_back(digest);
-    if (last.size() > 7) last.pop_front();
+// Digests whose upper halves are the same fall into one bucket.
+TEST(DepartedBlocks, what_falls_together_is_told_apart) {
+  DepartedBlocks departed(3);
+  departed.add(7, {.used = 7});
+  for (Tick n = 10; n < 30; ++n) {
+    departed.add(n, {.used = n});
+    if (n % 3 == 0) departed.add((std::uint64_t{n} << 32U) | std::uint64_t{1} << 63U, {.used = 100 + n});
+    EXPECT_EQ(departed.find(n)->used, n);
+    EXPECT_FALSE(departed.find(n + 1));
+    EXPECT_FALSE(departed.find(n - 3));
   }
-  EXPECT_GT(known.size(), kCapacity / 2);
 }
 
-// As many as should be, and the younger the likelier: digests spread evenly.
-TEST(DepartedBlocks, about_the_last_ones_are_known) {
-  constexpr std::uint64_t kCapacity = 100'000;
-  DepartedBlocks departed(kCapacity);
-  const auto digest = [](std::uint64_t n) { return block_digest(numbered_key(n), GroupId{0}, 11); };
-  for (std::uint64_t n = 0; n < 4 * kCapacity; ++n) departed.add(digest(n), {});
-  const auto share = [&](std::uint64_t from, std::uint64_t to) {
-    std::uint64_t found = 0;
-    for (std::uint64_t n = from; n < to; ++n) found += departed.find(digest(4 * kCapacity - 1 - n)) ? 1 : 0;
-    return static_cast<double>(found) / static_cast<double>(to - from);
-  };
-  EXPECT_GT(share(0, kCapacity / 4), 0.99);
-  EXPECT_NEAR(share(0, kCapacity), 0.96, 0.02);  // fewer than eight later ones in its bucket: Poisson
-  EXPECT_LT(share(3 * kCapacity, 4 * kCapacity), 0.01);
-  EXPECT_LE(DepartedBlocks::bytes_for(kCapacity), 12.01 * kCapacity);
+// Against a ring and a map.
+TEST(DepartedBlocks, the_last_ones_are_known_and_no_others) {
+  for (const std::size_t capacity : {1U, 2U, 37U, 256U}) {
+    DepartedBlocks departed(capacity);
+    std::map<std::uint64_t, Tick> known;  // when it was added, by digest
+    std::vector<std::uint64_t> ring(capacity);
+    std::size_t added = 0;
+    std::mt19937_64 random(3);  // NOLINT: the same every time
+    for (Tick n = 1; n < 50'000; ++n) {
+      const std::uint64_t digest =
+          block_digest(numbered_key(random() % (4 * capacity)), GroupId{0}, /*seed=*/capacity);
+      const std::optional<BlockPast> found = departed.find(digest);
+      ASSERT_EQ(found.has_value(), known.contains(digest)) << n << " of " << capacity;
+      if (found) {
+        ASSERT_EQ(found->used, known[digest]);
+        if (random() % 2 == 0) continue;
+        ASSERT_EQ(departed.take(digest)->used, known[digest]);
+        known.erase(digest);
+      }
+      if (random() % 4 == 0) continue;
+      const std::uint64_t first = ring[added % capacity];
+      const bool forgets = known.contains(first) && known[first] + capacity == added + 1;
+      const std::optional<BlockPast> forgotten = departed.add(digest, {.used = static_cast<Tick>(added + 1)});
+      ASSERT_EQ(forgotten.has_value(), forgets) << n << " of " << capacity;
+      if (forgets) known.erase(first);
+      ring[added % capacity] = digest;
+      known[digest] = static_cast<Tick>(++added);
+    }
+  }
+}
+
+TEST(DepartedBlocks, a_block_takes_sixteen_bytes) {
+  EXPECT_LE(DepartedBlocks::bytes_for(100'000), 16.01 * 100'000);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // DepartedBlocks: what is still known of blocks that may have gone.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -22,24 +21,29 @@ struct BlockPast {
   static constexpr std::uint8_t kMostClass = 14;
 };
 
-// The last blocks that were added, `capacity` of them and some more, found by digest.
+// A ring of the last `capacity` blocks that were added, found by digest.
 //
-// A hash table whose buckets are one cache line and remember the last eight blocks that fell into them. With
-// places for half as many blocks again 97 in 100 of the last `capacity` are known, and of the older ones
-// some; nothing that is counted from them depends on which. A digest is kept as 20 bits beside its bucket:
-// one in a hundred thousand blocks is taken for another.
+// They are forgotten strictly in the order in which they were added. A prompt hits as far as its first
+// missing block, so of a prompt that is remembered but for some of its blocks little is left
+// (docs/policies.md has what a table that forgets by bucket loses).
 //
-// Memory: 12 bytes per block of capacity, allocated at the start. Threads: none of its own. Every operation
-// is O(1), one cache miss.
+// Each place of the ring is linked to the one added before it to its bucket. Nothing is unlinked: a link, or
+// a bucket's first place, that was added to another bucket since is followed as if it were the bucket's own,
+// and a chain ends where it would go to a later place. Two or three places are looked at, whatever the load.
+// A digest is kept as 20 bits beside its bucket: about one block in three hundred thousand is taken for
+// another.
+//
+// Memory: 16 bytes per block of capacity, allocated at the start. Threads: none of its own. add() and
+// set_class() apart, every operation reads two or three cache lines.
 class DepartedBlocks {
  public:
-  // Requires a capacity.
+  // Requires a capacity below 2^32 - 1.
   explicit DepartedBlocks(std::size_t capacity);
 
-  // Remembers a block that is not remembered. Returns what is forgotten for it, of the block of its bucket
-  // that was added first, or nothing while there is room.
+  // Remembers a block that is not remembered. Returns what is forgotten for it, of the block that was added
+  // first, or nothing while there is room.
   std::optional<BlockPast> add(std::uint64_t digest, const BlockPast& past);
-  // Forgets it, and says what was known.
+  // Forgets it, and says what was known. Its place stays empty until its turn comes.
   std::optional<BlockPast> take(std::uint64_t digest);
   std::optional<BlockPast> find(std::uint64_t digest) const;
   // Requires one that is remembered.
@@ -48,7 +52,7 @@ class DepartedBlocks {
   static double bytes_for(std::size_t capacity);
 
  private:
-  static constexpr std::size_t kPlaces = 8;
+  static constexpr std::uint32_t kNone = 0xffffffffU;
   static constexpr std::uint32_t kVacantClass = 15;
   struct Place {
     Tick used = 0;
@@ -56,25 +60,26 @@ class DepartedBlocks {
     std::uint32_t returns : 6 = 0;
     std::uint32_t chain : 2 = 0;
     std::uint32_t block_class : 4 = kVacantClass;
+    std::uint32_t before = kNone;  // the place added before it to its bucket
     bool vacant() const { return block_class == kVacantClass; }
   };
-  struct alignas(64) Bucket {
-    std::array<Place, kPlaces> places;  // the last one added first; vacant ones anywhere
-  };
-  static_assert(sizeof(Bucket) == 64);
+  static_assert(sizeof(Place) == 12);
 
-  static std::size_t num_buckets(std::size_t capacity) { return (capacity * 3 / 2 + kPlaces - 1) / kPlaces; }
   static std::uint32_t label(std::uint64_t digest) { return static_cast<std::uint32_t>(digest) & 0xfffffU; }
   std::size_t bucket_of(std::uint64_t digest) const {
-    return static_cast<std::size_t>(((digest >> 32) * buckets_.size()) >> 32);
+    return static_cast<std::size_t>(((digest >> 32) * last_of_.size()) >> 32);
   }
   static BlockPast past_of(const Place& place);
-  const Place* place_of(std::uint64_t digest) const;
-  Place* place_of(std::uint64_t digest) {
-    return const_cast<Place*>(static_cast<const DepartedBlocks*>(this)->place_of(digest));  // NOLINT
+  std::uint32_t place_of(std::uint64_t digest) const;
+  // How many were added since, and itself.
+  std::size_t added_since(std::uint32_t place) const {
+    return place < next_ ? next_ - place : next_ + ring_.size() - place;
   }
 
-  HugeVector<Bucket> buckets_;
+  HugeVector<Place> ring_;
+  HugeVector<std::uint32_t> last_of_;  // by bucket: the place added last, or kNone
+  std::size_t next_ = 0;               // place in the ring of the next one
+  std::uint64_t newest_ = 0;           // digest of what was added last: a prompt's next block asks for it
 };
 
 }  // namespace kvtier

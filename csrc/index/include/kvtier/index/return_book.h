@@ -17,7 +17,7 @@ namespace kvtier {
 // What the policy return-hazard learns of the blocks of its tier (docs/policies.md), learned from all uses,
 // wherever the block is by then.
 //
-// Memory: 12 bytes for each of `blocks` and 32,768 more uses, and 0.2 MiB, allocated at the start. Threads:
+// Memory: 16 bytes for each of `blocks` and 32,768 more uses, and 0.2 MiB, allocated at the start. Threads:
 // none of its own. A use is O(1), a tick O(log of the longest time that is known).
 class ReturnBook {
  public:
