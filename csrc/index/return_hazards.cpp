@@ -83,15 +83,19 @@ void ReturnHazards::learn_class(std::size_t block_class, const std::vector<doubl
     double left = 1;
     double gained = 0;
     double held = 0;
-    double best = 0;
+    double most = 0;  // gained by the best horizon, and held for it; not their quotient, to divide once
+    double most_held = 1;
     for (std::uint32_t b = from; b < kBins && left > kHardlyAnyLeft; ++b) {
       const double rest = b == from ? 0.5 : 1.0;  // half of the first bin is over
       gained += left * share[b] * rest;
       held += left * wait[b] * rest;
       left *= 1 - share[b] * rest;
-      best = std::max(best, gained / held);
+      if (gained * most_held > most * held) {
+        most = gained;
+        most_held = held;
+      }
     }
-    values_[block_class * kBins + from] = static_cast<float>(best);
+    values_[block_class * kBins + from] = static_cast<float>(most / most_held);
   }
 }
 
