@@ -114,7 +114,7 @@ std::span<const EvictionChoice> eviction_choices();
 // Null when there is none of this name.
 const EvictionChoice* find_eviction(std::string_view name);
 // Of the host tier; and of the drives, whose order survives a restart
-// (docs/decisions/0042-what-is-kept-by-default.md).
+// (docs/decisions/0043-what-is-kept-by-default.md).
 inline constexpr std::string_view kDefaultEviction = "return-hazard";
 inline constexpr std::string_view kDefaultDiskEviction = "lru";
 
