@@ -19,10 +19,9 @@ import numpy.typing as npt
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import add_json_argument, out_of, table, write_json
 from kvtier.cli.shapes import SHAPES, Shape, find
-from kvtier.config import parse_size
+from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
 from kvtier.replay import (
-    ADMISSIONS,
     Replay,
     Tiers,
     capacity_blocks,
