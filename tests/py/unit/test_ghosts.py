@@ -24,6 +24,7 @@ class Cache:
             host=blocks * SLOT_BYTES,
             chunk="1MiB",
             ghosts=ghosts,
+            eviction="lru",  # which ghost caches estimate
         )
         self.engine = kvtier.open(config)
         self.engine.wait_until_whole()
