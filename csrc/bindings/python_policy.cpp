@@ -40,7 +40,7 @@ void PythonPolicy::let_go(EntryId id) {
   policy_.attr("let_go")(raw(id));
 }
 
-void PythonPolicy::erase(EntryId id, Departure why) {
+void PythonPolicy::erase(EntryId id, const BlockName& /*name*/, Departure why) {
   const py::gil_scoped_acquire held;
   places_[raw(id)] = Place::nowhere;
   policy_.attr("erase")(raw(id), why == Departure::evicted);

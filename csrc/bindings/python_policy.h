@@ -23,7 +23,7 @@ class PythonPolicy final : public EvictionPolicy {
   void touch(EntryId id) override;
   void hold(EntryId id) override;
   void let_go(EntryId id) override;
-  void erase(EntryId id, Departure why) override;
+  void erase(EntryId id, const BlockName& name, Departure why) override;
   std::optional<EntryId> victim() override;
   void advance(std::int64_t now_us) override;
   double bytes_per_record() const override { return 1; }

@@ -42,6 +42,7 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
     Promotion& running = *found->second;
     if (priority == ReadPriority::demand && running.priority == ReadPriority::prefetch) {
       running.priority = ReadPriority::demand;
+      tier_.arrive(*filling);
       if (running.job) {
         reads.hurry.emplace_back(running.volume, *running.job);
       }
@@ -56,8 +57,9 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
   Entry* above = disk_->index.index().parent(*on_disk);
   Entry* parent = above == nullptr ? nullptr : tier_.index().find(above->key, above->group);
   disk_->index.pin(*on_disk);
-  const TierIndex::Reservation place = tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent,
-                                                     /*volume=*/0, on_disk->priority);
+  const TierIndex::Reservation place =
+      tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent, /*volume=*/0, on_disk->priority,
+                    priority == ReadPriority::prefetch ? Arrival::ahead : Arrival::used);
   if (place.outcome != ReserveOutcome::reserved) {
     disk_->index.unpin(*on_disk);
     ++counters_.promote_declined;

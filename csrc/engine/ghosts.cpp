@@ -30,6 +30,14 @@ Ghosts::Ghosts(std::uint64_t host_blocks, std::uint64_t disk_blocks, std::size_t
   part_.reserve(log_.size());
 }
 
+bool Ghosts::measures_next() {
+  if (asked_in_all_ < kAllBlocks) return true;
+  random_ ^= random_ << 13;  // Marsaglia, Xorshift RNGs, 2003
+  random_ ^= random_ >> 7;
+  random_ ^= random_ << 17;
+  return random_ % kOneOf == 0;
+}
+
 Ghosts::Notes Ghosts::begin() {
   if (noted_ + most_at_once_ + 2 > log_.size()) drain();
   return {log_.data() + noted_, below_};
@@ -37,6 +45,7 @@ Ghosts::Notes Ghosts::begin() {
 
 void Ghosts::end(const Notes& notes, std::size_t num_blocks) {
   asked_ += num_blocks;
+  asked_in_all_ += num_blocks;
   const auto noted = static_cast<std::size_t>(notes.next - log_.data());
   if (noted == noted_) return;
   noted_ = noted;

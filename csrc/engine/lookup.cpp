@@ -65,10 +65,12 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
     match.found.emplace_back(keys.size());
   }
   const std::uint64_t readable = disk_ ? readable_volumes() : 0;
+  bool measured = false;  // by the ghost caches
   for (std::size_t begin = 0; begin < keys.size(); begin += kKeysPerHold) {
     const std::span<const BlockKey> part = keys.subspan(begin, std::min(kKeysPerHold, keys.size() - begin));
     MutexLock lock(mutex_);
     KVTIER_RETURN_IF_ERROR(check_open());
+    if (begin == 0) measured = ghosts_ && !ghosts_paused_ && ghosts_->measures_next();
     const std::uint64_t asked = part.size() * config_.groups.size();
     counters_.lookup_blocks += asked;
     if (counters_.health != "ok") {
@@ -89,7 +91,7 @@ Result<Match> EngineImpl::lookup(std::span<const BlockKey> keys) {
         hits += is_ready ? 1 : 0;
         pending += is_ready ? 0 : 1;
       };
-      if (ghosts_ && !ghosts_paused_ && group == ghost_group_) {
+      if (measured && group == ghost_group_) {
         Ghosts::Notes notes = ghosts_->begin();
         tier_.index().find_each(part, group, note_state, notes);
         ghosts_->end(notes, part.size());

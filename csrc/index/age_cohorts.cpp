@@ -1,8 +1,6 @@
 #include "kvtier/index/age_cohorts.h"
 
-#include <array>
-#include <bit>
-#include <numeric>
+#include <functional>
 
 #include "kvtier/core/status.h"
 
@@ -13,13 +11,11 @@ AgeCohorts::AgeCohorts(std::size_t records, std::uint32_t num_classes)
       queues_(kMaxCohorts * num_classes, kNone),
       counts_(kMaxCohorts * num_classes, 0),
       links_(records),
-      rank_of_(kMaxCohorts * num_classes, kNone),
-      filled_(kMaxCohorts * num_classes / 64 + 1, 0) {
+      key_of_(kMaxCohorts * num_classes, kNoKey),
+      in_heap_(kMaxCohorts * num_classes, false) {
   cohorts_.reserve(kMaxCohorts);
   rows_.reserve(kMaxCohorts);
-  keys_.reserve(kMaxCohorts * num_classes);
-  scratch_.reserve(kMaxCohorts * num_classes);
-  order_.reserve(kMaxCohorts * num_classes);
+  heap_.reserve(kMaxCohorts * num_classes);
   for (std::uint32_t row = kMaxCohorts; row-- > 0;) rows_.push_back(row);
   open_cohort();
 }
@@ -83,15 +79,15 @@ void AgeCohorts::merge(Cohort& older, const Cohort& younger) {
   rows_.push_back(younger.row);
 }
 
-void AgeCohorts::note(std::size_t queue) {
-  if (!ranked_) return;
-  const std::uint32_t r = rank_of_[queue];
-  if (r == kNone) {
-    ranked_ = queues_[queue] == kNone;
+void AgeCohorts::filled(std::size_t queue) {
+  if (!ranked_ || in_heap_[queue]) return;
+  if (key_of_[queue] == kNoKey) {
+    ranked_ = false;
     return;
   }
-  const std::uint64_t bit = std::uint64_t{1} << (r % 64);
-  filled_[r / 64] = queues_[queue] == kNone ? filled_[r / 64] & ~bit : filled_[r / 64] | bit;
+  in_heap_[queue] = true;
+  heap_.push_back(key_of_[queue]);
+  std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
 }
 
 void AgeCohorts::insert_before_first(std::uint32_t id, std::size_t queue) {
@@ -99,7 +95,7 @@ void AgeCohorts::insert_before_first(std::uint32_t id, std::size_t queue) {
   if (first == kNone) {
     links_[id] = {id, id};
     queues_[queue] = id;
-    note(queue);
+    filled(queue);
     return;
   }
   const std::uint32_t last = links_[first].before;
@@ -123,7 +119,6 @@ void AgeCohorts::remove(EntryId id, Tick used, std::uint32_t block_class) {
   const Link link = links_[raw(id)];
   if (link.after == raw(id)) {
     queues_[queue] = kNone;
-    note(queue);
     return;
   }
   links_[link.before].after = link.after;
@@ -131,50 +126,21 @@ void AgeCohorts::remove(EntryId id, Tick used, std::uint32_t block_class) {
   if (queues_[queue] == raw(id)) queues_[queue] = link.after;
 }
 
-// By the upper 22 bits, and what is equal there stays in order: a radix sort, as comparisons of a thousand
-// keys once a tick would take most of the policy's time.
-void AgeCohorts::sort_keys() {
-  constexpr unsigned kDigitBits = 11;
-  constexpr std::size_t kDigits = std::size_t{1} << kDigitBits;
-  scratch_.resize(keys_.size());
-  for (const unsigned shift : {64 - 2 * kDigitBits, 64 - kDigitBits}) {
-    std::array<std::uint32_t, kDigits> begin{};
-    const auto digit = [shift](std::uint64_t key) {
-      return static_cast<std::size_t>(key >> shift) % kDigits;
-    };
-    for (const std::uint64_t key : keys_) ++begin[digit(key)];
-    std::exclusive_scan(begin.begin(), begin.end(), begin.begin(), 0U);
-    for (const std::uint64_t key : keys_) scratch_[begin[digit(key)]++] = key;
-    keys_.swap(scratch_);
-  }
-}
-
-void AgeCohorts::take_order() {
-  order_.clear();
-  std::fill(rank_of_.begin(), rank_of_.end(), kNone);
-  std::fill(filled_.begin(), filled_.end(), 0);
-  ranked_ = true;
-  for (const std::uint64_t key : keys_) {
-    const auto at = static_cast<std::uint32_t>(key);  // the lower half
-    const std::uint32_t queue = cohorts_[at / num_classes_].row * num_classes_ + at % num_classes_;
-    rank_of_[queue] = static_cast<std::uint32_t>(order_.size());
-    order_.push_back(queue);
-    note(queue);
-  }
-}
-
-std::optional<EntryId> AgeCohorts::first() const {
+std::optional<EntryId> AgeCohorts::first() {
   KVTIER_CHECK(ranked_);
-  for (std::size_t word = 0; word < filled_.size(); ++word) {
-    if (filled_[word] == 0) continue;
-    const std::size_t rank = word * 64 + static_cast<std::size_t>(std::countr_zero(filled_[word]));
-    return EntryId{queues_[order_[rank]]};
+  while (!heap_.empty()) {
+    const auto at = static_cast<std::uint32_t>(heap_.front());  // the lower half
+    const std::size_t queue = std::size_t{cohorts_[at / num_classes_].row} * num_classes_ + at % num_classes_;
+    if (queues_[queue] != kNone) return EntryId{queues_[queue]};
+    in_heap_[queue] = false;
+    std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
+    heap_.pop_back();
   }
   return std::nullopt;
 }
 
 double AgeCohorts::bytes_for(std::size_t records, std::uint32_t num_classes) {
-  constexpr std::size_t kPerQueue = 4 * sizeof(std::uint32_t) + 2 * sizeof(std::uint64_t);
+  constexpr std::size_t kPerQueue = 2 * sizeof(std::uint32_t) + 2 * sizeof(std::uint64_t) + 1;
   return static_cast<double>(records * sizeof(Link) +
                              kMaxCohorts * (num_classes * kPerQueue + sizeof(Cohort)));
 }

@@ -1,68 +1,73 @@
 #include "kvtier/index/departed_blocks.h"
 
 #include <algorithm>
-#include <bit>
+
+#include "kvtier/core/status.h"
 
 namespace kvtier {
-namespace {
 
-std::size_t table_size(std::size_t capacity) { return std::bit_ceil(std::max<std::size_t>(capacity, 4) * 2); }
-
-}  // namespace
-
-DepartedBlocks::DepartedBlocks(std::size_t capacity)
-    : ring_(capacity), table_(table_size(capacity), kNone), mask_(table_.size() - 1) {
-  for (Departed& each : ring_) each.past.block_class = kVacant;
+DepartedBlocks::DepartedBlocks(std::size_t capacity) : ring_(capacity), last_of_(capacity, kNone) {
+  KVTIER_CHECK(capacity > 0 && capacity < kNone);
 }
 
-std::size_t DepartedBlocks::bucket_of(std::uint64_t digest) const {
-  std::size_t at = home(digest);
-  while (table_[at] != kNone && ring_[table_[at]].digest != digest) at = (at + 1) & mask_;
-  return at;
+BlockPast DepartedBlocks::past_of(const Place& place) {
+  return {.used = place.used,
+          .returns = static_cast<std::uint8_t>(place.returns),
+          .chain = static_cast<std::uint8_t>(place.chain),
+          .block_class = static_cast<std::uint8_t>(place.block_class)};
 }
 
-// Backward shift (Knuth 6.4, algorithm R), as in Index.
-void DepartedBlocks::clear_bucket(std::size_t hole) {
-  for (std::size_t at = (hole + 1) & mask_; table_[at] != kNone; at = (at + 1) & mask_) {
-    const std::size_t from_home = (at - home(ring_[table_[at]].digest)) & mask_;
-    if (from_home >= ((at - hole) & mask_)) {
-      table_[hole] = table_[at];
-      hole = at;
-    }
+// kNone when it is not remembered.
+std::uint32_t DepartedBlocks::place_of(std::uint64_t digest) const {
+  const std::size_t newest = (next_ == 0 ? ring_.size() : next_) - 1;
+  if (digest == newest_ && !ring_[newest].vacant()) return static_cast<std::uint32_t>(newest);
+  std::size_t since = 0;
+  for (std::uint32_t at = last_of_[bucket_of(digest)]; at != kNone; at = ring_[at].before) {
+    const std::size_t since_here = added_since(at);
+    if (since_here <= since) return kNone;  // it was added anew since the link was made
+    since = since_here;
+    if (ring_[at].label == label(digest) && !ring_[at].vacant()) return at;
   }
-  table_[hole] = kNone;
+  return kNone;
 }
 
 std::optional<BlockPast> DepartedBlocks::add(std::uint64_t digest, const BlockPast& past) {
-  Departed& place = ring_[next_];
-  std::optional<BlockPast> forgotten;
-  if (place.past.block_class != kVacant) {
-    forgotten = place.past;
-    clear_bucket(bucket_of(place.digest));
-  }
-  place = {digest, past};
-  table_[bucket_of(digest)] = static_cast<std::uint32_t>(next_);
-  next_ = (next_ + 1) % ring_.size();
+  Place& place = ring_[next_];
+  const std::optional<BlockPast> forgotten = place.vacant() ? std::nullopt : std::optional(past_of(place));
+  std::uint32_t& last = last_of_[bucket_of(digest)];
+  place.used = past.used;
+  place.label = label(digest) & 0xfffffU;
+  place.returns = std::min(past.returns, BlockPast::kMostReturns) & 0x3fU;
+  place.chain = past.chain & 0x3U;
+  place.block_class = past.block_class & 0xfU;
+  place.before = last;
+  last = static_cast<std::uint32_t>(next_);
+  newest_ = digest;
+  if (++next_ == ring_.size()) next_ = 0;
   return forgotten;
 }
 
 std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
-  const std::size_t bucket = bucket_of(digest);
-  if (table_[bucket] == kNone) return std::nullopt;
-  Departed& place = ring_[table_[bucket]];
-  const BlockPast past = place.past;
-  clear_bucket(bucket);
-  place.past.block_class = kVacant;
+  const std::uint32_t at = place_of(digest);
+  if (at == kNone) return std::nullopt;
+  const BlockPast past = past_of(ring_[at]);
+  ring_[at].block_class = kVacantClass;
   return past;
 }
 
-BlockPast* DepartedBlocks::find(std::uint64_t digest) {
-  const std::size_t bucket = bucket_of(digest);
-  return table_[bucket] == kNone ? nullptr : &ring_[table_[bucket]].past;
+std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) const {
+  const std::uint32_t at = place_of(digest);
+  return at == kNone ? std::nullopt : std::optional(past_of(ring_[at]));
+}
+
+void DepartedBlocks::set_class(std::uint64_t digest, std::uint8_t block_class) {
+  const std::uint32_t at = place_of(digest);
+  KVTIER_CHECK(at != kNone);
+  ring_[at].block_class = block_class & 0xfU;
 }
 
 double DepartedBlocks::bytes_for(std::size_t capacity) {
-  return static_cast<double>(capacity * sizeof(Departed) + table_size(capacity) * sizeof(std::uint32_t));
+  return static_cast<double>(capacity * (sizeof(Place) + sizeof(std::uint32_t)));
 }
 
 }  // namespace kvtier

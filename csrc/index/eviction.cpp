@@ -6,14 +6,14 @@ namespace kvtier {
 
 std::span<const EvictionChoice> eviction_choices() {
   static constexpr EvictionChoice kChoices[] = {
-      {kDefaultEviction, /*leaf_first=*/true, internal::make_lru},
+      {kDefaultEviction, /*leaf_first=*/true, internal::make_return_hazard},
+      {"lru", true, internal::make_lru},
       {"fifo", false, internal::make_fifo},
       {"lfu", false, internal::make_lfu},
       {"slru", false, internal::make_slru},
       {"sieve", false, internal::make_sieve},
       {"s3-fifo", false, internal::make_s3_fifo},
       {"arc", false, internal::make_arc},
-      {"return-hazard", true, internal::make_return_hazard},
   };
   return kChoices;
 }

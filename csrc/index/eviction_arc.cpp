@@ -2,7 +2,7 @@
 // FAST'03): one list of blocks used once and one of blocks used more often, each with a list of ghosts; a
 // miss on a ghost of either list shifts the share of the tier towards that list. In whole blocks, as in the
 // paper's integers; the shift is made when the block is ready, after its slot was found, so that one eviction
-// sees the share from before. 24 bytes per block, and at most 37 for each of as many ghosts as blocks.
+// sees the share from before. 16 bytes per block, and at most 37 for each of as many ghosts as blocks.
 #include <algorithm>
 
 #include "queue_policy.h"
@@ -22,13 +22,12 @@ class ArcPolicy final : public QueuePolicy {
         blocks_(std::max<std::size_t>(1, options.blocks)),
         seed_(options.seed),
         ghosts_(blocks_ + 1, 2),  // one more until trim_ghosts()
-        digests_(options.records) {}
+        records_(options.records) {}
 
   void insert(EntryId id, const BlockFacts& block) override {
-    digests_[raw(id)] = block_digest(block.key, block.group, seed_);
     const std::size_t once = ghosts_.size(kOnce);
     const std::size_t often = ghosts_.size(kOften);
-    const std::optional<std::uint32_t> ghost = ghosts_.take(digests_[raw(id)]);
+    const std::optional<std::uint32_t> ghost = ghosts_.take(block_digest(block.key, block.group, seed_));
     if (ghost == kOnce) {
       target_ = std::min(blocks_, target_ + std::max<std::size_t>(1, often / once));
     } else if (ghost == kOften) {
@@ -38,8 +37,8 @@ class ArcPolicy final : public QueuePolicy {
     trim_ghosts();
   }
   void touch(EntryId id) override { queues_.move(id, kOften); }
-  void erase(EntryId id, Departure why) override {
-    if (why == Departure::evicted) ghosts_.add(digests_[raw(id)], queues_.queue(id));
+  void erase(EntryId id, const BlockName& name, Departure why) override {
+    if (why == Departure::evicted) ghosts_.add(block_digest(name.key, name.group, seed_), queues_.queue(id));
     queues_.erase(id);
   }
   std::optional<EntryId> victim() override {
@@ -49,9 +48,8 @@ class ArcPolicy final : public QueuePolicy {
     return often ? often : once;
   }
   double bytes_per_record() const override {
-    return AgeQueues::kBytesPerRecord + sizeof(std::uint64_t) +
-           GhostLists::bytes_for(blocks_ + 1) /
-               static_cast<double>(std::max<std::size_t>(1, digests_.size()));
+    return AgeQueues::kBytesPerRecord +
+           GhostLists::bytes_for(blocks_ + 1) / static_cast<double>(std::max<std::size_t>(1, records_));
   }
 
  private:
@@ -69,7 +67,7 @@ class ArcPolicy final : public QueuePolicy {
   std::size_t target_ = 0;  // of T1: "p" in the paper
   std::uint64_t seed_;
   GhostLists ghosts_;
-  HugeVector<std::uint64_t> digests_;  // of each record
+  std::size_t records_;
 };
 
 }  // namespace

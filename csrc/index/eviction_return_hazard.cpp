@@ -17,14 +17,14 @@
 //
 // Time is TickClock's.
 //
-// Expected blocks go only when nothing else is left. Memory: 32 bytes per record, at most 32 for each of as
-// many departed blocks as the tier has blocks and 32,768 more, and 0.2 MiB, all allocated at the start; the
-// ids of one prompt's blocks; and 48 bytes for each expected block, at most as many as the tier has. Insert
-// and evict are O(log) of the age, but for rank() at most once and learn() at most every 16th time that a
-// tick has passed.
+// Expected blocks go only when nothing else is left. A block that was fetched ahead of a request counts as
+// used when it comes, and the request's own use of it is the same one.
+//
+// Memory: 16 bytes per record, 16 for each of as many departed blocks as the tier has blocks and 32,768 more,
+// and 0.2 MiB, all allocated at the start; and the ids of one prompt's blocks. Insert and evict are O(log) of
+// the age, but for rank() at most once and learn() at most every 16th time that a tick has passed.
 #include <algorithm>
 #include <limits>
-#include <unordered_map>
 #include <vector>
 
 #include "eviction_policies.h"
@@ -63,10 +63,12 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     pass(clock_.inserted(same_prompt));
     Record& record = records_[raw(id)];
     KVTIER_CHECK(!record.tracked);
-    record = {.digest = block_digest(block.key, block.group, seed_),
-              .tracked = true,
-              .had_child = last_parent_ == raw(id)};
-    come_back(record);
+    record = Record{};
+    record.tracked = true;
+    record.had_child = last_parent_ == raw(id);
+    record.expected = block.expected;
+    come_back(record, block_digest(block.key, block.group, seed_));
+    record.ahead = block.arrival == Arrival::ahead;
     join(id);
     prompt_.push_back(id);
     if (!block.parent || records_[raw(*block.parent)].tracked) follow(block.parent);
@@ -77,14 +79,14 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   void touch(EntryId id) override {
     Record& record = tracked(id);
     leave(id);
-    use(record.past);
+    use(record);
     join(id);
   }
 
   void hold(EntryId id) override {
     Record& record = tracked(id);
     KVTIER_CHECK(!record.held);
-    cohorts_.remove(id, record.past.used, queue(record));
+    cohorts_.remove(id, record.used, queue(record));
     record.held = true;
   }
 
@@ -93,49 +95,28 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     KVTIER_CHECK(record.held);
     record.held = false;
     // A parent is next behind its last child: prompts go one by one, not all of them a little.
-    cohorts_.add_first(id, record.past.used, queue(record));
+    cohorts_.add_first(id, record.used, queue(record));
   }
 
-  void erase(EntryId id, Departure why) override {
+  void erase(EntryId id, const BlockName& name, Departure why) override {
     Record& record = tracked(id);
-    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
-    if (record.expected) forget_resident(id);
+    if (!record.held) cohorts_.remove(id, record.used, queue(record));
     record.tracked = false;
-    std::optional<BlockPast> forgotten = record.past;
-    if (why == Departure::evicted) {
-      take_departed(record.digest);
-      forgotten = departed_.add(record.digest, record.past);
-    }
+    std::optional<BlockPast> forgotten = record.past();
+    if (why == Departure::evicted)
+      forgotten = departed_.add(block_digest(name.key, name.group, seed_), record.past());
     if (forgotten) cohorts_.count_out(forgotten->used, forgotten->block_class);
   }
 
   std::optional<EntryId> victim() override {
-    while (true) {
-      if (!cohorts_.ranked()) rank();
-      const std::optional<EntryId> first = cohorts_.first();
-      if (!first || expected_.empty() || records_[raw(*first)].expected) return first;
-      if (!set_aside(*first)) return first;
-    }
+    if (!cohorts_.ranked()) rank();
+    return cohorts_.first();
   }
 
   void advance(std::int64_t now_us) override { pass(clock_.advance(now_us)); }
 
-  void expect(const BlockKey& key, GroupId group) override {
-    const std::uint64_t digest = block_digest(key, group, seed_);
-    const auto found = expected_.find(digest);
-    if (found != expected_.end()) {
-      ++found->second.requests;
-    } else if (expected_.size() < blocks_) {
-      expected_.emplace(digest, Expectation{});
-    }
-  }
-
-  void expect_no_more(const BlockKey& key, GroupId group) override {
-    const auto found = expected_.find(block_digest(key, group, seed_));
-    if (found == expected_.end() || --found->second.requests > 0) return;
-    if (found->second.resident != kNowhere) set_expected(EntryId{found->second.resident}, false);
-    expected_.erase(found);
-  }
+  void expect(EntryId id) override { set_expected(id, true); }
+  void expect_no_more(EntryId id) override { set_expected(id, false); }
 
   double bytes_per_record() const override {
     const double bytes = static_cast<double>(sizeof *this + records_.size() * sizeof(Record)) +
@@ -148,18 +129,20 @@ class ReturnHazardPolicy final : public EvictionPolicy {
  private:
   static constexpr std::uint32_t kNowhere = 0xffffffffU;
   struct Record {
-    std::uint64_t digest = 0;
-    BlockPast past{};
+    Tick used = 0;  // these as BlockPast's
+    std::uint8_t returns = 0;
+    std::uint8_t chain = 0;
+    std::uint8_t block_class = 0;
     bool tracked : 1 = false;
     bool held : 1 = false;
     bool had_child : 1 = false;
     bool comes_back : 1 = false;  // its chain is from before
-    bool expected : 1 = false;    // in the queue of the expected; only while expected_ knows it
+    bool expected : 1 = false;    // in the queue of the expected
+    bool ahead : 1 = false;       // the use that it came for is counted already, and still to come
+
+    BlockPast past() const { return {used, returns, chain, block_class}; }
   };
-  struct Expectation {
-    std::uint32_t requests = 1;
-    std::uint32_t resident = kNowhere;  // the record, once it is marked
-  };
+  static_assert(sizeof(Record) == 8);
 
   std::size_t departed_capacity() const { return blocks_ + kLeastDeparted; }
 
@@ -170,33 +153,38 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   }
 
   static std::uint32_t queue(const Record& record) {
-    return record.expected ? kExpected : record.past.block_class;
+    return record.expected ? kExpected : record.block_class;
   }
 
   // Into count and queue of its class, as last used when it says.
   void join(EntryId id) {
     Record& record = records_[raw(id)];
-    record.past.block_class = class_of(record.past, record.had_child);
-    cohorts_.count_in(record.past.used, record.past.block_class);
-    if (!record.held) cohorts_.add_last(id, record.past.used, queue(record));
+    record.block_class = class_of(record.past(), record.had_child);
+    cohorts_.count_in(record.used, record.block_class);
+    if (!record.held) cohorts_.add_last(id, record.used, queue(record));
   }
 
   void leave(EntryId id) {
     const Record& record = records_[raw(id)];
-    cohorts_.count_out(record.past.used, record.past.block_class);
-    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
+    cohorts_.count_out(record.used, record.block_class);
+    if (!record.held) cohorts_.remove(id, record.used, queue(record));
   }
 
   // A use now.
-  void use(BlockPast& past) {
-    if (cohorts_.now() - past.used < kSameUseTicks) return;
-    hazards_.returned(past.block_class, cohorts_.now() - past.used);
-    past.returns = static_cast<std::uint8_t>(std::min<std::uint32_t>(past.returns + 1U, 255));
-    past.used = cohorts_.now();
-    if (++uses_since_halved_ >= std::max(kLeastUsesUntilHalf, 16 * blocks_)) {
-      hazards_.halve();
-      uses_since_halved_ = 0;
-    }
+  void use(Record& record) {
+    const bool counted = record.ahead;
+    record.ahead = false;
+    if (cohorts_.now() - record.used < kSameUseTicks) return;
+    if (!counted) count_return(record);
+    record.used = cohorts_.now();
+  }
+
+  void count_return(Record& record) {
+    hazards_.returned(record.block_class, cohorts_.now() - record.used);
+    record.returns = one_more(record.returns);
+    if (++uses_since_halved_ < std::max(kLeastUsesUntilHalf, 16 * blocks_)) return;
+    hazards_.halve();
+    uses_since_halved_ = 0;
   }
 
   // A prompt becomes ready head first or tail first, and block by block.
@@ -209,42 +197,38 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     const std::uint8_t chain = parent ? chain_behind(*parent) : kNew;
     for (const EntryId id : prompt_) {
       const Record& record = records_[raw(id)];
-      if (record.tracked && record.past.chain != chain && !record.comes_back)
-        change(id, chain, record.had_child);
+      if (record.tracked && record.chain != chain && !record.comes_back) change(id, chain, record.had_child);
     }
     prompt_.clear();
-    if (parent && !records_[raw(*parent)].had_child) change(*parent, records_[raw(*parent)].past.chain, true);
+    if (parent && !records_[raw(*parent)].had_child) change(*parent, records_[raw(*parent)].chain, true);
   }
 
   std::uint8_t chain_behind(EntryId parent) const {
     const Record& record = records_[raw(parent)];
-    const bool returns_now = record.past.used != cohorts_.now();  // its touch is still to come
-    const std::uint32_t returns = record.past.returns + (returns_now ? 1U : 0U);
-    return returns == 0 ? record.past.chain : chain_after(returns);
+    const bool returns_now = record.used != cohorts_.now() && !record.ahead;  // its touch is still to come
+    const std::uint32_t returns = record.returns + (returns_now ? 1U : 0U);
+    return returns == 0 ? record.chain : chain_after(returns);
   }
 
   void change(EntryId id, std::uint8_t chain, bool had_child) {
     leave(id);
-    records_[raw(id)].past.chain = chain;
+    records_[raw(id)].chain = chain;
     records_[raw(id)].had_child = had_child;
     join(id);
   }
 
   // A block that was evicted not long ago goes on where it left.
-  void come_back(Record& record) {
-    if (const std::optional<BlockPast> past = departed_.take(record.digest)) {
-      cohorts_.count_out(past->used, past->block_class);
-      record.past = *past;
-      record.comes_back = true;
-      use(record.past);
-    }
-    record.past.used = cohorts_.now();
-  }
-
-  void take_departed(std::uint64_t digest) {
+  void come_back(Record& record, std::uint64_t digest) {
     if (const std::optional<BlockPast> past = departed_.take(digest)) {
       cohorts_.count_out(past->used, past->block_class);
+      record.used = past->used;
+      record.returns = past->returns;
+      record.chain = past->chain;
+      record.block_class = past->block_class;
+      record.comes_back = true;
+      use(record);
     }
+    record.used = cohorts_.now();
   }
 
   void pass(Tick ticks) {
@@ -265,24 +249,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   }
 
   void set_expected(EntryId id, bool expected) {
-    Record& record = records_[raw(id)];
-    if (!record.held) cohorts_.remove(id, record.past.used, queue(record));
+    Record& record = tracked(id);
+    if (!record.held) cohorts_.remove(id, record.used, queue(record));
     record.expected = expected;
-    if (!record.held) cohorts_.add_last(id, record.past.used, queue(record));
-  }
-
-  // Whether the block is expected; it stands in the queue of those then.
-  bool set_aside(EntryId id) {
-    const auto found = expected_.find(records_[raw(id)].digest);
-    if (found == expected_.end()) return false;
-    set_expected(id, true);
-    found->second.resident = raw(id);
-    return true;
-  }
-
-  void forget_resident(EntryId id) {
-    const auto found = expected_.find(records_[raw(id)].digest);
-    if (found != expected_.end() && found->second.resident == raw(id)) found->second.resident = kNowhere;
+    if (!record.held) cohorts_.add_last(id, record.used, queue(record));
   }
 
   std::size_t blocks_;
@@ -291,7 +261,6 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   AgeCohorts cohorts_;
   ReturnHazards hazards_;
   DepartedBlocks departed_;
-  std::unordered_map<std::uint64_t, Expectation> expected_;  // by digest
   Tick learned_at_ = 0;
   std::size_t uses_since_halved_ = 0;
   TickClock clock_;

@@ -62,6 +62,7 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
                 .pins = 0,
                 .priority = Priority::normal,
                 .expires = false,
+                .ahead = false,
                 .generation = entry.generation + 1,
                 .parent = kEmpty};
 

@@ -13,7 +13,7 @@ class QueuePolicy : public EvictionPolicy {
       : queues_(options.records, num_queues) {}
   void hold(EntryId id) override { queues_.hold(id); }
   void let_go(EntryId id) override { queues_.let_go(id); }
-  void erase(EntryId id, Departure /*why*/) override { queues_.erase(id); }
+  void erase(EntryId id, const BlockName& /*name*/, Departure /*why*/) override { queues_.erase(id); }
   double bytes_per_record() const override { return AgeQueues::kBytesPerRecord; }
 
  protected:

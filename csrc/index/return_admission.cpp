@@ -36,8 +36,8 @@ Tick Residence::ticks(Tick now) const {
 ReturnAdmission::ReturnAdmission(std::size_t host_blocks, std::size_t disk_blocks, std::uint64_t seed)
     : book_(host_blocks + disk_blocks, seed), in_host_(host_blocks), on_disk_(disk_blocks) {}
 
-void ReturnAdmission::appears(const BlockKey& key, GroupId group, const BlockKey* parent) {
-  book_.appears(key, group, parent);
+void ReturnAdmission::appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) {
+  book_.appears(key, group, parent, arrival);
   in_host_.entered(book_.now());
 }
 

@@ -26,21 +26,21 @@ ReturnBook::ReturnBook(std::size_t blocks, std::uint64_t seed)
       clock_(blocks),
       uses_until_halved_(std::max(kLeastUses, 16 * blocks)) {}
 
-void ReturnBook::appears(const BlockKey& key, GroupId group, const BlockKey* parent) {
+void ReturnBook::appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) {
   const std::uint64_t digest = block_digest(key, group, seed_);
   std::uint8_t chain = internal::kNew;
   bool same_prompt = false;
   if (parent != nullptr) {
     const std::uint64_t parent_digest = block_digest(*parent, group, seed_);
     same_prompt = parent_digest == last_;
-    BlockPast* above = known_.find(parent_digest);
+    const std::optional<BlockPast> above = known_.find(parent_digest);
     chain = chain_behind(above);
-    if (above != nullptr) give_child(*above);
+    if (above) give_child(parent_digest, *above);
   }
   pass(clock_.inserted(same_prompt));
   if (!began_) began_ = now();
   last_ = digest;
-  if (use(digest)) return;
+  if (arrival == Arrival::ahead ? known_.find(digest).has_value() : use(digest)) return;
   BlockPast past{.used = now(), .chain = chain};
   past.block_class = class_of(past, /*had_child=*/false);
   remember(digest, past);
@@ -50,8 +50,8 @@ void ReturnBook::used(const BlockKey& key, GroupId group) { use(block_digest(key
 
 // False when the block is not known.
 bool ReturnBook::use(std::uint64_t digest) {
-  const BlockPast* known = known_.find(digest);
-  if (known == nullptr) return false;
+  const std::optional<BlockPast> known = known_.find(digest);
+  if (!known) return false;
   if (now() - known->used < internal::kSameUseTicks) return true;
   BlockPast past = *known;
   known_.take(digest);
@@ -63,7 +63,7 @@ bool ReturnBook::use(std::uint64_t digest) {
 
 void ReturnBook::count_return(BlockPast& past) {
   hazards_.returned(past.block_class, now() - past.used);
-  past.returns = static_cast<std::uint8_t>(std::min<std::uint32_t>(past.returns + 1U, 255));
+  past.returns = internal::one_more(past.returns);
   past.used = now();
   past.block_class = class_of(past, /*had_child=*/true);
   if (++uses_since_halved_ < uses_until_halved_) return;
@@ -79,19 +79,19 @@ void ReturnBook::remember(std::uint64_t digest, const BlockPast& past) {
 }
 
 // What a new block hangs on. The touch of a block that was there is still to come.
-std::uint8_t ReturnBook::chain_behind(const BlockPast* above) const {
-  if (above == nullptr) return internal::kFirstReturn;  // known no more
+std::uint8_t ReturnBook::chain_behind(const std::optional<BlockPast>& above) const {
+  if (!above) return internal::kFirstReturn;  // known no more
   const bool returns_now = now() - above->used >= internal::kSameUseTicks;
   const std::uint32_t returns = above->returns + (returns_now ? 1U : 0U);
   return returns == 0 ? above->chain : internal::chain_after(returns);
 }
 
-void ReturnBook::give_child(BlockPast& past) {
+void ReturnBook::give_child(std::uint64_t digest, const BlockPast& past) {
   const std::uint8_t now_of = class_of(past, /*had_child=*/true);
   if (now_of == past.block_class) return;
   cohorts_.count_out(past.used, past.block_class);
   cohorts_.count_in(past.used, now_of);
-  past.block_class = now_of;
+  known_.set_class(digest, now_of);
 }
 
 void ReturnBook::pass(Tick ticks) {
@@ -106,8 +106,8 @@ double ReturnBook::returning(const BlockKey& key, GroupId group, Tick unused, Ti
     hazards_.learn();
     learned_at_ = now();
   }
-  const BlockPast* past = known_.find(block_digest(key, group, seed_));
-  if (past == nullptr) {
+  const std::optional<BlockPast> past = known_.find(block_digest(key, group, seed_));
+  if (!past) {
     const Tick unseen = now() - began_.value_or(now());
     return hazards_.returning(kUnknownClass, std::max(unused, unseen), ticks);
   }

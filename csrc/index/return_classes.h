@@ -2,6 +2,7 @@
 // was, by what it hangs on, and whether it was the last of its prompt. docs/policies.md says why these.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kvtier/index/departed_blocks.h"
@@ -22,10 +23,16 @@ inline constexpr std::uint32_t kSharedReturns = 33;  // a conversation hardly ha
 
 inline constexpr std::uint32_t kReturnClasses = 5;  // 1, 2, 3-4, 5-8, more
 inline constexpr std::uint32_t kNumBlockClasses = 2 * kNumChains + kReturnClasses;
+static_assert(kNumChains - 1 <= BlockPast::kMostChain && kNumBlockClasses - 1 <= BlockPast::kMostClass &&
+              kSharedReturns <= BlockPast::kMostReturns);
 
 inline std::uint8_t chain_after(std::uint32_t returns) {
   if (returns < 2) return kFirstReturn;
   return returns < kSharedReturns ? kLaterReturn : kShared;
+}
+
+inline std::uint8_t one_more(std::uint8_t returns) {
+  return static_cast<std::uint8_t>(std::min<std::uint32_t>(returns + 1U, BlockPast::kMostReturns));
 }
 
 inline std::uint32_t return_class(std::uint32_t returns) {

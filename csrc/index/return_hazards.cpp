@@ -1,7 +1,6 @@
 #include "kvtier/index/return_hazards.h"
 
 #include <algorithm>
-#include <bit>
 
 namespace kvtier {
 namespace {
@@ -13,16 +12,9 @@ constexpr double kPriorReturns = 20;
 constexpr double kRatioReturns = 50;  // of a class, against all
 constexpr double kBinReturns = 30;    // of a class at one age, against its own ratio
 
-constexpr std::uint32_t kExact = 8;       // ages below have bins of their own
 constexpr double kHardlyAnyLeft = 0.001;  // share of blocks that have not returned: no need to look further
 
 }  // namespace
-
-std::uint32_t ReturnHazards::bin(Tick age) {
-  if (age < kExact) return age;
-  const auto octave = static_cast<std::uint32_t>(std::bit_width(age)) - 1;
-  return std::min(kBins - 1, kExact + (octave - 3) * 4 + ((age >> (octave - 2)) & 3U));
-}
 
 Tick ReturnHazards::begin(std::uint32_t bin) {
   if (bin < kExact) return bin;
@@ -37,10 +29,6 @@ ReturnHazards::ReturnHazards(std::uint32_t num_classes)
 
 void ReturnHazards::returned(std::uint32_t block_class, Tick age) {
   counts_[std::size_t{block_class} * kBins + bin(age)].returns += 1;
-}
-
-void ReturnHazards::waited(std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
-  counts_[std::size_t{block_class} * kBins + bin(age)].block_ticks += static_cast<double>(block_ticks);
 }
 
 void ReturnHazards::halve() {
@@ -95,15 +83,19 @@ void ReturnHazards::learn_class(std::size_t block_class, const std::vector<doubl
     double left = 1;
     double gained = 0;
     double held = 0;
-    double best = 0;
+    double most = 0;  // gained by the best horizon, and held for it; not their quotient, to divide once
+    double most_held = 1;
     for (std::uint32_t b = from; b < kBins && left > kHardlyAnyLeft; ++b) {
       const double rest = b == from ? 0.5 : 1.0;  // half of the first bin is over
       gained += left * share[b] * rest;
       held += left * wait[b] * rest;
       left *= 1 - share[b] * rest;
-      best = std::max(best, gained / held);
+      if (gained * most_held > most * held) {
+        most = gained;
+        most_held = held;
+      }
     }
-    values_[block_class * kBins + from] = static_cast<float>(best);
+    values_[block_class * kBins + from] = static_cast<float>(most / most_held);
   }
 }
 

@@ -51,7 +51,7 @@ TierIndex::TierIndex(const Options& options)
 
 TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, NamespaceId name_space,
                                           std::uint32_t depth, Entry* parent, std::uint32_t volume,
-                                          Priority priority) {
+                                          Priority priority, Arrival arrival) {
   if (Entry* found = index_.find(key, group)) {
     return {found->state == SlotState::ready ? ReserveOutcome::present : ReserveOutcome::pending, found};
   }
@@ -73,8 +73,11 @@ TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, Na
   entry.slot = *slot;
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
   entry.priority = priority;
+  entry.ahead = arrival == Arrival::ahead;
   if (parent != nullptr) link_parent(entry, *parent);
-  if (observer_ != nullptr) observer_->appears(key, group, parent == nullptr ? nullptr : &parent->key);
+  if (observer_ != nullptr) {
+    observer_->appears(key, group, parent == nullptr ? nullptr : &parent->key, arrival);
+  }
   return {ReserveOutcome::reserved, &entry};
 }
 
@@ -173,11 +176,13 @@ void TierIndex::track(Entry& entry) {
     const Entry* parent = index_.parent(entry);
     if (parent != nullptr && parent->priority != Priority::normal)
       parent = nullptr;  // the policy has no such
-    tier_class.policy->insert(
-        index_.id(entry), {.key = entry.key,
-                           .group = entry.group,
-                           .depth = entry.depth,
-                           .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent))});
+    tier_class.policy->insert(index_.id(entry),
+                              {.key = entry.key,
+                               .group = entry.group,
+                               .depth = entry.depth,
+                               .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent)),
+                               .expected = is_expected(entry),
+                               .arrival = entry.ahead ? Arrival::ahead : Arrival::used});
   }
   // Children may have been reserved, even committed, before their parent's own copy was over.
   if (!evictable(entry)) hold(entry);
@@ -187,7 +192,7 @@ void TierIndex::untrack(Entry& entry, Departure why) {
   if (entry.priority != Priority::normal) {
     class_for(entry).others->erase(index_.id(entry));
   } else {
-    class_for(entry).policy->erase(index_.id(entry), why);
+    class_for(entry).policy->erase(index_.id(entry), {entry.key, entry.group}, why);
   }
 }
 
@@ -268,8 +273,15 @@ void TierIndex::unpin(Entry& entry) {
   }
 }
 
+void TierIndex::arrive(Entry& filling) {
+  if (!filling.ahead) return;
+  filling.ahead = false;
+  if (observer_ != nullptr) observer_->used(filling.key, filling.group);
+}
+
 void TierIndex::touch(Entry& entry) {
   KVTIER_CHECK(entry.linked && entry.state == SlotState::ready);
+  entry.ahead = false;
   if (entry.priority != Priority::normal) {
     class_for(entry).others->move(index_.id(entry), queue_of(entry.priority));
   } else {
@@ -306,15 +318,24 @@ void TierIndex::advance(std::int64_t now_us) {
 }
 
 void TierIndex::expect(const BlockKey& key, GroupId group) {
-  for (std::size_t c = class_of(group); c < classes_.size(); c += classes_per_volume_) {
-    classes_[c].policy->expect(key, group);
-  }
+  if (++expected_[index_.hash(key, group)] > 1) return;
+  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect(index_.id(*entry));
 }
 
 void TierIndex::expect_no_more(const BlockKey& key, GroupId group) {
-  for (std::size_t c = class_of(group); c < classes_.size(); c += classes_per_volume_) {
-    classes_[c].policy->expect_no_more(key, group);
-  }
+  const auto found = expected_.find(index_.hash(key, group));
+  if (found == expected_.end() || --found->second > 0) return;
+  expected_.erase(found);
+  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect_no_more(index_.id(*entry));
+}
+
+bool TierIndex::is_expected(const Entry& entry) const {
+  return !expected_.empty() && expected_.contains(index_.hash(entry.key, entry.group));
+}
+
+Entry* TierIndex::in_policy(const BlockKey& key, GroupId group) {
+  Entry* const entry = index_.find(key, group);
+  return entry != nullptr && tracked(*entry) && entry->priority == Priority::normal ? entry : nullptr;
 }
 
 double TierIndex::bytes_per_block() const {

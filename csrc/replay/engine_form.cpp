@@ -64,7 +64,7 @@ class EngineForm final : public Tiers {
     for (std::size_t i = 0; i < n; ++i) {
       if (in_host_[i] != nullptr) {
         if (whole) ++loaded.host;
-      } else if (begin_read(keys_[i])) {
+      } else if (begin_read(keys_[i], Arrival::used)) {
         if (whole) ++loaded.disk;
       } else {
         whole = false;
@@ -77,19 +77,21 @@ class EngineForm final : public Tiers {
   void prefetch(std::size_t n, SimulationResult& result) override {
     promoted_.clear();
     for (std::size_t i = 0; disk_ && i < n; ++i) {
-      if (ready(host_, keys_[i]) == nullptr && ready(*disk_, keys_[i]) != nullptr) begin_read(keys_[i]);
+      if (ready(host_, keys_[i]) == nullptr && ready(*disk_, keys_[i]) != nullptr)
+        begin_read(keys_[i], Arrival::ahead);
     }
     for (const Promoted& each : promoted_) end_read(each);
     result.promotions += promoted_.size();
   }
 
   // EngineImpl::promote(). False when the host tier has no slot for it.
-  bool begin_read(const BlockKey& key) {
+  bool begin_read(const BlockKey& key, Arrival arrival) {
     Entry* on_disk = ready(*disk_, key);
     Entry* above = disk_->index().parent(*on_disk);
     Entry* parent = above == nullptr ? nullptr : host_.index().find(above->key, kGroup);
     disk_->pin(*on_disk);
-    const TierIndex::Reservation place = host_.reserve(key, kGroup, kNamespace, on_disk->depth, parent);
+    const TierIndex::Reservation place = host_.reserve(key, kGroup, kNamespace, on_disk->depth, parent,
+                                                       /*volume=*/0, Priority::normal, arrival);
     if (place.outcome != ReserveOutcome::reserved) {
       disk_->unpin(*on_disk);
       return false;

@@ -22,7 +22,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", 
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
 # The core's, the default first.
-EVICTIONS = ("lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc", "return-hazard")
+# The default first.
+EVICTIONS = ("return-hazard", "lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc")
+DISK_EVICTION = "lru"  # of the drives, unless said otherwise: its order survives a restart
+ADMISSIONS = ("return-hazard", "all", "second-use", "tiny-lfu")
 _MAX_NUMA_NODE = 1023  # that the kernel can know
 COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
@@ -132,17 +135,17 @@ class Config:
         block_tokens: Tokens of a block, the unit of lookup and eviction. For each group, one of block_tokens
             and page_tokens divides the other.
         world_size: Ranks on this host that share one cache, each with its part of every block.
-        eviction: Which block of the host tier goes when room is needed: one of EVICTIONS, "lru" unless
-            docs/policies.md says better for your traffic.
+        eviction: Which block of the host tier goes when room is needed: one of EVICTIONS, the
+            first of them unless docs/policies.md says better for your traffic.
         host_numa_node: The NUMA node that the host tier's memory is taken from as long as it has any: a
             number; "auto", the node of all NVIDIA GPUs if they hang on one; "any", the kernel's choice.
         copy_threads: Threads of the CPU device, None for the default.
         chunk: The arena is prefaulted and registered in chunks of this size.
         disk: The drives of the disk tier, one Disk or several; empty for none. Each block is on one of them.
-        disk_admission: Which blocks are written once the drives were full: "all", "second-use" (offered
-            before), "tiny-lfu" (offered more often than the block it replaces), or "return-hazard" (likelier
-            to return, as learned; it spares a write budget too). Until then, all.
-        disk_eviction: As `eviction`, for the drives.
+        disk_admission: Which blocks are written once the drives were full: "return-hazard" (likelier to
+            return than what drives give up, as learned; it spares a write budget too), "all", "second-use"
+            (offered before) or "tiny-lfu" (offered more often than the block it replaces). Until then, all.
+        disk_eviction: As `eviction`, for the drives; "lru" unless said otherwise.
         disk_write_budget: Bytes that may be written in a day over all drives, as a size; None for one
             capacity a day, "unlimited" for no limit.
         disk_second_process: What a second process with the same model and layout gets: "next", a store of
@@ -174,8 +177,8 @@ class Config:
     copy_threads: int | None = None
     chunk: int | str = "128MiB"
     disk: Disk | Sequence[Disk] = ()
-    disk_admission: str = "second-use"
-    disk_eviction: str = EVICTIONS[0]
+    disk_admission: str = ADMISSIONS[0]
+    disk_eviction: str = DISK_EVICTION
     disk_write_budget: int | str | None = None
     disk_second_process: str = "next"
     disk_key: str | None = None
@@ -241,7 +244,7 @@ class Config:
         object.__setattr__(self, "disk", tuple(disks))
         for key, allowed in (
             ("eviction", EVICTIONS),
-            ("disk_admission", _ADMISSIONS),
+            ("disk_admission", ADMISSIONS),
             ("disk_eviction", EVICTIONS),
             ("disk_second_process", _SECOND_PROCESS),
         ):
@@ -385,7 +388,6 @@ def _checked_groups(groups: object) -> tuple[KVLayout, ...]:
 
 _SECONDS_KEYS = (("disk_commit_seconds", 0.001, 60), ("disk_answer_seconds", 0.1, 3600))
 _INTEGER_KEYS = ("block_tokens", "world_size", "copy_threads", "disk_queue_depth", "events", "gpu_copy_sms")
-_ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _SECOND_PROCESS = ("next", "refuse")
 _MAX_DISKS = 64
 _MAX_EVENTS = 2**24

@@ -102,7 +102,7 @@ class GhostStats:
 
     Attributes:
         sample_rate: Sampled blocks over all.
-        asked_blocks: Blocks that lookups asked for.
+        asked_blocks: Blocks that the measured lookups asked for: all lookups at first, later one in eight.
         sampled_blocks: Of these.
         memory_bytes: What the estimate takes, at most 512 KiB.
         points: By rising capacity.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier import _core
-from kvtier.config import EVICTIONS, Config, Disk, parse_size
+from kvtier.config import ADMISSIONS, DISK_EVICTION, EVICTIONS, Config, Disk, parse_size
 from kvtier.engine import Engine, Expected, Tier, group_spec
 from kvtier.errors import ConfigError
 from kvtier.eviction import EvictionPolicy, load_policy
@@ -24,7 +24,6 @@ from kvtier.layout import KVLayout
 from kvtier.traces import Trace
 
 Progress = Callable[[int], None]  # requests done
-ADMISSIONS = ("all", "second-use", "tiny-lfu", "return-hazard")
 _BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
 _SECONDS_PER_DAY = 86400.0
 _WORD = 8  # bytes that a real replay proves of each block, and a multiple of every block
@@ -86,7 +85,7 @@ class Tiers:
         host_blocks: Blocks that the host tier holds.
         disk_blocks: Blocks that the disk tier holds; 0 for none.
         policy: Eviction policy of the host tier.
-        disk_policy: Of the disk tier; None for the same.
+        disk_policy: Of the disk tier; None for the default of Config.disk_eviction.
         admission: Which blocks are written once the drive was full: as Config.disk_admission.
         write_bytes_per_day: Write budget of the drive; None for no limit. Needs bytes_per_block.
         bytes_per_block: Bytes of a block; None where nothing is counted in bytes.
@@ -98,7 +97,7 @@ class Tiers:
     disk_blocks: int = 0
     policy: str = EVICTIONS[0]
     disk_policy: str | None = None
-    admission: str = "second-use"
+    admission: str = ADMISSIONS[0]
     write_bytes_per_day: int | None = None
     bytes_per_block: int | None = None
     plain: bool = False
@@ -117,7 +116,7 @@ class Tiers:
     @property
     def eviction_on_disk(self) -> str:
         """The disk tier's policy."""
-        return self.policy if self.disk_policy is None else self.disk_policy
+        return DISK_EVICTION if self.disk_policy is None else self.disk_policy
 
 
 @dataclass(frozen=True)

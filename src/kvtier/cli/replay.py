@@ -19,7 +19,7 @@ from kvtier import replay
 from kvtier.cli.progress import Progress
 from kvtier.cli.replay_plot import plot
 from kvtier.cli.results import Report, Result, add_json_argument, table
-from kvtier.config import parse_size
+from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
 from kvtier.traces import Trace, load_trace
 
@@ -41,11 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="NAMES",
         default=None,
-        help='comma-separated, "all", or module:Class of your own; the default is lru',
+        help='comma-separated, "all", or module:Class of your own; the default is return-hazard',
     )
-    parser.add_argument(
-        "--disk-policy", metavar="NAME", help="of the disk tier; the same as --policy if not given"
-    )
+    parser.add_argument("--disk-policy", metavar="NAME", help="of the disk tier; default lru")
     parser.add_argument(
         "--host",
         metavar="SIZES",
@@ -60,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="as in the literature: no leaf-first rule")
     parser.add_argument(
         "--admission",
-        choices=replay.ADMISSIONS,
-        default="second-use",
-        help="to a full disk; default second-use",
+        choices=ADMISSIONS,
+        default=ADMISSIONS[0],
+        help="to a full disk (default: %(default)s)",
     )
     parser.add_argument(
         "--write-budget", metavar="SIZE", help="bytes a day that may be written to disk; default: any"

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import add_json_argument, out_of, table, write_json
 from kvtier.cli.shapes import SHAPES, Shape, find
-from kvtier.config import parse_size
+from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
 from kvtier.replay import (
-    ADMISSIONS,
     Replay,
     Tiers,
     capacity_blocks,
@@ -108,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", default=policies()[0], help=f"{', '.join(policies())} (default: %(default)s)"
     )
     parser.add_argument(
-        "--admission", default=ADMISSIONS[1], choices=ADMISSIONS, help="(default: %(default)s)"
+        "--admission", default=ADMISSIONS[0], choices=ADMISSIONS, help="(default: %(default)s)"
     )
     parser.add_argument("--write-budget", metavar="SIZE", help="bytes that may be written to disk in a day")
     parser.add_argument(

@@ -53,13 +53,30 @@ TEST(AgeCohorts, a_queue_is_in_the_order_of_arrival_but_for_who_is_put_first) {
 TEST(AgeCohorts, a_queue_that_had_nobody_when_it_was_ranked_is_ranked_anew) {
   AgeCohorts ages(2, 2);
   ages.add_last(EntryId{0}, 0, 0);
+  ages.pass(1, kNobodyAsks);
   ages.rank(kByAge);
   ages.remove(EntryId{0}, 0, 0);
+  EXPECT_EQ(ages.first(), std::nullopt);
   ages.add_last(EntryId{0}, 0, 0);
   EXPECT_TRUE(ages.ranked());
   EXPECT_EQ(ages.first(), EntryId{0});
   ages.add_last(EntryId{1}, 0, 1);
   EXPECT_FALSE(ages.ranked());
+}
+
+TEST(AgeCohorts, what_is_used_in_the_tick_of_the_ranking_is_ranked_already) {
+  AgeCohorts ages(3, 2);
+  ages.add_last(EntryId{0}, 0, 1);
+  ages.pass(1, kNobodyAsks);
+  ages.rank([](std::uint32_t block_class, Tick) { return block_class == 1 ? 0.5F : 0.25F; });
+  EXPECT_EQ(ages.first(), EntryId{0});
+  ages.add_last(EntryId{1}, 1, 1);
+  ages.add_last(EntryId{2}, 1, 0);
+  EXPECT_TRUE(ages.ranked());
+  for (const std::uint32_t id : {2U, 0U, 1U}) {
+    EXPECT_EQ(ages.first(), EntryId{id});
+    ages.remove(EntryId{id}, id == 0 ? 0 : 1, id == 2 ? 0 : 1);
+  }
 }
 
 TEST(AgeCohorts, every_block_is_waited_for_at_its_age_in_every_tick) {

@@ -20,7 +20,7 @@ BlockKey numbered(std::uint64_t n) {
   return key;
 }
 
-TierIndex tier_of(std::uint32_t slots, std::string_view eviction = kDefaultEviction) {
+TierIndex tier_of(std::uint32_t slots, std::string_view eviction = "lru") {
   TierIndex tier({.slots_per_class = {slots}, .class_of_group = {0}, .hash_seed = 3, .eviction = eviction});
   tier.slots(0).grow(slots);
   return tier;

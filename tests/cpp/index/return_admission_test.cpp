@@ -46,10 +46,10 @@ class Traffic {
     for (; now_ < until; now_ += 10) {
       admission_.advance(std::int64_t{now_} * kSecondUs);
       const std::uint64_t n = now_ / 10;
-      admission_.appears(head(n), kGroup, nullptr);
+      admission_.appears(head(n), kGroup, nullptr, Arrival::used);
       const BlockKey above = head(n);
-      admission_.appears(numbered_key(4 * n + 1), kGroup, &above);
-      admission_.appears(once(n), kGroup, nullptr);
+      admission_.appears(numbered_key(4 * n + 1), kGroup, &above, Arrival::used);
+      admission_.appears(once(n), kGroup, nullptr, Arrival::used);
       if (now_ >= pause_) admission_.used(head(n - pause_ / 10), kGroup);
     }
   }

@@ -51,7 +51,8 @@ class LeafFirstTier {
     if (!named) throw std::logic_error("nothing to evict");
     const EntryId victim = *named;
     const std::uint64_t name = name_[raw(victim)];
-    policy_->erase(victim, Departure::evicted);
+    const BlockKey key = numbered_key(name);
+    policy_->erase(victim, {.key = key, .group = GroupId{0}}, Departure::evicted);
     resident_.erase(name);
     free_.push_back(raw(victim));
     if (const auto found = parent_.find(raw(victim)); found != parent_.end()) {
@@ -60,11 +61,20 @@ class LeafFirstTier {
     }
     return name;
   }
+  // As TierIndex: of several requests the first and the last are told.
+  void expect(std::uint64_t name) {
+    if (expected_[name]++ == 0 && has(name)) policy_->expect(EntryId{resident_.at(name)});
+  }
+  void expect_no_more(std::uint64_t name) {
+    if (--expected_[name] == 0 && has(name)) policy_->expect_no_more(EntryId{resident_.at(name)});
+  }
+  void fetch_ahead(std::uint64_t name) { insert(name, std::nullopt, 0, Arrival::ahead); }
   EvictionPolicy& policy() { return *policy_; }
   std::size_t free() const { return free_.size(); }
 
  private:
-  void insert(std::uint64_t name, std::optional<EntryId> parent, std::uint64_t depth) {
+  void insert(std::uint64_t name, std::optional<EntryId> parent, std::uint64_t depth,
+              Arrival arrival = Arrival::used) {
     if (free_.empty()) evict();
     const EntryId id{free_.back()};
     free_.pop_back();
@@ -76,14 +86,19 @@ class LeafFirstTier {
     name_[raw(id)] = name;
     children_[raw(id)] = 0;
     const BlockKey key = numbered_key(name);
-    policy_->insert(id, {.key = key, .depth = static_cast<std::uint32_t>(depth), .parent = parent});
+    policy_->insert(id, {.key = key,
+                         .depth = static_cast<std::uint32_t>(depth),
+                         .parent = parent,
+                         .expected = expected_[name] > 0,
+                         .arrival = arrival});
   }
 
   std::unique_ptr<EvictionPolicy> policy_;
   std::vector<std::uint32_t> free_;
   std::unordered_map<std::uint64_t, std::uint32_t> resident_;
   std::unordered_map<std::uint32_t, std::uint32_t> parent_;
-  std::vector<std::uint32_t> children_;  // and pins
+  std::unordered_map<std::uint64_t, int> expected_;  // requests that wait, by name
+  std::vector<std::uint32_t> children_;              // and pins
   std::vector<std::uint64_t> name_;
 };
 
@@ -149,23 +164,19 @@ TEST(ReturnHazardPolicy, without_a_clock_insertions_are_time) {
 
 TEST(ReturnHazardPolicy, an_expected_block_goes_last_until_it_is_expected_no_more) {
   LeafFirstTier tier(8);
-  const auto expect = [&](std::uint64_t name) { tier.policy().expect(numbered_key(name), GroupId{0}); };
-  const auto no_more = [&](std::uint64_t name) {
-    tier.policy().expect_no_more(numbered_key(name), GroupId{0});
-  };
   for (std::uint64_t name = 0; name < 4; ++name) {
     tier.at(static_cast<double>(name) * 5);
-    if (name == 2) expect(2);  // before it is there
+    if (name == 2) tier.expect(2);  // before it is there
     tier.use(name, 1);
   }
-  expect(0);
-  expect(0);
-  expect(1);
+  tier.expect(0);
+  tier.expect(0);
+  tier.expect(1);
   EXPECT_EQ(tier.evict(), 3U);
-  no_more(0);  // one more request waits for it
+  tier.expect_no_more(0);  // one more request waits for it
   tier.use(3, 1);
   EXPECT_EQ(tier.evict(), 3U);
-  no_more(0);
+  tier.expect_no_more(0);
   EXPECT_EQ(tier.evict(), 0U);
   EXPECT_EQ(tier.evict(), 1U) << "nothing else is left, and it is the older";
   EXPECT_EQ(tier.evict(), 2U);

@@ -33,6 +33,7 @@ SimulationOptions options_of(std::uint32_t host, Form form, std::string_view evi
   SimulationOptions options;
   options.host_blocks = host;
   options.host_eviction = eviction;
+  options.admission = Admission::second_use;
   options.form = form;
   return options;
 }

@@ -295,6 +295,7 @@ class World {
     config.groups = options.groups;
     for (const GroupSpec& spec : options.groups)
       config.host_bytes += options.blocks * spec.slot_stride_bytes();
+    config.eviction = "lru";  // which tests predict
     config.clock = clock;
     config.hash_seed = options.seed.value_or(7);
     config.disk = options.disk;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <unordered_map>
 
 #include "kvtier/core/status.h"
 #include "kvtier/index/eviction.h"
@@ -31,25 +32,31 @@ class NumberedPolicy {
   void insert(std::uint32_t id) { insert(id, id); }
   void insert(std::uint32_t id, std::uint64_t key, std::uint32_t depth = 0) {
     const BlockKey named = numbered_key(key);
+    key_of_[id] = key;
     policy_->insert(EntryId{id}, {.key = named, .group = GroupId{0}, .depth = depth, .parent = std::nullopt});
   }
   void touch(std::uint32_t id) { policy_->touch(EntryId{id}); }
   void hold(std::uint32_t id) { policy_->hold(EntryId{id}); }
   void let_go(std::uint32_t id) { policy_->let_go(EntryId{id}); }
-  void drop(std::uint32_t id) { policy_->erase(EntryId{id}, Departure::dropped); }
+  void erase(std::uint32_t id, Departure why) {
+    const BlockKey named = numbered_key(key_of_[id]);
+    policy_->erase(EntryId{id}, {.key = named, .group = GroupId{0}}, why);
+  }
+  void drop(std::uint32_t id) { erase(id, Departure::dropped); }
   std::optional<std::uint32_t> victim() {
     const std::optional<EntryId> found = policy_->victim();
     return found ? std::optional(raw(*found)) : std::nullopt;
   }
   std::optional<std::uint32_t> evict() {
     const std::optional<std::uint32_t> found = victim();
-    if (found) policy_->erase(EntryId{*found}, Departure::evicted);
+    if (found) erase(*found, Departure::evicted);
     return found;
   }
   EvictionPolicy& policy() { return *policy_; }
 
  private:
   std::unique_ptr<EvictionPolicy> policy_;
+  std::unordered_map<std::uint32_t, std::uint64_t> key_of_;
 };
 
 }  // namespace kvtier

@@ -52,7 +52,12 @@ def make_config(shape: str, blocks: int) -> kvtier.Config:
     window = kvtier.KVLayout(1, 1, head_dim, "uint8", 8, page_order="KHTD", window_tokens=6, name="window")
     strides = {"shared": 2 * 8192, "apart": 8192 + 12288}[shape]
     return kvtier.Config(
-        groups=[full, window], block_tokens=BLOCK_TOKENS, model=MODEL, host=blocks * strides, copy_threads=1
+        groups=[full, window],
+        block_tokens=BLOCK_TOKENS,
+        model=MODEL,
+        host=blocks * strides,
+        copy_threads=1,
+        eviction="lru",  # which ReferenceCache predicts
     )
 
 

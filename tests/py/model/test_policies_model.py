@@ -5,6 +5,7 @@ simulation in tests/py/unit/test_replay.py; test_engine_model.py predicts it exa
 """
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,29 @@ import pytest
 
 import kvtier
 from kvtier.config import EVICTIONS
+from kvtier.testing import ManualClock
 
 NUM_KEYS = 60
 HOST_BLOCKS = 24
+STRIDE = 8192  # header and payload, in whole pages
 LAYOUT = kvtier.KVLayout.mla(num_layers=1, latent_dim=64, dtype="uint8", page_tokens=1)
+OURS = "return-hazard"
+LEAF_FIRST = ("lru", OURS)
+PATIENCE = 60.0
+DISK_BLOCKS = 40
+CATALOG_BYTES = 4205568  # what a drive's catalog and header take beside its blocks
 
 
 class Run:
     """An engine whose blocks hold their key's number."""
 
-    def __init__(self, policy: str, seed: int) -> None:
+    def __init__(self, policy: str, seed: int, **more: Any) -> None:
         self.rng = random.Random(seed)
-        stride = 8192  # header and payload, in whole pages
         config = kvtier.Config(
-            groups=[LAYOUT], host=HOST_BLOCKS * stride, model="m@1", block_tokens=1, eviction=policy
+            groups=[LAYOUT], host=HOST_BLOCKS * STRIDE, model="m@1", block_tokens=1, eviction=policy, **more
         )
-        self.engine = kvtier.open(config)
+        self.clock = ManualClock()
+        self.engine = kvtier.Engine(config, clock=self.clock)
         self.engine.wait_until_whole()
         self.memory = np.zeros((NUM_KEYS, 1, 64), np.uint8)
         self.pages = self.engine.attach([self.memory])
@@ -45,14 +53,12 @@ class Run:
         begin, end = self.prompt()
         keys, ids = self.keys[begin:end], np.arange(begin, end)
         what = self.rng.randrange(10)
+        self.clock.advance_us(self.rng.choice((0, 100_000, 2_000_000, 30_000_000)))
         if what < 5:
             self.memory[begin:end] = np.arange(begin, end, dtype=np.uint8)[:, None, None]
             self.engine.store(keys, self.pages, ids).result()
         elif what < 7:
-            self.memory[begin:end] = 255
-            valid = self.engine.load(keys, self.pages, ids).result().valid_blocks
-            loaded = self.memory[begin : begin + valid, 0]
-            assert (loaded == np.arange(begin, begin + valid, dtype=np.uint8)[:, None]).all()
+            self.load()
         elif what == 7 and len(self.leases) < 3:
             match = self.engine.lookup(keys)
             if match.ready_blocks:
@@ -66,6 +72,14 @@ class Run:
         else:
             self.engine.touch(keys)
 
+    def load(self) -> None:
+        begin, end = self.prompt()
+        self.memory[begin:end] = 255
+        ticket = self.engine.load(self.keys[begin:end], self.pages, np.arange(begin, end))
+        valid = ticket.result().valid_blocks
+        loaded = self.memory[begin : begin + valid, 0]
+        assert (loaded == np.arange(begin, begin + valid, dtype=np.uint8)[:, None]).all()
+
     def check(self, policy: str) -> None:
         for _, begin, end in self.leases:
             assert self.engine.lookup(self.keys[begin:end]).ready_blocks == end - begin, "a pinned block went"
@@ -73,7 +87,10 @@ class Run:
         host = stats.host[0]
         assert host.free + host.filling + host.ready + host.leaving == host.capacity == HOST_BLOCKS
         assert stats.health == "ok"
-        if policy == EVICTIONS[0]:
+        for disk in stats.disks:
+            for each in disk.classes:
+                assert each.free + each.filling + each.ready + each.leaving == each.capacity
+        if policy in LEAF_FIRST:
             assert stats.orphans == 0
 
 
@@ -88,3 +105,72 @@ def test_pins_bytes_and_books_under_random_use(policy: str) -> None:
                 run.check(policy)
             evicted += run.engine.stats().evictions
     assert evicted > 500
+
+
+class RunWithDisk(Run):
+    """With a drive that holds more than the host tier and less than all prompts, and a policy that learns."""
+
+    def __init__(self, path: Path, seed: int, **more: Any) -> None:
+        disk = kvtier.Disk(str(path), CATALOG_BYTES + DISK_BLOCKS * STRIDE)
+        super().__init__(
+            OURS, seed, disk=disk, disk_eviction=OURS, disk_admission=OURS, disk_commit_seconds=0.01, **more
+        )
+        self.waiting: list[Any] = []
+
+    def step(self) -> None:
+        what = self.rng.randrange(8)
+        begin, end = self.prompt()
+        keys = self.keys[begin:end]
+        if what == 0:
+            self.engine.prefetch(keys).wait(PATIENCE)
+        elif what == 1:
+            fetch = self.engine.prefetch(keys)
+            fetch.cancel()
+            fetch.wait(PATIENCE)
+        elif what == 2 and len(self.waiting) < 6:
+            self.waiting.append(self.engine.expect(keys))
+        elif what == 3 and self.waiting:
+            self.waiting.pop(self.rng.randrange(len(self.waiting))).end()
+        elif what == 4:
+            self.engine.flush(PATIENCE)
+        else:
+            super().step()
+
+
+@pytest.mark.parametrize("budget", ["unlimited", None])
+def test_tiers_that_learn_give_right_bytes_under_random_use(tmp_path: Path, budget: str | None) -> None:
+    evicted = written = promoted = declined = 0
+    for seed in range(6):
+        path = tmp_path / str(seed)
+        run = RunWithDisk(path, seed, disk_write_budget=budget)
+        with run.engine:
+            for _ in range(300):
+                run.step()
+                run.check(OURS)
+            for each in run.waiting:
+                each.end()
+            run.engine.flush(PATIENCE)
+            run.check(OURS)
+            stats = run.engine.stats()
+            assert stats.lookup_blocks == (
+                stats.lookup_hits_host
+                + stats.lookup_hits_disk
+                + stats.lookup_misses_absent
+                + stats.lookup_misses_pending
+                + stats.lookup_misses_failed
+            )
+            assert stats.disk_orphans == 0
+            evicted += stats.disk_evictions
+            promoted += stats.promote_good
+            declined += stats.disk_declined_admission
+            written += stats.disk_durable
+        again = RunWithDisk(path, seed + 100, disk_write_budget=budget)  # what is on disk is there again
+        with again.engine:
+            for _ in range(30):
+                again.load()
+                again.check(OURS)
+    assert promoted > 100
+    assert written > 40
+    if budget == "unlimited":
+        assert evicted > 50
+        assert declined > 0

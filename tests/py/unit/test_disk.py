@@ -781,13 +781,13 @@ GOOD: dict[str, Any] = {"groups": [LAYOUT], "block_tokens": 8, "host": "1MiB", "
         ({"disk": [Disk("/a", 1), Disk("/a/", 1)]}, "each another path"),
         (
             {"disk_eviction": "mru"},
-            "disk_eviction is 'mru'; allowed: lru, fifo, lfu, slru, sieve, s3-fifo, arc, return-hazard",
+            "disk_eviction is 'mru'; allowed: return-hazard, lru, fifo, lfu, slru, sieve, s3-fifo, arc",
         ),
-        ({"eviction": "mru"}, "eviction is 'mru'; allowed: lru, fifo"),
+        ({"eviction": "mru"}, "eviction is 'mru'; allowed: return-hazard, lru"),
         ({"trace": 7}, "trace is 7; allowed: the path of a file"),
         (
             {"disk_admission": "some"},
-            "disk_admission is 'some'; allowed: all, second-use, tiny-lfu, return-hazard",
+            "disk_admission is 'some'; allowed: return-hazard, all, second-use, tiny-lfu",
         ),
         ({"disk_second_process": "kill"}, "disk_second_process is 'kill'; allowed: next, refuse"),
         ({"disk_write_budget": "lots"}, "disk_write_budget is 'lots'"),

@@ -24,6 +24,7 @@ class Cache:
             host=blocks * SLOT_BYTES,
             chunk="1MiB",
             ghosts=ghosts,
+            eviction="lru",  # which ghost caches estimate
         )
         self.engine = kvtier.open(config)
         self.engine.wait_until_whole()
@@ -150,3 +151,26 @@ def test_ghosts_must_be_true_or_false() -> None:
     assert not kvtier.Config.from_env(environ, groups=[layout], model="m@1", host="1MiB").ghosts
     with pytest.raises(kvtier.ConfigError, match="KVTIER_GHOSTS is 'no'; allowed"):
         kvtier.Config.from_env({"KVTIER_GHOSTS": "no"}, groups=[layout], model="m@1", host="1MiB")
+
+
+def test_of_many_lookups_one_in_eight_is_measured_and_the_rates_stay() -> None:
+    with closing(Cache(100)) as cache:
+        keys = np.random.default_rng(5).integers(0, 256, (4096, KEYS), np.uint8)
+        head = keys[:40]
+        cache.engine.store(head, cache.pages, np.arange(40)).wait()
+        for _ in range(64):  # all of them, as long as they are few
+            cache.engine.lookup(keys)
+        first = cache.engine.stats().ghost_host
+        assert first.asked_blocks == 64 * 4096
+        assert first.points[1].hit_rate == pytest.approx(40 / 4096)
+        rounds = 4000
+        for _ in range(rounds):
+            cache.engine.lookup(head)
+        later = cache.engine.stats().ghost_host
+        measured = (later.asked_blocks - first.asked_blocks) / 40
+        assert measured == pytest.approx(rounds / 8, rel=0.2)
+        found = later.points[1].hit_rate * later.asked_blocks - first.points[1].hit_rate * first.asked_blocks
+        assert found == pytest.approx(measured * 40)
+        with cache.engine._without_ghosts():
+            cache.engine.lookup(head)
+        assert cache.engine.stats().ghost_host.asked_blocks == later.asked_blocks

@@ -22,6 +22,7 @@ from kvtier.traces import Trace, load_trace, make_trace
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ROOT / "tests" / "golden" / "traces" / "small_mooncake.jsonl"
 CONVERSATION = "mooncake_conversation.jsonl"
+OURS = "return-hazard"
 
 # Hit rates in % of the conversation trace in the plain form, by capacity in blocks: from a script that shares
 # no code with ours. S3-FIFO has a small queue of 10 %, SLRU a protected half.
@@ -92,12 +93,12 @@ def test_lru_by_hand(plain: bool) -> None:
     # Oldest first. 1: c b a. 2: hits a b; e, d come, c goes: e d b a. 3: g, f come, e and d go: b a g f.
     # 4: hits a b; c comes, b or a was just used, g is the oldest: f c b a. 5: nothing of f: the prefix of fg
     # is f, which is there; g comes.
-    result = simulate(trace, Tiers(4, plain=plain))
+    result = simulate(trace, Tiers(4, policy="lru", plain=plain))
     assert result.host_of_request.tolist() == [0, 2, 0, 2, 1]
     assert (result.references, result.hits_host, result.hits_disk) == (14, 5, 0)
     assert result.orphans == 0
     # All is kept: 2 + 3 + 2 of 14 come again.
-    assert simulate(trace, Tiers(100, plain=plain)).hits_host == 7
+    assert simulate(trace, Tiers(100, policy="lru", plain=plain)).hits_host == 7
     assert belady_hit_rate(trace, 100) == 7 / 14
     # 3 blocks, knowing the future: a and b stay all the time (4 hits), f stays from request 3 on (1).
     assert belady_hit_rate(trace, 3) == 5 / 14
@@ -145,7 +146,7 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
 )
 def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
     trace = conversations(5, 90)
-    tiers = Tiers(32, 70, policy=policy, admission=admission, bytes_per_block=64)
+    tiers = Tiers(32, 70, policy=policy, disk_policy=policy, admission=admission, bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path))
     same(real, simulate(trace, tiers))
     assert real.hits_disk > 0
@@ -160,7 +161,7 @@ def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path
         once = range(10_000 + 6 * number, 10_006 + 6 * number)
         requests += [(120.0 * number, talks.request(number).tolist()), (120.0 * number + 60, list(once))]
     trace = make_trace(requests)
-    free = Tiers(32, 120, admission="return-hazard", bytes_per_block=4096)
+    free = Tiers(32, 120, policy="lru", admission="return-hazard", bytes_per_block=4096)
     real = replay_real(trace, free, str(tmp_path / "free"))
     same(real, simulate(trace, free))
     takes_all = simulate(trace, replace(free, admission="all"))
@@ -189,7 +190,7 @@ def reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("reads_at_once")
 def test_look_ahead_reads_before_the_request_runs(tmp_path: Path) -> None:
     trace = conversations(5, 90)
-    tiers = Tiers(60, 150, policy="return-hazard", admission="all", bytes_per_block=64)
+    tiers = Tiers(60, 150, policy=OURS, disk_policy=OURS, admission="all", bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path / "ahead"), look_ahead=4)
     assert (real.wrong_blocks, real.look_ahead) == (0, 4)
     assert real.reads_hidden > 20
@@ -208,7 +209,7 @@ def test_a_simulation_with_look_ahead_is_the_real_one_s(
     policy: str, admission: str, look_ahead: int, tmp_path: Path
 ) -> None:
     trace = conversations(5, 150)
-    tiers = Tiers(40, 150, policy=policy, admission=admission, bytes_per_block=64)
+    tiers = Tiers(40, 150, policy=policy, disk_policy=policy, admission=admission, bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path), look_ahead=look_ahead)
     simulated = simulate(trace, tiers, look_ahead=look_ahead)
     same(real, simulated)
@@ -220,11 +221,11 @@ def test_what_is_not_allowed_is_said() -> None:
     trace = make_trace([(0, [1])])
     for tiers, message in [
         (lambda: Tiers(0), "host_blocks is 0; allowed: 1"),
-        (lambda: Tiers(1, policy="mru"), "policy is 'mru'; allowed: lru, fifo"),
+        (lambda: Tiers(1, policy="mru"), "policy is 'mru'; allowed: return-hazard, lru"),
         (lambda: Tiers(1, disk_policy="mru"), "disk_policy is 'mru'"),
         (
             lambda: Tiers(1, admission="none"),
-            "admission is 'none'; allowed: all, second-use, tiny-lfu, return-hazard",
+            "admission is 'none'; allowed: return-hazard, all, second-use, tiny-lfu",
         ),
         (lambda: Tiers(1, write_bytes_per_day=5), "a write budget needs bytes_per_block"),
     ]:
@@ -331,7 +332,7 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
     [
         ([], "TRACE is missing"),
         (["nowhere.jsonl"], "nowhere.jsonl"),
-        ([str(SMALL), "--policy", "mru"], "--policy is 'mru'; allowed: lru"),
+        ([str(SMALL), "--policy", "mru"], "--policy is 'mru'; allowed: return-hazard, lru"),
         ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
         ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
         ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),

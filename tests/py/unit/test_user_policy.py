@@ -107,8 +107,9 @@ def test_lru_in_python_does_what_the_native_one_does(plain: bool) -> None:
     for blocks, disk in ((40, 0), (30, 80)):
         if plain and disk:
             continue
-        native = simulate(trace, Tiers(blocks, disk, plain=plain, admission="all"))
-        ours = simulate(trace, Tiers(blocks, disk, policy=THIS + "Lru", plain=plain, admission="all"))
+        native = simulate(trace, Tiers(blocks, disk, policy="lru", plain=plain, admission="all"))
+        own = THIS + "Lru"
+        ours = simulate(trace, Tiers(blocks, disk, policy=own, disk_policy=own, plain=plain, admission="all"))
         assert ours.host_of_request.tolist() == native.host_of_request.tolist()
         assert ours.disk_of_request.tolist() == native.disk_of_request.tolist()
         assert (ours.evictions, ours.orphans) == (native.evictions, native.orphans)

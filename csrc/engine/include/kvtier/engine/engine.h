@@ -53,8 +53,8 @@ struct DiskOptions {
   std::vector<DiskConfig> disks;  // empty: no disk tier
   Fingerprint fingerprint{};      // of all that makes two engines' blocks incompatible
   SecondProcess second_process = SecondProcess::next_store;
-  std::string eviction{kDefaultEviction};       // one of eviction_choices()
-  Admission admission = Admission::second_use;  // once the tier was full; before that, all
+  std::string eviction{kDefaultDiskEviction};  // one of eviction_choices()
+  Admission admission = kDefaultAdmission;     // once the tier was full; before that, all
   // Bytes written a day over all drives; nullopt: one capacity. 0: no limit.
   std::optional<std::uint64_t> write_bytes_per_day;
   std::shared_ptr<SlotCipher> cipher;  // null: images stand in clear

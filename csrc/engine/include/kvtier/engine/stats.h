@@ -69,7 +69,7 @@ struct GhostPoint {
 // much of disk, if it admitted every block.
 struct GhostStats {
   double sample_rate = 0;            // of all blocks; 0: there is no such ghost
-  std::uint64_t asked_blocks = 0;    // by lookups
+  std::uint64_t asked_blocks = 0;    // by lookups that were measured
   std::uint64_t sampled_blocks = 0;  // of these
   std::uint64_t memory_bytes = 0;
   std::vector<GhostPoint> points;

@@ -21,6 +21,8 @@ enum class Admission : std::uint8_t {
   return_hazard,  // one of which more is to be expected than of the block it would replace: ReturnAdmission
 };
 
+inline constexpr Admission kDefaultAdmission = Admission::return_hazard;
+
 // How often keys were seen lately: a count-min sketch whose counts are halved as it ages (Einziger, Friedman
 // and Manes, TinyLFU, ACM ToS 2017). Never too low, seldom too high. 4 bytes per key of capacity.
 class FrequencySketch {

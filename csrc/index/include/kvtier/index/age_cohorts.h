@@ -14,6 +14,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -25,8 +26,8 @@
 namespace kvtier {
 
 // Threads: none of its own. Every operation is O(1) but pass() and rank(), O(cohorts * classes), and the
-// search for a cohort, O(log cohorts). Memory: 8 bytes per record and 6 KiB per class, allocated at the
-// start.
+// search for a cohort and a queue that is filled or emptied, O(log) of them. Memory: 8 bytes per record and 7
+// KiB per class, allocated at the start.
 class AgeCohorts {
  public:
   AgeCohorts(std::size_t records, std::uint32_t num_classes);
@@ -52,7 +53,7 @@ class AgeCohorts {
   // False once time has passed: ages are others.
   bool ranked() const { return ranked_; }
   // Requires ranked(). The first block of the first queue that has any.
-  std::optional<EntryId> first() const;
+  std::optional<EntryId> first();
 
   static double bytes_for(std::size_t records, std::uint32_t num_classes);
 
@@ -79,9 +80,7 @@ class AgeCohorts {
   void merge_old();
   void merge(Cohort& older, const Cohort& younger);
   void insert_before_first(std::uint32_t id, std::size_t queue);
-  void note(std::size_t queue);
-  void sort_keys();
-  void take_order();
+  void filled(std::size_t queue);
 
   std::uint32_t num_classes_;
   Tick now_ = 0;
@@ -91,12 +90,13 @@ class AgeCohorts {
   std::vector<std::uint32_t> counts_;  // [row][class]
   HugeVector<Link> links_;             // of each record
 
+  // Ranked: value, then cohort and class. Queues that are empty leave the heap when they come up, and enter
+  // it when they are filled again.
+  static constexpr std::uint64_t kNoKey = ~std::uint64_t{0};
   bool ranked_ = false;
-  std::vector<std::uint64_t> keys_;     // of what is ranked: value, then cohort and class
-  std::vector<std::uint64_t> scratch_;  // as large
-  std::vector<std::uint32_t> order_;    // queues, the lowest value first
-  std::vector<std::uint32_t> rank_of_;  // of each queue: its place in order_, or kNone
-  std::vector<std::uint64_t> filled_;   // a bit per rank: the queue is not empty
+  std::vector<std::uint64_t> heap_;    // keys, the least in front
+  std::vector<std::uint64_t> key_of_;  // of each queue, or kNoKey
+  std::vector<bool> in_heap_;          // of each queue
 };
 
 template <typename Waited>
@@ -119,18 +119,29 @@ void AgeCohorts::pass(Tick ticks, Waited&& waited) {
 
 template <typename Value>
 void AgeCohorts::rank(Value&& value) {
-  keys_.clear();
+  if (cohorts_.back().end <= now_) open_cohort();  // what comes next goes there
+  heap_.clear();
+  std::fill(key_of_.begin(), key_of_.end(), kNoKey);
+  std::fill(in_heap_.begin(), in_heap_.end(), false);
   for (std::uint32_t place = 0; place < cohorts_.size(); ++place) {
+    const std::size_t row = std::size_t{cohorts_[place].row} * num_classes_;
+    const Tick cohort_age = age(cohorts_[place]);
+    const bool is_newest = place + 1 == cohorts_.size();
     for (std::uint32_t c = 0; c < num_classes_; ++c) {
-      const std::size_t queue = std::size_t{cohorts_[place].row} * num_classes_ + c;
-      if (counts_[queue] == 0 && queues_[queue] == kNone) continue;  // note() sees to it when that changes
-      // Floats that are not negative are in the order of their bits.
-      const auto bits = std::bit_cast<std::uint32_t>(value(c, age(cohorts_[place])));
-      keys_.push_back((std::uint64_t{bits} << 32U) | (place * num_classes_ + c));
+      const std::size_t queue = row + c;
+      // What is left out is ranked by filled(), all anew.
+      if (!is_newest && counts_[queue] == 0 && queues_[queue] == kNone) continue;
+      // Floats that are not negative are in the order of their bits, and what is below their upper 22 is less
+      // than a thousandth.
+      const std::uint32_t bits = std::bit_cast<std::uint32_t>(value(c, cohort_age)) & ~0x3ffU;
+      key_of_[queue] = (std::uint64_t{bits} << 32U) | (place * num_classes_ + c);
+      if (queues_[queue] == kNone) continue;
+      heap_.push_back(key_of_[queue]);
+      in_heap_[queue] = true;
     }
   }
-  sort_keys();
-  take_order();
+  std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
+  ranked_ = true;
 }
 
 }  // namespace kvtier

@@ -24,12 +24,22 @@ constexpr std::uint32_t raw(EntryId id) { return static_cast<std::uint32_t>(id);
 // API.
 enum class Priority : std::uint8_t { low = 0, normal = 1, high = 2 };
 
+// Why a block comes: a request that runs uses it now, or it is fetched ahead of one that waits.
+enum class Arrival : std::uint8_t { used, ahead };
+
 // What a policy is told of a block when it became ready.
 struct BlockFacts {
-  const BlockKey& key;  // valid during the call; keep block_digest() of it
+  const BlockKey& key;  // valid during the call
   GroupId group{0};
   std::uint32_t depth = 0;                       // blocks before it in its sequence
   std::optional<EntryId> parent = std::nullopt;  // the resident block that it hangs on
+  bool expected = false;                         // as after EvictionPolicy::expect()
+  Arrival arrival = Arrival::used;               // ahead: the next touch() is the use that it came for
+};
+
+struct BlockName {
+  const BlockKey& key;  // valid during the call; keep block_digest() of it
+  GroupId group{0};
 };
 
 enum class Departure : std::uint8_t {
@@ -67,18 +77,18 @@ class EvictionPolicy {
   // Requires an entry that is evictable, or held, respectively.
   virtual void hold(EntryId id) = 0;
   virtual void let_go(EntryId id) = 0;
-  // It left.
-  virtual void erase(EntryId id, Departure why) = 0;
+  // It left, which had this name.
+  virtual void erase(EntryId id, const BlockName& name, Departure why) = 0;
   // The block to evict next; asked again at once it is the same. nullopt when every entry is held.
   virtual std::optional<EntryId> victim() = 0;
 
   // The time of what follows, in microseconds since an arbitrary origin; never goes back. The engine says its
   // Clock's, a simulation its trace's.
   virtual void advance(std::int64_t /*now_us*/) {}
-  // A request that waits will want this block, resident or not; once per request. A hint.
-  virtual void expect(const BlockKey& /*key*/, GroupId /*group*/) {}
-  // That request waits no more: it runs, or was given up.
-  virtual void expect_no_more(const BlockKey& /*key*/, GroupId /*group*/) {}
+  // Requests that wait will want this block; or none of them will any more. Told in turn, the first by
+  // insert() where the block comes later than the request. A hint.
+  virtual void expect(EntryId /*id*/) {}
+  virtual void expect_no_more(EntryId /*id*/) {}
 
   // Bytes of bookkeeping per record, everything allocated at the start counted in.
   virtual double bytes_per_record() const = 0;
@@ -103,6 +113,9 @@ struct EvictionChoice {
 std::span<const EvictionChoice> eviction_choices();
 // Null when there is none of this name.
 const EvictionChoice* find_eviction(std::string_view name);
-inline constexpr std::string_view kDefaultEviction = "lru";
+// Of the host tier; and of the drives, whose order survives a restart
+// (docs/decisions/0043-what-is-kept-by-default.md).
+inline constexpr std::string_view kDefaultEviction = "return-hazard";
+inline constexpr std::string_view kDefaultDiskEviction = "lru";
 
 }  // namespace kvtier

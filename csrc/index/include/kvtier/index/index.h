@@ -31,9 +31,10 @@ struct alignas(64) Entry {
   std::uint32_t depth;     // blocks before it in its sequence
   std::uint32_t children;  // resident entries whose parent this is
   SlotId slot;
-  std::uint32_t pins : 29;
+  std::uint32_t pins : 28;
   Priority priority : 2;
   bool expires : 1;          // it has a time to live
+  bool ahead : 1;            // fetched for a request that waits, and not used since
   std::uint32_t generation;  // of this record: odd while in use, then one more
   std::uint32_t parent;      // raw EntryId, valid while its generation is parent_generation(); see Index
 };

@@ -6,15 +6,11 @@
 #include <optional>
 
 #include "kvtier/core/types.h"
+#include "kvtier/index/eviction.h"
 #include "kvtier/index/return_book.h"
 #include "kvtier/index/use_observer.h"
 
 namespace kvtier {
-
-struct BlockName {
-  const BlockKey& key;
-  GroupId group{0};
-};
 
 // A block that could be written to the drive.
 struct Offer {
@@ -56,7 +52,7 @@ class ReturnAdmission final : public UseObserver {
   ReturnAdmission(std::size_t host_blocks, std::size_t disk_blocks, std::uint64_t seed);
 
   void advance(std::int64_t now_us) override { book_.advance(now_us); }
-  void appears(const BlockKey& key, GroupId group, const BlockKey* parent) override;
+  void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) override;
   void used(const BlockKey& key, GroupId group) override { book_.used(key, group); }
 
   bool admit(const Offer& offer);

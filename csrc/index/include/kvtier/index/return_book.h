@@ -8,6 +8,7 @@
 #include "kvtier/core/types.h"
 #include "kvtier/index/age_cohorts.h"
 #include "kvtier/index/departed_blocks.h"
+#include "kvtier/index/eviction.h"
 #include "kvtier/index/return_hazards.h"
 #include "kvtier/index/tick_clock.h"
 
@@ -16,16 +17,16 @@ namespace kvtier {
 // What the policy return-hazard learns of the blocks of its tier (docs/policies.md), learned from all uses,
 // wherever the block is by then.
 //
-// Memory: at most 32 bytes for each of `blocks` and 32,768 more uses, and 0.2 MiB, allocated at the start.
-// Threads: none of its own. A use is O(1), a tick O(log of the longest time that is known).
+// Memory: 16 bytes for each of `blocks` and 32,768 more uses, and 0.2 MiB, allocated at the start. Threads:
+// none of its own. A use is O(1), a tick O(log of the longest time that is known).
 class ReturnBook {
  public:
-  // A block is forgotten once `blocks` + 32,768 others were used. `seed`: of block_digest().
+  // A block is forgotten once about `blocks` + 32,768 others were used. `seed`: of block_digest().
   ReturnBook(std::size_t blocks, std::uint64_t seed);
 
   // As UseObserver's.
   void advance(std::int64_t now_us) { pass(clock_.advance(now_us)); }
-  void appears(const BlockKey& key, GroupId group, const BlockKey* parent);
+  void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival);
   void used(const BlockKey& key, GroupId group);
 
   Tick now() const { return cohorts_.now(); }
@@ -39,8 +40,8 @@ class ReturnBook {
   bool use(std::uint64_t digest);
   void count_return(BlockPast& past);
   void remember(std::uint64_t digest, const BlockPast& past);
-  std::uint8_t chain_behind(const BlockPast* above) const;
-  void give_child(BlockPast& past);
+  std::uint8_t chain_behind(const std::optional<BlockPast>& above) const;
+  void give_child(std::uint64_t digest, const BlockPast& past);
 
   std::uint64_t seed_;
   AgeCohorts cohorts_;  // for its counts

@@ -1,6 +1,8 @@
 // ReturnHazards: how likely a block comes back, learned from what comes back.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -27,7 +29,9 @@ class ReturnHazards {
 
   void returned(std::uint32_t block_class, Tick age);
   // Blocks of this age were waited for: their number times the ticks.
-  void waited(std::uint32_t block_class, Tick age, std::uint64_t block_ticks);
+  void waited(std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
+    counts_[std::size_t{block_class} * kBins + bin(age)].block_ticks += static_cast<double>(block_ticks);
+  }
   // Counts for half from now on.
   void halve();
   // Brings value() and returning() up to date with what was counted: a few ten microseconds.
@@ -52,7 +56,12 @@ class ReturnHazards {
     double returns = 0;
     double block_ticks = 0;
   };
-  static std::uint32_t bin(Tick age);
+  static constexpr std::uint32_t kExact = 8;  // ages below have bins of their own
+  static std::uint32_t bin(Tick age) {
+    if (age < kExact) return age;
+    const auto octave = static_cast<std::uint32_t>(std::bit_width(age)) - 1;
+    return std::min(kBins - 1, kExact + (octave - 3) * 4 + ((age >> (octave - 2)) & 3U));
+  }
   static Tick begin(std::uint32_t bin);
   std::size_t num_classes() const { return counts_.size() / kBins; }
   std::vector<double> common_hazard() const;

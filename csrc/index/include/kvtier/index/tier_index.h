@@ -19,6 +19,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "kvtier/index/age_queues.h"
@@ -65,7 +66,10 @@ class TierIndex {
   // `parent`: the entry that this one hangs on, not erased (dropped is allowed), or null. It takes the place
   // of no block of a higher priority.
   Reservation reserve(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
-                      Entry* parent, std::uint32_t volume = 0, Priority priority = Priority::normal);
+                      Entry* parent, std::uint32_t volume = 0, Priority priority = Priority::normal,
+                      Arrival arrival = Arrival::used);
+  // A block that is being filled ahead of a request is used by another one, which runs, as it becomes ready.
+  void arrive(Entry& filling);
   // A block that stood in its slot before this process: ready at once, the most recently used. Null when the
   // slot is not free or not usable, or the key is there already. link_parent() may follow, once.
   Entry* restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
@@ -120,9 +124,12 @@ class TierIndex {
   // From now on tells it of the time, of what reserve() reserves and of what is touched. Null: nobody.
   void tell_uses_to(UseObserver* observer) { observer_ = observer; }
 
-  // The time of what follows, and what waiting requests want: see EvictionPolicy.
+  // The time of what follows: see EvictionPolicy.
   void advance(std::int64_t now_us);
+  // A request that waits will want this block, resident or not; once per request. 48 bytes for each such
+  // block.
   void expect(const BlockKey& key, GroupId group);
+  // That request waits no more: it runs, or was given up.
   void expect_no_more(const BlockKey& key, GroupId group);
 
   // Who would be evicted next to make room in a class for a block of this priority; null if nobody may be.
@@ -166,6 +173,9 @@ class TierIndex {
   void make_ready(Entry& entry);
   void remove(Entry& entry, Departure why);
   void free_slot(Entry& entry);
+  bool is_expected(const Entry& entry) const;
+  // The block, if the policy of its class tracks it; or null.
+  Entry* in_policy(const BlockKey& key, GroupId group);
   // Whether the policy knows it, and whether it may name it as a victim (else it is held).
   bool tracked(const Entry& entry) const { return entry.linked && entry.state == SlotState::ready; }
   bool evictable(const Entry& entry) const {
@@ -184,8 +194,9 @@ class TierIndex {
   std::uint32_t pinned_blocks_ = 0;
   bool has_priorities_ = false;
   Expiries expiries_;
-  EventFeed* feed_ = nullptr;        // null: nobody wants to know
-  UseObserver* observer_ = nullptr;  // as feed_
+  std::unordered_map<std::uint64_t, std::uint32_t> expected_;  // requests that wait for it, by Index::hash()
+  EventFeed* feed_ = nullptr;                                  // null: nobody wants to know
+  UseObserver* observer_ = nullptr;                            // as feed_
   Tier tier_ = Tier::host;
 };
 

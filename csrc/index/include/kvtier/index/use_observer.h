@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kvtier/core/types.h"
+#include "kvtier/index/eviction.h"
 
 namespace kvtier {
 
@@ -13,8 +14,8 @@ class UseObserver {
   // The time of what follows: see EvictionPolicy::advance().
   virtual void advance(std::int64_t now_us) = 0;
   // A slot was reserved for it; those of a prompt come head first. `parent`: the block that it hangs on, of
-  // the same group, or null. Valid during the call.
-  virtual void appears(const BlockKey& key, GroupId group, const BlockKey* parent) = 0;
+  // the same group, or null. Valid during the call. What arrives ahead is not used yet.
+  virtual void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) = 0;
   // It is there, and was used.
   virtual void used(const BlockKey& key, GroupId group) = 0;
 };

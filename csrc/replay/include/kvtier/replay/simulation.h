@@ -29,7 +29,7 @@ struct SimulationOptions {
   std::uint32_t host_blocks = 0;
   std::uint32_t disk_blocks = 0;  // 0: no disk tier
   std::string_view host_eviction = kDefaultEviction;
-  std::string_view disk_eviction = kDefaultEviction;
+  std::string_view disk_eviction = kDefaultDiskEviction;
   // Policies that are none of eviction_choices(), instead of these. What they throw ends the simulation.
   struct Custom {
     std::function<std::unique_ptr<EvictionPolicy>(const EvictionOptions&)> make;
@@ -38,7 +38,7 @@ struct SimulationOptions {
   std::optional<Custom> host_custom = std::nullopt;
   std::optional<Custom> disk_custom = std::nullopt;
   Form form = Form::engine;
-  Admission admission = Admission::second_use;
+  Admission admission = kDefaultAdmission;
   std::optional<std::uint64_t> write_bytes_per_day;  // to the drive; nullopt: no limit
   std::uint64_t block_bytes = 0;
   std::uint64_t seed = 0;  // of Index and AdmissionPolicy, as an engine's hash_seed
