@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import statistics
 import time
@@ -174,7 +175,7 @@ def _ghost_round(bench: _Bench, index: int) -> None:
         for name in spent if (index + number) % 2 else reversed(spent):
             off = name == "ghosts_off"
             with bench.engine._without_ghosts() if off else contextlib.nullcontext():
-                spent[name] += seconds(lambda part=part: bench.engine.lookup(part))
+                spent[name] += seconds(functools.partial(bench.engine.lookup, part))
     for name, value in spent.items():
         bench.ms.setdefault(name, []).append(1e3 * value)
 
