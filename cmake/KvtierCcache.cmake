@@ -2,11 +2,9 @@
 find_program(KVTIER_CCACHE ccache)
 mark_as_advanced(KVTIER_CCACHE)
 if(KVTIER_CCACHE)
-  set(kvtier_launcher "${KVTIER_CCACHE}")
-  if(KVTIER_TESTS)
-    # They have precompiled headers, which ccache caches only when told that it may (its manual, "Precompiled headers").
-    set(kvtier_launcher "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${KVTIER_CCACHE}")
-  endif()
+  # Tests and bindings have precompiled headers, which ccache caches only when told that it may (its manual,
+  # "Precompiled headers").
+  set(kvtier_launcher "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${KVTIER_CCACHE}")
   foreach(language CXX CUDA)
     if(NOT DEFINED CMAKE_${language}_COMPILER_LAUNCHER)
       set(CMAKE_${language}_COMPILER_LAUNCHER "${kvtier_launcher}")

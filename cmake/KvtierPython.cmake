@@ -17,7 +17,10 @@ find_package(pybind11 CONFIG REQUIRED)
 pybind11_add_module(_core MODULE NO_EXTRAS ${kvtier_binding_sources})
 target_link_libraries(_core PRIVATE kvtier_flags kvtier::engine kvtier::replay)
 install(TARGETS _core LIBRARY DESTINATION kvtier)
-if(NOT SKBUILD)
+if(SKBUILD)
+  target_compile_options(_core PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fpch-preprocess>)  # for ccache
+  target_precompile_headers(_core PRIVATE <pybind11/numpy.h> <pybind11/pybind11.h> <pybind11/stl.h>)
+else()
   # In a C++ developer's tree the module stands in compile_commands.json (clang-tidy reads it); pip builds it.
   set_target_properties(_core PROPERTIES EXCLUDE_FROM_ALL ON)
 endif()
