@@ -26,7 +26,7 @@ test: test-cpp test-py  ## all tests that need no GPU
 test-cpp: setup  ## C++ tests (CTEST_ARGS="-R name")
 	scripts/ctest.sh dev $(CTEST_ARGS)
 test-py: build  ## Python tests (PYTEST_ARGS="-k name")
-	pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu and not slow" $(PYTEST_ARGS)
 test-vllm: .venv-vllm/.built  ## the connector against the real vLLM on the CPU: the tests that CI runs
 	$(pytest_vllm) -m smoke $(PYTEST_ARGS)
 test-vllm-full: .venv-vllm/.built  ## all of them, a soak and vLLM's own included (KVTIER_SOAK_SECONDS=600; PYTEST_ARGS="-k name")

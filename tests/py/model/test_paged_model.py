@@ -79,7 +79,11 @@ class PagedMachine(RuleBasedStateMachine):
         cached = [(extent.key, tuple(extent.pages)) for extent in pool.cached]
         held = [(seq.page_ids.tolist(), seq.num_tokens, seq.committed_tokens) for seq, _ in self.seqs]
         shared = sorted((key, extent.refs) for key, extent in pool._by_key.items())
-        return self.cache.stats(), cached, held, shared, sorted(pool._free), self.tensor.tobytes()
+        still = self.tensor.copy()
+        for seq, _ in self.seqs:
+            if seq.ticket is not None:  # its load goes on meanwhile
+                still[seq.page_ids] = 0
+        return self.cache.stats(), cached, held, shared, sorted(pool._free), still.tobytes()
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page)
