@@ -12,7 +12,8 @@ AgeCohorts::AgeCohorts(std::size_t records, std::uint32_t num_classes)
       counts_(kMaxCohorts * num_classes, 0),
       links_(records),
       key_of_(kMaxCohorts * num_classes, kNoKey),
-      in_heap_(kMaxCohorts * num_classes, false) {
+      in_heap_(kMaxCohorts * num_classes, false),
+      values_(num_classes) {
   cohorts_.reserve(kMaxCohorts);
   rows_.reserve(kMaxCohorts);
   heap_.reserve(kMaxCohorts * num_classes);

@@ -233,8 +233,8 @@ class ReturnHazardPolicy final : public EvictionPolicy {
 
   void pass(Tick ticks) {
     if (ticks == 0) return;
-    cohorts_.pass(ticks, [this](std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
-      hazards_.waited(block_class, age, block_ticks);
+    cohorts_.pass(ticks, [this](Tick age, std::span<const std::uint32_t> blocks, Tick step) {
+      hazards_.waited(age, blocks.first(kNumBlockClasses), step);
     });
   }
 
@@ -243,8 +243,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
       hazards_.learn();
       learned_at_ = cohorts_.now();
     }
-    cohorts_.rank([this](std::uint32_t queue, Tick age) {
-      return queue == kExpected ? std::numeric_limits<float>::infinity() : hazards_.value(queue, age);
+    cohorts_.rank([this](Tick age, std::span<float> into) {
+      const std::span<const float> values = hazards_.values(age);
+      std::copy(values.begin(), values.end(), into.begin());
+      into[kExpected] = std::numeric_limits<float>::infinity();
     });
   }
 

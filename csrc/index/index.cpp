@@ -1,6 +1,6 @@
 #include "kvtier/index/index.h"
 
-#include <bit>
+#include <algorithm>
 
 #include "kvtier/core/status.h"
 
@@ -21,8 +21,8 @@ std::uint64_t mix(std::uint64_t x) {
 Index::Index(std::size_t capacity, std::uint64_t seed)
     : entries_(capacity),
       parent_generations_(capacity, 0),
-      table_(std::bit_ceil(std::max<std::size_t>(capacity, 8) * 2), Bucket{0, kEmpty}),
-      mask_(table_.size() - 1),
+      table_(std::max<std::size_t>(capacity, 8) * 2, Bucket{0, kEmpty}),
+      num_buckets_(table_.size()),
       seed_(seed),
       second_seed_(mix(seed)) {
   KVTIER_CHECK(capacity < kEmpty);
@@ -30,9 +30,9 @@ Index::Index(std::size_t capacity, std::uint64_t seed)
 }
 
 Entry* Index::find(const BlockKey& key, GroupId group) {
-  const std::uint64_t h = hash(key, group);
-  for (std::size_t at = home(h); table_[at].id != kEmpty; at = (at + 1) & mask_) {
-    if (table_[at].tag != tag(h)) continue;
+  const std::uint32_t wanted = tag(hash(key, group));
+  for (std::size_t at = home(wanted); table_[at].id != kEmpty; at = behind(at)) {
+    if (table_[at].tag != wanted) continue;
     Entry& entry = entries_[table_[at].id];
     if (entry.key == key && entry.group == group) return &entry;
   }
@@ -66,10 +66,10 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
                 .generation = entry.generation + 1,
                 .parent = kEmpty};
 
-  const std::uint64_t h = hash(key, group);
-  std::size_t at = home(h);
-  while (table_[at].id != kEmpty) at = (at + 1) & mask_;
-  table_[at] = {tag(h), id};
+  const std::uint32_t own = tag(hash(key, group));
+  std::size_t at = home(own);
+  while (table_[at].id != kEmpty) at = behind(at);
+  table_[at] = {own, id};
   return entry;
 }
 
@@ -77,16 +77,14 @@ void Index::unlink(Entry& entry) {
   KVTIER_CHECK(entry.linked);
   entry.linked = false;
   const std::uint32_t wanted = raw(id(entry));
-  std::size_t hole = home(hash(entry.key, entry.group));
+  std::size_t hole = home(tag(hash(entry.key, entry.group)));
   while (table_[hole].id != wanted) {
     KVTIER_CHECK(table_[hole].id != kEmpty);
-    hole = (hole + 1) & mask_;
+    hole = behind(hole);
   }
   // Backward shift (Knuth 6.4, algorithm R): no tombstones, so lookups never slow down with age.
-  for (std::size_t at = (hole + 1) & mask_; table_[at].id != kEmpty; at = (at + 1) & mask_) {
-    const Entry& other = entries_[table_[at].id];
-    const std::size_t from_home = (at - home(hash(other.key, other.group))) & mask_;
-    if (from_home >= ((at - hole) & mask_)) {
+  for (std::size_t at = behind(hole); table_[at].id != kEmpty; at = behind(at)) {
+    if (distance(home(table_[at].tag), at) >= distance(hole, at)) {
       table_[hole] = table_[at];
       hole = at;
     }

@@ -96,8 +96,8 @@ void ReturnBook::give_child(std::uint64_t digest, const BlockPast& past) {
 
 void ReturnBook::pass(Tick ticks) {
   if (ticks == 0) return;
-  cohorts_.pass(ticks, [this](std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
-    hazards_.waited(block_class, age, block_ticks);
+  cohorts_.pass(ticks, [this](Tick age, std::span<const std::uint32_t> blocks, Tick step) {
+    hazards_.waited(age, blocks, step);
   });
 }
 

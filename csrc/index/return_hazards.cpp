@@ -12,7 +12,7 @@ constexpr double kPriorReturns = 20;
 constexpr double kRatioReturns = 50;  // of a class, against all
 constexpr double kBinReturns = 30;    // of a class at one age, against its own ratio
 
-constexpr double kHardlyAnyLeft = 0.001;  // share of blocks that have not returned: no need to look further
+constexpr double kLeastLeft = 1e-280;  // share of blocks that have not returned: quotients stay numbers
 
 }  // namespace
 
@@ -23,19 +23,21 @@ Tick ReturnHazards::begin(std::uint32_t bin) {
 }
 
 ReturnHazards::ReturnHazards(std::uint32_t num_classes)
-    : counts_(std::size_t{num_classes} * kBins), values_(counts_.size()), left_(counts_.size()) {
+    : num_classes_(num_classes),
+      returns_(std::size_t{num_classes} * kBins),
+      block_ticks_(returns_.size()),
+      values_(returns_.size()),
+      left_(returns_.size()) {
   learn();
 }
 
 void ReturnHazards::returned(std::uint32_t block_class, Tick age) {
-  counts_[std::size_t{block_class} * kBins + bin(age)].returns += 1;
+  returns_[bin(age) * num_classes_ + block_class] += 1;
 }
 
 void ReturnHazards::halve() {
-  for (Counts& counts : counts_) {
-    counts.returns *= 0.5;
-    counts.block_ticks *= 0.5;
-  }
+  for (double& returns : returns_) returns *= 0.5;
+  for (double& block_ticks : block_ticks_) block_ticks *= 0.5;
 }
 
 std::vector<double> ReturnHazards::common_hazard() const {
@@ -44,9 +46,9 @@ std::vector<double> ReturnHazards::common_hazard() const {
     const double believed = kPriorHazard / (static_cast<double>(begin(b)) + 1);
     double returns = kPriorReturns;
     double block_ticks = kPriorReturns / believed;
-    for (std::size_t at = b; at < counts_.size(); at += kBins) {
-      returns += counts_[at].returns;
-      block_ticks += counts_[at].block_ticks;
+    for (std::size_t at = b * num_classes_; at < (b + 1) * num_classes_; ++at) {
+      returns += returns_[at];
+      block_ticks += block_ticks_[at];
     }
     hazard[b] = returns / block_ticks;
   }
@@ -55,47 +57,56 @@ std::vector<double> ReturnHazards::common_hazard() const {
 
 void ReturnHazards::learn() {
   const std::vector<double> common = common_hazard();
-  for (std::size_t c = 0; c < num_classes(); ++c) learn_class(c, common);
+  for (std::size_t c = 0; c < num_classes_; ++c) learn_class(c, common);
 }
 
 void ReturnHazards::learn_class(std::size_t block_class, const std::vector<double>& common) {
-  const Counts* counts = &counts_[block_class * kBins];
+  const auto at = [&](std::uint32_t b) { return b * num_classes_ + block_class; };
   double returns = kRatioReturns;
   double expected = kRatioReturns;
   for (std::uint32_t b = 0; b < kBins; ++b) {
-    returns += counts[b].returns;
-    expected += counts[b].block_ticks * common[b];
+    returns += returns_[at(b)];
+    expected += block_ticks_[at(b)] * common[b];
   }
   // Per bin: the share that returns of those who are left at its beginning, and how long it is waited for.
   double share[kBins];
   double wait[kBins];
   for (std::uint32_t b = 0; b < kBins; ++b) {
     const double own = common[b] * returns / expected;
-    const double hazard = (counts[b].returns + kBinReturns) / (counts[b].block_ticks + kBinReturns / own);
+    const double hazard = (returns_[at(b)] + kBinReturns) / (block_ticks_[at(b)] + kBinReturns / own);
     const double width = b + 1 < kBins ? static_cast<double>(begin(b + 1) - begin(b)) : 1.0;
     share[b] = hazard * width / (1 + hazard * width);
     wait[b] = width * (1 - 0.5 * share[b]);
   }
-  double* all_left = &left_[block_class * kBins];
-  all_left[0] = 1;
-  for (std::uint32_t b = 1; b < kBins; ++b) all_left[b] = all_left[b - 1] * (1 - share[b - 1]);
-  for (std::uint32_t from = 0; from < kBins; ++from) {
-    double left = 1;
-    double gained = 0;
-    double held = 0;
-    double most = 0;  // gained by the best horizon, and held for it; not their quotient, to divide once
-    double most_held = 1;
-    for (std::uint32_t b = from; b < kBins && left > kHardlyAnyLeft; ++b) {
-      const double rest = b == from ? 0.5 : 1.0;  // half of the first bin is over
-      gained += left * share[b] * rest;
-      held += left * wait[b] * rest;
-      left *= 1 - share[b] * rest;
-      if (gained * most_held > most * held) {
-        most = gained;
-        most_held = held;
-      }
-    }
-    values_[block_class * kBins + from] = static_cast<float>(most / most_held);
+  double* left = &left_[block_class * kBins];
+  left[0] = 1;
+  for (std::uint32_t b = 1; b < kBins; ++b) left[b] = std::max(kLeastLeft, left[b - 1] * (1 - share[b - 1]));
+
+  // Drawn as a curve of returns against time held, from the first bin to the last, what the best horizon
+  // promises is the steepest line from where one stands to the curve ahead: to a corner of its upper hull.
+  struct Corner {
+    double ahead;  // time held from here to the end of the last bin
+    double left;   // share that has not returned yet
+  };
+  Corner hull[kBins + 1];  // the nearest corner is the last
+  std::size_t corners = 0;
+  const auto steepness = [](const Corner& from, const Corner& to) {
+    return (from.left - to.left) / (from.ahead - to.ahead);
+  };
+  Corner next{0, std::max(kLeastLeft, left[kBins - 1] * (1 - share[kBins - 1]))};  // behind bin b
+  for (std::uint32_t b = kBins; b-- > 0;) {
+    while (corners > 1 &&
+           steepness(next, hull[corners - 1]) <= steepness(hull[corners - 1], hull[corners - 2]))
+      --corners;
+    hull[corners++] = next;
+    // Half of the bin is over, and few of its own have returned in it.
+    const double scale = next.left / (1 - 0.5 * share[b]);
+    const Corner here{next.ahead + 0.5 * wait[b] * scale, next.left + 0.5 * share[b] * scale};
+    std::size_t best = corners - 1;
+    double value = steepness(here, hull[best]);
+    while (best > 0 && steepness(here, hull[best - 1]) > value) value = steepness(here, hull[--best]);
+    values_[at(b)] = static_cast<float>(value);
+    next = {next.ahead + wait[b] * left[b], left[b]};
   }
 }
 

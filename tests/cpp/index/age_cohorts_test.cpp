@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
 namespace kvtier {
@@ -14,9 +16,17 @@ struct AgeCohortsPeer {
 
 namespace {
 
-constexpr auto kNobodyAsks = [](std::uint32_t, Tick, std::uint64_t) {};
+constexpr auto kNobodyAsks = [](Tick, std::span<const std::uint32_t>, Tick) {};
+
+// rank() by value(class, age).
+template <typename Value>
+auto by(Value value) {
+  return [value](Tick age, std::span<float> into) {
+    for (std::uint32_t c = 0; c < into.size(); ++c) into[c] = value(c, age);
+  };
+}
 // As LRU would: the older, the less.
-constexpr auto kByAge = [](std::uint32_t, Tick age) { return 1 / (1 + static_cast<float>(age)); };
+const auto kByAge = by([](std::uint32_t, Tick age) { return 1 / (1 + static_cast<float>(age)); });
 
 TEST(AgeCohorts, the_queue_of_least_value_comes_first) {
   AgeCohorts ages(4, 2);
@@ -25,9 +35,9 @@ TEST(AgeCohorts, the_queue_of_least_value_comes_first) {
   ages.pass(5, kNobodyAsks);
   ages.add_last(EntryId{2}, 5, 0);
   EXPECT_FALSE(ages.ranked());
-  ages.rank([](std::uint32_t block_class, Tick age) {
+  ages.rank(by([](std::uint32_t block_class, Tick age) {
     return block_class == 1 ? 0.5F : age < 3 ? 0.25F : 1.0F;
-  });
+  }));
   std::vector<std::uint32_t> order;
   const std::map<std::uint32_t, std::pair<Tick, std::uint32_t>> where{{0, {0, 0}}, {1, {0, 1}}, {2, {5, 0}}};
   while (const std::optional<EntryId> first = ages.first()) {
@@ -68,7 +78,7 @@ TEST(AgeCohorts, what_is_used_in_the_tick_of_the_ranking_is_ranked_already) {
   AgeCohorts ages(3, 2);
   ages.add_last(EntryId{0}, 0, 1);
   ages.pass(1, kNobodyAsks);
-  ages.rank([](std::uint32_t block_class, Tick) { return block_class == 1 ? 0.5F : 0.25F; });
+  ages.rank(by([](std::uint32_t block_class, Tick) { return block_class == 1 ? 0.5F : 0.25F; }));
   EXPECT_EQ(ages.first(), EntryId{0});
   ages.add_last(EntryId{1}, 1, 1);
   ages.add_last(EntryId{2}, 1, 0);
@@ -83,9 +93,10 @@ TEST(AgeCohorts, every_block_is_waited_for_at_its_age_in_every_tick) {
   AgeCohorts ages(1, 2);
   ages.count_in(0, 1);
   std::map<Tick, std::uint64_t> waited;
-  const auto note = [&](std::uint32_t block_class, Tick age, std::uint64_t ticks) {
-    EXPECT_EQ(block_class, 1U);
-    waited[age] += ticks;
+  const auto note = [&](Tick age, std::span<const std::uint32_t> blocks, Tick ticks) {
+    ASSERT_EQ(blocks.size(), 2U);
+    EXPECT_EQ(blocks[0], 0U);
+    if (blocks[1] > 0) waited[age] += std::uint64_t{blocks[1]} * ticks;
   };
   ages.pass(3, note);
   EXPECT_EQ(waited, (std::map<Tick, std::uint64_t>{{0, 1}, {1, 1}, {2, 1}}));
@@ -103,8 +114,8 @@ TEST(AgeCohorts, a_long_pause_takes_few_steps_and_loses_no_time) {
   ages.count_in(0, 0);
   std::uint64_t ticks = 0;
   int steps = 0;
-  ages.pass(100'000, [&](std::uint32_t, Tick, std::uint64_t block_ticks) {
-    ticks += block_ticks;
+  ages.pass(100'000, [&](Tick, std::span<const std::uint32_t> blocks, Tick step) {
+    ticks += std::uint64_t{blocks[0]} * step;
     ++steps;
   });
   EXPECT_EQ(ticks, 100'000U);
@@ -142,7 +153,9 @@ TEST(AgeCohorts, the_oldest_comes_first_to_an_eighth_of_its_age) {
   }
   EXPECT_LE(most_cohorts, 160U);
   std::uint64_t counted = 0;
-  ages.pass(1, [&](std::uint32_t, Tick, std::uint64_t blocks) { counted += blocks; });
+  ages.pass(1, [&](Tick, std::span<const std::uint32_t> blocks, Tick) {
+    counted = std::accumulate(blocks.begin(), blocks.end(), counted);
+  });
   EXPECT_EQ(counted, used.size());
 }
 

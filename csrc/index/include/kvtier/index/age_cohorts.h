@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -33,7 +34,8 @@ class AgeCohorts {
   AgeCohorts(std::size_t records, std::uint32_t num_classes);
 
   Tick now() const { return now_; }
-  // Lets time pass. waited(class, age, block_ticks) is told of all that were counted in.
+  // Lets time pass. waited(age, blocks, ticks) is told of all that were counted in: blocks[class] of about
+  // this age, for so long.
   template <typename Waited>
   void pass(Tick ticks, Waited&& waited);
 
@@ -46,10 +48,10 @@ class AgeCohorts {
   void add_last(EntryId id, Tick used, std::uint32_t block_class);
   void remove(EntryId id, Tick used, std::uint32_t block_class);
 
-  // Orders the queues by value(class, age) >= 0, the lowest first; of those that differ by less than a
-  // thousandth the older.
-  template <typename Value>
-  void rank(Value&& value);
+  // Orders the queues by their values >= 0, the lowest first; of those that differ by less than a thousandth
+  // the older. values(age, into) writes those of all classes.
+  template <typename Values>
+  void rank(Values&& values);
   // False once time has passed: ages are others.
   bool ranked() const { return ranked_; }
   // Requires ranked(). The first block of the first queue that has any.
@@ -75,6 +77,9 @@ class AgeCohorts {
   Tick age(const Cohort& cohort) const { return now_ - (cohort.begin + (cohort.end - cohort.begin) / 2); }
   Tick newest_age() const { return now_ + 1 - cohorts_.back().end; }
   std::size_t at(Tick used, std::uint32_t block_class);
+  const std::uint32_t* row(const std::vector<std::uint32_t>& table, const Cohort& cohort) const {
+    return &table[std::size_t{cohort.row} * num_classes_];
+  }
   const Cohort& cohort_of(Tick used);
   void open_cohort();
   void merge_old();
@@ -97,6 +102,7 @@ class AgeCohorts {
   std::vector<std::uint64_t> heap_;    // keys, the least in front
   std::vector<std::uint64_t> key_of_;  // of each queue, or kNoKey
   std::vector<bool> in_heap_;          // of each queue
+  std::vector<float> values_;          // of each class
 };
 
 template <typename Waited>
@@ -105,10 +111,7 @@ void AgeCohorts::pass(Tick ticks, Waited&& waited) {
   while (ticks > 0) {
     const Tick step = std::min(ticks, std::max<Tick>(1, newest_age() / kPrecision));
     for (const Cohort& cohort : cohorts_) {
-      const std::uint32_t* counts = &counts_[std::size_t{cohort.row} * num_classes_];
-      for (std::uint32_t c = 0; c < num_classes_; ++c) {
-        if (counts[c] > 0) waited(c, age(cohort), std::uint64_t{counts[c]} * step);
-      }
+      waited(age(cohort), std::span<const std::uint32_t>(row(counts_, cohort), num_classes_), step);
     }
     now_ += step;
     ticks -= step;
@@ -117,23 +120,24 @@ void AgeCohorts::pass(Tick ticks, Waited&& waited) {
   ranked_ = false;
 }
 
-template <typename Value>
-void AgeCohorts::rank(Value&& value) {
+template <typename Values>
+void AgeCohorts::rank(Values&& values) {
   if (cohorts_.back().end <= now_) open_cohort();  // what comes next goes there
   heap_.clear();
-  std::fill(key_of_.begin(), key_of_.end(), kNoKey);
   std::fill(in_heap_.begin(), in_heap_.end(), false);
   for (std::uint32_t place = 0; place < cohorts_.size(); ++place) {
     const std::size_t row = std::size_t{cohorts_[place].row} * num_classes_;
-    const Tick cohort_age = age(cohorts_[place]);
+    values(age(cohorts_[place]), std::span<float>(values_));
     const bool is_newest = place + 1 == cohorts_.size();
     for (std::uint32_t c = 0; c < num_classes_; ++c) {
       const std::size_t queue = row + c;
-      // What is left out is ranked by filled(), all anew.
-      if (!is_newest && counts_[queue] == 0 && queues_[queue] == kNone) continue;
+      if (!is_newest && counts_[queue] == 0 && queues_[queue] == kNone) {
+        key_of_[queue] = kNoKey;  // all are ranked anew by filled()
+        continue;
+      }
       // Floats that are not negative are in the order of their bits, and what is below their upper 22 is less
       // than a thousandth.
-      const std::uint32_t bits = std::bit_cast<std::uint32_t>(value(c, cohort_age)) & ~0x3ffU;
+      const std::uint32_t bits = std::bit_cast<std::uint32_t>(values_[c]) & ~0x3ffU;
       key_of_[queue] = (std::uint64_t{bits} << 32U) | (place * num_classes_ + c);
       if (queues_[queue] == kNone) continue;
       heap_.push_back(key_of_[queue]);

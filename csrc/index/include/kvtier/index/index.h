@@ -1,7 +1,8 @@
 // Index: (key, group) -> Entry, for a million blocks and tens of thousands of keys a lookup.
 //
 // One record is one cache line: key, state and slot are read with a single miss. The table beside it is
-// open-addressed, {tag, id} pairs at a load of at most one half, probed linearly. A batch of lookups is
+// open-addressed, {tag, id} pairs at a load of at most one half, probed linearly from the place that the tag
+// gives: whoever moves pairs needs no record. A batch of lookups is
 // software-pipelined: while the records of one batch are compared, those of the next and the buckets of the
 // one behind it are on their way (the technique: group prefetching, Chen et al., ICDE 2004). Everything is
 // allocated for `capacity` at the start, in huge pages; nothing is ever rehashed under the engine mutex.
@@ -99,21 +100,28 @@ class Index {
  private:
   friend struct IndexPeer;  // tests: makes keys that collide
   struct Bucket {
-    std::uint32_t tag;  // upper half of the hash; lower bits choose the bucket
-    std::uint32_t id;   // raw EntryId, or kEmpty
+    std::uint32_t
+        tag;  // upper half of the hash: its upper bits choose the bucket, the others tell who is in it
+    std::uint32_t id;  // raw EntryId, or kEmpty
   };
   static constexpr std::uint32_t kEmpty = 0xffffffffU;
   static constexpr std::size_t kBatch = 16;  // as many misses of each kind are kept in flight
 
-  std::size_t home(std::uint64_t h) const { return static_cast<std::size_t>(h) & mask_; }
   static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
+  std::size_t home(std::uint32_t tag) const {
+    return static_cast<std::size_t>((std::uint64_t{tag} * num_buckets_) >> 32);
+  }
+  std::size_t behind(std::size_t bucket) const { return bucket + 1 == num_buckets_ ? 0 : bucket + 1; }
+  std::size_t distance(std::size_t from, std::size_t to) const {
+    return to >= from ? to - from : to + num_buckets_ - from;
+  }
   Entry* release_parent(Entry& child);
 
   HugeVector<Entry> entries_;
   HugeVector<std::uint32_t> parent_generations_;
   HugeVector<std::uint32_t> free_records_;
   HugeVector<Bucket> table_;
-  std::size_t mask_;
+  std::size_t num_buckets_;
   std::size_t used_ = 0;  // records [0, used_) were used at least once
   std::size_t size_ = 0;
   std::uint64_t seed_;
@@ -155,15 +163,16 @@ void Index::find_each(std::span<const BlockKey> keys, GroupId group, Sink&& sink
   const auto ask_for_buckets = [&](std::span<const BlockKey> batch, std::uint64_t* hash_of) {
     for (std::size_t i = 0; i < batch.size(); ++i) {
       hash_of[i] = hash(batch[i], group);
-      __builtin_prefetch(&table_[home(hash_of[i])]);
+      __builtin_prefetch(&table_[home(tag(hash_of[i]))]);
       note(hash_of[i]);
     }
   };
   const auto ask_for_records = [&](std::size_t n, const std::uint64_t* hash_of, std::uint32_t* id_of) {
     for (std::size_t i = 0; i < n; ++i) {
       // The first bucket with the right tag is nearly always the one; the compare below decides.
-      std::size_t at = home(hash_of[i]);
-      while (table_[at].id != kEmpty && table_[at].tag != tag(hash_of[i])) at = (at + 1) & mask_;
+      const std::uint32_t wanted = tag(hash_of[i]);
+      std::size_t at = home(wanted);
+      while (table_[at].id != kEmpty && table_[at].tag != wanted) at = behind(at);
       id_of[i] = table_[at].id;
       if (id_of[i] != kEmpty) __builtin_prefetch(&entries_[id_of[i]]);
     }

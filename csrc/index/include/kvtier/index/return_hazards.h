@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace kvtier {
@@ -28,34 +29,30 @@ class ReturnHazards {
   explicit ReturnHazards(std::uint32_t num_classes);
 
   void returned(std::uint32_t block_class, Tick age);
-  // Blocks of this age were waited for: their number times the ticks.
-  void waited(std::uint32_t block_class, Tick age, std::uint64_t block_ticks) {
-    counts_[std::size_t{block_class} * kBins + bin(age)].block_ticks += static_cast<double>(block_ticks);
+  // blocks[class] of this age were waited for, so many ticks each.
+  void waited(Tick age, std::span<const std::uint32_t> blocks, Tick ticks) {
+    double* waits = &block_ticks_[bin(age) * num_classes_];
+    for (std::size_t c = 0; c < num_classes_; ++c) {
+      waits[c] += static_cast<double>(blocks[c]) * static_cast<double>(ticks);
+    }
   }
   // Counts for half from now on.
   void halve();
-  // Brings value() and returning() up to date with what was counted: a few ten microseconds.
+  // Brings values() and returning() up to date with what was counted: some ten microseconds.
   void learn();
-  // Expected returns per tick of holding a block of this class and age; see above.
-  float value(std::uint32_t block_class, Tick age) const {
-    return values_[std::size_t{block_class} * kBins + bin(age)];
-  }
+  // By class: expected returns per tick of holding a block of this age; see above.
+  std::span<const float> values(Tick age) const { return {&values_[bin(age) * num_classes_], num_classes_}; }
 
   // Of the blocks of this class that have not returned by `age`, the share that does within `ticks` more; 0
   // to 1.
   double returning(std::uint32_t block_class, Tick age, Tick ticks) const;
 
   static double bytes_for(std::uint32_t num_classes) {
-    return static_cast<double>(std::size_t{num_classes} * kBins *
-                               (sizeof(Counts) + sizeof(float) + sizeof(double)));
+    return static_cast<double>(std::size_t{num_classes} * kBins * (3 * sizeof(double) + sizeof(float)));
   }
 
  private:
   static constexpr std::uint32_t kBins = 92;  // up to 2^24 ticks
-  struct Counts {
-    double returns = 0;
-    double block_ticks = 0;
-  };
   static constexpr std::uint32_t kExact = 8;  // ages below have bins of their own
   static std::uint32_t bin(Tick age) {
     if (age < kExact) return age;
@@ -63,14 +60,16 @@ class ReturnHazards {
     return std::min(kBins - 1, kExact + (octave - 3) * 4 + ((age >> (octave - 2)) & 3U));
   }
   static Tick begin(std::uint32_t bin);
-  std::size_t num_classes() const { return counts_.size() / kBins; }
   std::vector<double> common_hazard() const;
   void learn_class(std::size_t block_class, const std::vector<double>& common);
   double waiting(std::uint32_t block_class, Tick age) const;
 
-  std::vector<Counts> counts_;  // [class][bin]
-  std::vector<float> values_;   // [class][bin]
-  std::vector<double> left_;    // [class][bin]: the share that has not returned at its beginning
+  std::size_t num_classes_;
+  // [bin][class]: a tick asks for all classes of an age
+  std::vector<double> returns_;
+  std::vector<double> block_ticks_;
+  std::vector<float> values_;
+  std::vector<double> left_;  // [class][bin]: the share that has not returned at its beginning
 };
 
 }  // namespace kvtier
