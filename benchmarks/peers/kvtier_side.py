@@ -132,6 +132,7 @@ class Kvtier(Store):
             block_tokens=1,
             model="kvtier-bench@1",
             host=(2 * STEP_FILL if on_disk else slots + 1) * STEP_SLOT_BYTES,
+            eviction="lru",  # what is stored last is there: so that it can be looked up, all of it
             **extra,
         )
         self._steps_start()
