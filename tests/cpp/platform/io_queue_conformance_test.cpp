@@ -174,7 +174,8 @@ TEST_P(IoQueueConformance, no_wake_is_lost_among_completions) {
     seen = given.load();
   }
   for (std::thread& producer : producers) producer.join();
-  finish();
+  // The last wake may come behind what it tells of, so that it ends one of these waits.
+  while (queue_->in_flight() > 0) ASSERT_TRUE(queue_->wait(completions, std::nullopt).is_ok());
 }
 
 TEST_P(IoQueueConformance, a_wake_ends_a_wait_that_sleeps) {
