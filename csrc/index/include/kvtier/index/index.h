@@ -100,9 +100,8 @@ class Index {
  private:
   friend struct IndexPeer;  // tests: makes keys that collide
   struct Bucket {
-    std::uint32_t
-        tag;  // upper half of the hash: its upper bits choose the bucket, the others tell who is in it
-    std::uint32_t id;  // raw EntryId, or kEmpty
+    std::uint32_t tag;  // upper half of the hash; its own upper bits choose the bucket
+    std::uint32_t id;   // raw EntryId, or kEmpty
   };
   static constexpr std::uint32_t kEmpty = 0xffffffffU;
   static constexpr std::size_t kBatch = 16;  // as many misses of each kind are kept in flight
