@@ -3,14 +3,19 @@
 The limit is a plain copy of the same bytes by as many threads as the engine has, run by run between the same
 pages and as many images as we write: the faster, by its median, of the C library's memcpy and a non-temporal
 copy. Beside it (`*_contiguous`) stands the same of as many bytes in one contiguous piece, which no plain copy
-of scattered runs reaches. Both are measured right before each of our copies: ratios are of neighbours.
+of scattered runs reaches. Both are measured right before each of our copies, by threads on the processors
+that the engine's copy threads have: ratios are of neighbours. (On a shared machine one processor can be a
+fifth slower than another for minutes: an only copy thread beside a limit of the other read 0.8 or 1.05.)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +77,7 @@ class _Bench:
     limit_target: Any
     run_bytes: int
     image_offsets: Any  # of every run, in as many contiguous images
+    processors: set[int]  # where the engine's copy threads are
     bytes_right: bool = True
     s: dict[str, list[float]] = field(default_factory=dict)
 
@@ -122,7 +128,10 @@ def _measure_shape(
         host=(num_blocks + 2) * (block_bytes + 8192),
         copy_threads=threads,
     )
-    with kvtier.open(config) as engine:
+    processors = _processors(threads)
+    with _on(processors):
+        opened = kvtier.open(config)
+    with opened as engine:
         dims = (shape.num_layers, 2, 2 * num_blocks, 16, shape.num_kv_heads, 128)
         memory = _aligned(2 * math.prod(dims)).view(np.uint16).reshape(dims)
         memory[:] = rng.integers(0, 1 << 16, memory.shape[1:], np.uint16)
@@ -140,6 +149,7 @@ def _measure_shape(
             limit_target=_aligned(moved),
             run_bytes=block_bytes // (2 * shape.num_layers),
             image_offsets=np.arange(0, moved, block_bytes // (2 * shape.num_layers)),
+            processors=processors,
         )
         bench.limit_source[:] = rng.integers(0, 256, moved, np.uint8)
         bench.limit_target[:] = 1
@@ -161,6 +171,22 @@ def _aligned(size: int) -> Any:
     room = np.empty(size + _HUGE_PAGE, np.uint8)
     begin = -room.ctypes.data % _HUGE_PAGE
     return room[begin : begin + size]
+
+
+def _processors(threads: int) -> set[int]:
+    """As many as threads, or all there are."""
+    return set(sorted(os.sched_getaffinity(0))[:threads])
+
+
+@contextlib.contextmanager
+def _on(processors: set[int]) -> Iterator[None]:
+    """The calling thread, and for good those that it starts meanwhile, on these processors."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _round(bench: _Bench) -> None:
@@ -185,7 +211,8 @@ def _round(bench: _Bench) -> None:
 
 def _limits(bench: _Bench, beside: str) -> None:
     for method in METHODS:
-        took = copy_limit(bench.limit_target, bench.limit_source, method=method, threads=bench.threads)
+        with _on(bench.processors):
+            took = copy_limit(bench.limit_target, bench.limit_source, method=method, threads=bench.threads)
         bench.time(f"{method} beside {beside}", took)
 
 
@@ -196,15 +223,16 @@ def _same_runs(bench: _Bench, beside: str, method: str) -> None:
     page_offsets = ((ids[:, np.newaxis] + rows) * bench.run_bytes).reshape(-1)
     pages = bench.memory.reshape(-1).view(np.uint8)
     stored = beside == "store"
-    took = copy_runs_limit(
-        bench.limit_target if stored else pages,
-        pages if stored else bench.limit_source,
-        bench.image_offsets if stored else page_offsets,
-        page_offsets if stored else bench.image_offsets,
-        bench.run_bytes,
-        method=method,
-        threads=bench.threads,
-    )
+    with _on(bench.processors):
+        took = copy_runs_limit(
+            bench.limit_target if stored else pages,
+            pages if stored else bench.limit_source,
+            bench.image_offsets if stored else page_offsets,
+            page_offsets if stored else bench.image_offsets,
+            bench.run_bytes,
+            method=method,
+            threads=bench.threads,
+        )
     bench.time(f"{method} runs beside {beside}", took)
 
 

@@ -143,7 +143,7 @@ void check_runs(const std::vector<std::size_t>& sizes, std::size_t pitch, std::s
 }
 
 TEST(CopyRuns, scattered_runs_of_one_size_are_exact) {
-  for (const std::size_t bytes : {255, 256, 319, 512, 768, 1024, 4000, 4096, 4352, 8192, 18432, 36864}) {
+  for (const std::size_t bytes : {255, 256, 319, 512, 768, 1024, 4000, 4096, 4352, 8192, 36864, 65536, 65792}) {
     for (const std::size_t count : {1, 7, 8, 9, 15, 16, 17, 25, 40}) {  // around whole groups of lanes
       for (const std::size_t misalignment : {0, 1, 16, 63}) {
         ASSERT_NO_FATAL_FAILURE(check_runs(std::vector<std::size_t>(count, bytes), round_up(bytes + 64, 64),
@@ -167,7 +167,7 @@ TEST(CopyRuns, mixtures_of_all_sizes_are_exact) {
 }
 
 TEST(CopyRuns, contiguous_sources_into_scattered_pages_are_exact) {
-  // Taken one by one, side by side and one by one again; pages may begin anywhere in a line.
+  // Taken one by one, each asking for the next; pages may begin anywhere in a line.
   for (const std::size_t bytes : {4096, 16384, 36864, 131072, 135168}) {
     for (const std::size_t misalignment : {0, 16}) {
       constexpr std::size_t kRuns = 20;
