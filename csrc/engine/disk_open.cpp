@@ -270,7 +270,13 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
     TierIndex& index = disk_->index;
     std::vector<Entry*> entries;
     entries.reserve(blocks.size());
-    for (const CatalogRecord& block : blocks) {
+    constexpr std::size_t kAhead = 8;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      if (i + kAhead < blocks.size()) {
+        const BlockIdentity& soon = blocks[i + kAhead].block;
+        index.index().fetch(soon.key, soon.group);
+      }
+      const CatalogRecord& block = blocks[i];
       Entry* entry = restore_block(volume, block);
       entries.push_back(entry);
       if (entry != nullptr) note_ghosts(block.block.key, block.block.group, &Ghosts::restore);

@@ -80,6 +80,13 @@ int add_allocated(int directory_fd, std::uint64_t& bytes) {
   return 0;
 }
 
+// open() follows a link that a slash comes after. Empty if it is no path at all.
+std::string without_slashes(std::string path) {
+  if (path.find('\0') != std::string::npos) return {};
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  return path;
+}
+
 // Opens `path` below `parent_fd` (or AT_FDCWD) and sees to it that only this user can put something there.
 Result<FileHandle> open_own(int parent_fd, const std::string& name, const std::string& path) {
   FileHandle handle(::openat(parent_fd, name.c_str(), kOpenDirectory));
@@ -96,17 +103,19 @@ Result<FileHandle> open_own(int parent_fd, const std::string& name, const std::s
 }  // namespace
 
 Result<Directory> Directory::open_or_create(const std::string& path) {
-  std::string trimmed = path;  // open() follows a link that a slash comes after
-  while (trimmed.size() > 1 && trimmed.back() == '/') trimmed.pop_back();
-  if (trimmed.empty() || trimmed.find('\0') != std::string::npos) {
-    return Status::invalid_argument("a directory needs a path");
+  const std::string name = without_slashes(path);
+  if (!name.empty() && ::mkdir(name.c_str(), 0700) != 0 && errno != EEXIST) {
+    return file_failure(errno, "make directory", name);
   }
-  if (::mkdir(trimmed.c_str(), 0700) != 0 && errno != EEXIST) {
-    return file_failure(errno, "make directory", trimmed);
-  }
-  Result<FileHandle> handle = open_own(AT_FDCWD, trimmed, trimmed);
+  return open_existing(name);
+}
+
+Result<Directory> Directory::open_existing(const std::string& path) {
+  std::string name = without_slashes(path);
+  if (name.empty()) return Status::invalid_argument("a directory needs a path");
+  Result<FileHandle> handle = open_own(AT_FDCWD, name, name);
   if (!handle) return handle.status();
-  return Directory(std::move(*handle), std::move(trimmed));
+  return Directory(std::move(*handle), std::move(name));
 }
 
 Result<Directory> Directory::subdirectory(const std::string& name) const {
@@ -179,6 +188,19 @@ Result<std::vector<std::byte>> Directory::read_file(const std::string& name) con
   const int error = perform({.op = IoOp::read, .fd = file->fd(), .data = content.data(), .bytes = size});
   if (error != 0) return file_failure(error, "read", path_of(*this, name));
   return content;
+}
+
+void Directory::read_ahead(const std::string& name) const {
+  Result<FileHandle> file = open_regular(*this, name, O_RDONLY);
+  struct stat status{};
+  if (!file || ::fstat(file->fd(), &status) != 0) return;
+  constexpr off_t kPiece = off_t{1} << 20;
+  constexpr off_t kAhead = 4 * kPiece;
+  for (off_t at = 0; at < status.st_size; at += kPiece) {
+    if (::posix_fadvise(file->fd(), at, kPiece, POSIX_FADV_WILLNEED) != 0) return;
+    char last = 0;
+    if (at >= kAhead && ::pread(file->fd(), &last, 1, at - kAhead + kPiece - 1) != 1) return;
+  }
 }
 
 Status Directory::replace_file(const std::string& name, std::span<const std::byte> content) const {

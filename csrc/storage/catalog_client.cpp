@@ -6,7 +6,6 @@
 
 #include "catalog_protocol.h"
 #include "helper_process.h"
-#include "record_order.h"
 
 #include "kvtier/core/process.h"
 #include "kvtier/storage/catalog.h"
@@ -49,7 +48,12 @@ class HelperCatalog final : public Catalog {
   explicit HelperCatalog(HelperProcess::Arguments arguments) : arguments_(std::move(arguments)) {}
 
   Status open() {
-    Result<std::unique_ptr<HelperProcess>> process = HelperProcess::start(arguments_);
+    // All of the file will be read, in the order of random keys: page faults would fetch it bit by bit.
+    const auto read_file = [this] {
+      Result<Directory> directory = Directory::open_existing(arguments_.directory_path);
+      if (directory) directory->read_ahead(catalog_protocol::kFileName);
+    };
+    Result<std::unique_ptr<HelperProcess>> process = HelperProcess::start(arguments_, read_file);
     if (!process) return process.status();
     process_ = std::move(process).value();
     static_cast<void>(call(Op::open, 0));  // what is wrong with the file, the first use says
@@ -85,7 +89,6 @@ class HelperCatalog final : public Catalog {
       if (reply->has_more == 0) break;
     }
     process_->empty_memory();
-    sort_by_place(records);
     return records;
   }
 

@@ -87,7 +87,8 @@ HelperProcess::HelperProcess(FileHandle socket, FileHandle memory, std::chrono::
 
 // --- start and end ---
 
-Result<std::unique_ptr<HelperProcess>> HelperProcess::start(const Arguments& arguments) {
+Result<std::unique_ptr<HelperProcess>> HelperProcess::start(const Arguments& arguments,
+                                                            const std::function<void()>& meanwhile) {
   int ends[2] = {-1, -1};
   if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
     const int error = errno;
@@ -105,6 +106,7 @@ Result<std::unique_ptr<HelperProcess>> HelperProcess::start(const Arguments& arg
   KVTIER_RETURN_IF_ERROR(process->spawn(arguments, childs.fd()));
   // The child's end is closed here before the wait: its end then shows as the end of file.
   childs = FileHandle();
+  if (meanwhile) meanwhile();
   const Result<Reply> ready = process->receive();
   if (ready) return process;
   const int error = ready.status().native_code();

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -28,8 +29,10 @@ class HelperProcess {
     std::chrono::milliseconds deadline{0};  // for each answer
   };
 
-  // Errors: unsupported when the program cannot be run or does not speak this protocol; resource.
-  static Result<std::unique_ptr<HelperProcess>> start(const Arguments& arguments);
+  // Calls `meanwhile`, if given, while the program is loaded. Errors: unsupported when it cannot be run or
+  // does not speak this protocol; resource.
+  static Result<std::unique_ptr<HelperProcess>> start(const Arguments& arguments,
+                                                      const std::function<void()>& meanwhile = {});
   // In a forked child of the owner: only closes descriptors. Else ends the process, by force if it does not
   // go.
   ~HelperProcess();

@@ -1,6 +1,5 @@
-// The two orders in which catalog records are wanted, for hundreds of thousands of them while an engine
-// opens. Numbers are sorted (by radix, least digit first), not records; then each record is moved once, in
-// place.
+// The order in which catalog records are wanted, for hundreds of thousands of them while an engine opens.
+// Numbers are sorted (by radix, least digit first), not records; then each record is moved once, in place.
 #pragma once
 
 #include <vector>
@@ -8,9 +7,6 @@
 #include "kvtier/storage/catalog.h"
 
 namespace kvtier {
-
-// By place, each place once: of two blocks that claim one (a lying catalog), the later writing.
-void sort_by_place(std::vector<CatalogRecord>& records);
 
 // Least recently used first, then the heads of sequences, then the older writing; but every parent before its
 // children. Parents in a circle, which only a lie can make, stand in some order.

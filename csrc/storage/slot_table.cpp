@@ -34,6 +34,11 @@ void SlotTable::set_content(const SlotPlace& place, SlotContent content) {
 }
 
 void SlotTable::set_record(const CatalogRecord& record, SlotContent content) {
+  set_block(record, content);
+  set_uses({&record, 1});
+}
+
+void SlotTable::set_block(const CatalogRecord& record, SlotContent content) {
   SlotState& state = at(record.place);
   state.key = record.block.key;
   state.has_parent = record.block.parent.has_value();
@@ -44,8 +49,13 @@ void SlotTable::set_record(const CatalogRecord& record, SlotContent content) {
   state.name_space = intern(record.block.name_space);
   state.group = record.block.group;
   set_content(record.place, content);
+}
+
+void SlotTable::set_uses(std::span<const CatalogRecord> records) {
   MutexLock lock(mutex_);
-  uses_[record.place.class_index].last_s[raw(record.place.slot)] = seconds(record.last_use_s);
+  for (const CatalogRecord& record : records) {
+    uses_[record.place.class_index].last_s[raw(record.place.slot)] = seconds(record.last_use_s);
+  }
 }
 
 CatalogRecord SlotTable::record_of(const SlotPlace& place) const {

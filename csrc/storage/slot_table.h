@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "kvtier/core/mutex.h"
@@ -58,9 +59,18 @@ class SlotTable {
   SlotState& at(const SlotPlace& place) { return classes_[place.class_index][raw(place.slot)]; }
   const SlotState& at(const SlotPlace& place) const { return classes_[place.class_index][raw(place.slot)]; }
 
+  // Asks for what at() will change soon.
+  void fetch(const SlotPlace& place) const {
+    const SlotState& state = at(place);
+    __builtin_prefetch(&state, 1);
+    __builtin_prefetch(&state + 1, 1);
+  }
+
   void set_content(const SlotPlace& place, SlotContent content);
-  // Fills in what `record` says.
+  // Fills in what `record` says; set_block() leaves the time of last use to set_uses().
   void set_record(const CatalogRecord& record, SlotContent content);
+  void set_block(const CatalogRecord& record, SlotContent content);
+  void set_uses(std::span<const CatalogRecord> records) KVTIER_EXCLUDES(mutex_);
   CatalogRecord record_of(const SlotPlace& place) const;
   // Records of all slots whose content is `durable`.
   std::vector<CatalogRecord> durable_records() const;

@@ -15,6 +15,7 @@ using protocol::Item;
 using protocol::ItemKind;
 using protocol::Outcome;
 
+constexpr std::uintptr_t kPageBytes = 4096;  // what LMDB's pages have at least
 constexpr char kVersionKey[] = "version";
 constexpr char kCompleteKey[] = "complete";
 
@@ -32,6 +33,16 @@ std::span<const std::byte> place_of(std::span<const std::byte> value) {
 }
 bool same(std::span<const std::byte> a, std::span<const std::byte> b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size()) == 0;
+}
+
+// A leaf's records stand in it in the order in which they were written: without this, each is waited for.
+// `within` is mapped, so all of its page is.
+void fetch_page(std::uintptr_t within) {
+  constexpr std::uintptr_t kLine = 64;
+  const std::uintptr_t page = within & ~(kPageBytes - 1);
+  for (std::uintptr_t line = page; line < page + kPageBytes; line += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
 }
 
 Failure corrupt(std::string text) { return {Outcome::corruption, 0, std::move(text)}; }
@@ -103,11 +114,6 @@ Failure Database::open(OpenMode mode) {
   if (error == 0) error = mdb_env_set_mapsize(env_, max_bytes_ & ~std::uint64_t{4095});
   if (error == 0) error = mdb_env_set_maxdbs(env_, 3);
   if (error == 0) error = mdb_env_open(env_, protocol::kFileName, MDB_NOSUBDIR, 0600);
-  // All of it will be read, in the order of random keys: page faults would fetch it bit by bit.
-  mdb_filehandle_t file = -1;
-  if (error == 0 && exists && mdb_env_get_fd(env_, &file) == 0) {
-    static_cast<void>(::posix_fadvise(file, 0, 0, POSIX_FADV_WILLNEED));
-  }
   if (error != 0) return failure(error, "opening the catalog");
   Failure opened = open_databases(mode, exists);
   if (!opened.is_ok() || exists) return opened;
@@ -185,12 +191,6 @@ void Database::end_reading() {
 Failure Database::rewind(std::uint64_t& total) {
   end_reading();
   if (Failure gone = check_still_ours(); !gone.is_ok()) return gone;
-  mdb_filehandle_t fd = -1;
-  struct stat file{};
-  // Whole files read in order are what a cold drive is good at; page faults in key order are not.
-  if (mdb_env_get_fd(env_, &fd) == 0 && ::fstat(fd, &file) == 0) {
-    static_cast<void>(::posix_fadvise(fd, 0, file.st_size, POSIX_FADV_WILLNEED));
-  }
   int error = mdb_txn_begin(env_, nullptr, MDB_RDONLY, &reading_);
   if (error == 0) error = mdb_cursor_open(reading_, blocks_, &cursor_);
   MDB_stat stat{};
@@ -202,6 +202,7 @@ Failure Database::rewind(std::uint64_t& total) {
 Failure Database::read(std::span<Item> items, std::size_t& count) {
   count = 0;
   if (cursor_ == nullptr) return corrupt("nothing is being read");
+  std::uintptr_t fetched = 0;
   while (count < items.size()) {
     MDB_val key{};
     MDB_val value{};
@@ -215,6 +216,9 @@ Failure Database::read(std::span<Item> items, std::size_t& count) {
       return corrupt("a record has " + std::to_string(key.mv_size) + " and " + std::to_string(value.mv_size) +
                      " bytes; this version writes 34 and 88");
     }
+    const auto within = reinterpret_cast<std::uintptr_t>(value.mv_data);
+    if ((within ^ fetched) >= kPageBytes) fetch_page(within);
+    fetched = within;
     Item& item = items[count++];
     item = {};
     std::memcpy(item.key.data(), key.mv_data, item.key.size());

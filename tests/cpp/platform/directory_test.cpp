@@ -1,12 +1,15 @@
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <string>
@@ -58,6 +61,7 @@ TEST_F(DirectoryTest, is_made_private_and_opened_again) {
   EXPECT_EQ(open(at("made")).path(), at("made"));
   EXPECT_EQ(Directory::open_or_create(at("no/parent")).status().native_code(), ENOENT);
   EXPECT_EQ(Directory::open_or_create("").status().code(), StatusCode::invalid_argument);
+  EXPECT_EQ(Directory::open_existing(at("missing")).status().native_code(), ENOENT);
 }
 
 TEST_F(DirectoryTest, refuses_links_files_and_directories_that_others_may_write_into) {
@@ -189,6 +193,39 @@ TEST_F(DirectoryTest, replacement_is_atomic_among_threads) {
     EXPECT_TRUE(found.value() == contents[0] || found.value() == contents[1]);
   }
   for (std::thread& writer : writers) writer.join();
+}
+
+// Bytes of a file that are in the page cache.
+std::size_t cached_bytes(int fd, std::size_t size) {
+  constexpr std::size_t kPage = 4096;
+  void* const map = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
+  EXPECT_NE(map, MAP_FAILED);
+  std::vector<unsigned char> pages((size + kPage - 1) / kPage);
+  EXPECT_EQ(::mincore(map, size, pages.data()), 0);
+  ::munmap(map, size);
+  return kPage *
+         static_cast<std::size_t>(std::ranges::count_if(pages, [](unsigned char p) { return p & 1; }));
+}
+
+TEST_F(DirectoryTest, reads_a_file_ahead_into_the_page_cache) {
+  constexpr std::size_t kSize = (std::size_t{7} << 20) + 4096;
+  put("f", std::string(kSize, 'x'));
+  const FileHandle file(::open(at("f").c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_EQ(::fsync(file.fd()), 0);
+  ASSERT_EQ(::posix_fadvise(file.fd(), 0, 0, POSIX_FADV_DONTNEED), 0);
+  root_.read_ahead("f");
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (cached_bytes(file.fd(), kSize) < kSize && std::chrono::steady_clock::now() < until) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(cached_bytes(file.fd(), kSize), kSize);
+}
+
+TEST_F(DirectoryTest, what_cannot_be_read_ahead_is_left) {
+  put("empty", "");
+  ASSERT_EQ(::mkfifo(at("fifo").c_str(), 0600), 0);
+  ASSERT_EQ(::symlink("/dev/zero", at("link").c_str()), 0);
+  for (const char* name : {"empty", "fifo", "link", "missing", ".", "a/b"}) root_.read_ahead(name);
 }
 
 // Killed anywhere within a replacement: old or new, and the next replacement works.

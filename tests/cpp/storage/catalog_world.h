@@ -80,12 +80,20 @@ inline bool same(const CatalogRecord& a, const CatalogRecord& b) {
          a.generation == b.generation && a.payload_bytes == b.payload_bytes && a.last_use_s == b.last_use_s;
 }
 
-// "block@slot:last use", in the catalog's order.
+// By place.
+inline std::vector<CatalogRecord> sorted(std::vector<CatalogRecord> records) {
+  std::ranges::sort(records, {}, [](const CatalogRecord& record) {
+    return std::pair(record.place.class_index, raw(record.place.slot));
+  });
+  return records;
+}
+
+// "block@slot:last use", by place.
 inline std::vector<std::string> content(Catalog& catalog) {
   Result<std::vector<CatalogRecord>> records = catalog.read_all();
   if (!records) return {"failed: " + records.status().message()};
   std::vector<std::string> result;
-  for (const CatalogRecord& record : *records) {
+  for (const CatalogRecord& record : sorted(*records)) {
     result.push_back(std::to_string(record.block.depth) + "@" + std::to_string(raw(record.place.slot)) + ":" +
                      std::to_string(record.last_use_s - 1'700'000'000));
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <map>
 
 #include "storage/store_world.h"
 
@@ -130,12 +131,17 @@ TEST_F(SlotStoreFaults, a_superblock_that_cannot_be_written_stops_writes_not_rea
 struct FlakyPlan {
   std::atomic<int> good_commits{1 << 30};
   std::atomic<int> failed_resets{0};
+  std::vector<CatalogRecord> lies;  // read behind what it holds
 };
 
 class FlakyCatalog final : public Catalog {
  public:
   FlakyCatalog(std::unique_ptr<Catalog> inner, FlakyPlan& plan) : inner_(std::move(inner)), plan_(plan) {}
-  Result<std::vector<CatalogRecord>> read_all() override { return inner_->read_all(); }
+  Result<std::vector<CatalogRecord>> read_all() override {
+    Result<std::vector<CatalogRecord>> records = inner_->read_all();
+    if (records) records->insert(records->end(), plan_.lies.begin(), plan_.lies.end());
+    return records;
+  }
   Status commit(std::span<const CatalogChange> changes) override {
     if (plan_.good_commits-- <= 0) return Status::io("the helper is gone");
     return inner_->commit(changes);
@@ -161,6 +167,36 @@ SlotStoreOptions flaky(Home& home, FlakyPlan& plan) {
     return std::unique_ptr<Catalog>(std::make_unique<FlakyCatalog>(home.catalogs.open(version), plan));
   };
   return options;
+}
+
+TEST(SlotStoreCatalog, of_records_that_claim_one_slot_the_latest_writing_stays) {
+  Home home{16};
+  FlakyPlan plan;
+  {
+    SlotStore::Opened opened = open(home, flaky(home, plan));
+    wait_for_slots(*opened.store, 16);
+    for (std::uint32_t i = 0; i < 3; ++i) write_durably(*opened.store, i, {i, 1});
+    EXPECT_TRUE(opened.store->close(soon()));
+  }
+  std::vector<CatalogRecord> records =
+      home.catalogs.open(home.catalogs.num_versions() - 1)->read_all().value();
+  ASSERT_EQ(records.size(), 3U);
+  std::ranges::sort(records, {}, [](const CatalogRecord& record) { return raw(record.place.slot); });
+  for (std::uint32_t i = 0; i < 3; ++i) {  // older than what is there; of its time; younger
+    CatalogRecord lie = records[i];
+    lie.block = identity_of(50 + i);
+    lie.generation = Generation{static_cast<std::uint64_t>(lie.generation) + i - 1};
+    plan.lies.push_back(lie);
+  }
+  SlotStore::Opened again = open(home, flaky(home, plan));
+  std::map<std::uint32_t, BlockKey> found;
+  for (const CatalogRecord& record : again.blocks) {
+    EXPECT_TRUE(found.emplace(raw(record.place.slot), record.block.key).second);
+  }
+  EXPECT_EQ(again.report.discarded, 3U);
+  EXPECT_EQ(found, (std::map<std::uint32_t, BlockKey>{
+                       {0, records[0].block.key}, {1, records[1].block.key}, {2, key_of(52)}}));
+  EXPECT_EQ(verdict_of(*again.store, 2, {52, 0}), Verdict::stale) << "its header says who it is";
 }
 
 TEST(SlotStoreCatalog, a_catalog_that_fails_is_made_anew_with_all_blocks) {

@@ -66,6 +66,10 @@ class Index {
   template <typename Sink>
   void find_each(std::span<const BlockKey> keys, GroupId group, std::span<const EntryId> hints,
                  Sink&& sink) KVTIER_NO_THREAD_SAFETY_ANALYSIS;
+  // Asks for what find() or insert() will read soon.
+  void fetch(const BlockKey& key, GroupId group) const {
+    __builtin_prefetch(&table_[home(tag(hash(key, group)))], 1);
+  }
   // Uniform whatever the keys are; another one in every process.
   std::uint64_t hash(const BlockKey& key, GroupId group) const;
 

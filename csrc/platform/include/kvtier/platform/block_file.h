@@ -41,6 +41,7 @@ class Directory {
   // Makes the directory (0700) if it is not there; its parent must be. Refuses a symbolic link as the last
   // component, and a directory that another user owns or may write into.
   static Result<Directory> open_or_create(const std::string& path);
+  static Result<Directory> open_existing(const std::string& path);
   Result<Directory> subdirectory(const std::string& name) const;  // made if it is not there
   Result<Directory> existing_subdirectory(const std::string& name) const;
 
@@ -59,6 +60,9 @@ class Directory {
   // Small files, at most 1 MiB. replace_file() is atomic and durable: a crash leaves the old or the new one.
   Result<std::vector<std::byte>> read_file(const std::string& name) const;  // io/ENOENT when missing
   Status replace_file(const std::string& name, std::span<const std::byte> content) const;
+  // Has a file of any size read into the page cache, in order, and waits for all but the last few MiB. Others
+  // who read from the drive meanwhile wait for a few MiB, not for all. What cannot be read is left.
+  void read_ahead(const std::string& name) const;
 
   const std::string& path() const { return path_; }  // as opened, for messages
   int fd() const { return handle_.fd(); }

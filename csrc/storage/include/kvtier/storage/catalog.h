@@ -42,7 +42,8 @@ struct CatalogChange {
 class Catalog {
  public:
   virtual ~Catalog() = default;
-  // Everything in it, by place. Errors: corruption when it cannot be read; io when the helper is gone.
+  // Everything in it, in no order; of one that lies, two records may claim a place. Errors: corruption when it
+  // cannot be read; io when the helper is gone.
   virtual Result<std::vector<CatalogRecord>> read_all() = 0;
   // Applies and syncs; when it returns ok the changes survive a power loss. Errors: io: gone or failed,
   // nothing is known of the changes; the next call must be reset_with().
