@@ -60,10 +60,11 @@ class HelperCatalog final : public Catalog {
     return Status::ok();
   }
 
-  Result<std::vector<CatalogRecord>> read_all() override {
+  Status read(const OnRecords& on_records) override {
     KVTIER_RETURN_IF_ERROR(usable());
     std::vector<CatalogRecord> records;
     std::vector<Item> items;
+    std::size_t expected = 0;
     if (Status asked = ask(Op::read_first); !asked) return asked;
     for (bool is_first = true;; is_first = false) {
       Result<Reply> reply = process_->receive();
@@ -71,13 +72,14 @@ class HelperCatalog final : public Catalog {
       if (reply->count > kPieceItems)
         return give_up(Status::io("the catalog's helper gave more than it may"));
       // What a damaged file claims is not worth all of the memory.
-      if (is_first) records.reserve(std::min(reply->total, arguments_.max_bytes / kMinRecordBytes));
+      if (is_first) expected = std::min(reply->total, arguments_.max_bytes / kMinRecordBytes);
       items.resize(reply->count);
       if (Status read = process_->read_items(items); !read) return give_up(read);
       // The memfd is free again: the helper reads the next piece while this one is decoded.
       if (reply->has_more != 0) {
         if (Status asked = ask(Op::read_next); !asked) return asked;
       }
+      records.clear();
       for (const Item& item : items) {
         std::optional<CatalogRecord> record = decode_catalog_record({item.key, item.value});
         if (!record) {
@@ -86,10 +88,11 @@ class HelperCatalog final : public Catalog {
         }
         records.push_back(*record);
       }
+      on_records(records, expected);
       if (reply->has_more == 0) break;
     }
     process_->empty_memory();
-    return records;
+    return Status::ok();
   }
 
   Status commit(std::span<const CatalogChange> changes) override {
@@ -176,6 +179,15 @@ class HelperCatalog final : public Catalog {
 };
 
 }  // namespace
+
+Result<std::vector<CatalogRecord>> Catalog::read_all() {
+  std::vector<CatalogRecord> all;
+  KVTIER_RETURN_IF_ERROR(read([&all](std::span<const CatalogRecord> records, std::size_t expected) {
+    all.reserve(expected);
+    all.insert(all.end(), records.begin(), records.end());
+  }));
+  return all;
+}
 
 std::uint64_t catalog_bound_bytes(std::uint64_t num_slots) { return kMinCatalogBytes + 1536 * num_slots; }
 

@@ -88,12 +88,13 @@ class CatalogHistory::State::Member final : public Catalog {
   Member(std::shared_ptr<State> state, std::size_t version, Content content)
       : state_(std::move(state)), version_(version), content_(std::move(content)) {}
 
-  Result<std::vector<CatalogRecord>> read_all() override {
+  Status read(const OnRecords& on_records) override {
     if (failed_) return broken();
     std::vector<CatalogRecord> records;
     records.reserve(content_.by_place.size());
     for (const auto& [place, record] : content_.by_place) records.push_back(record);
-    return records;
+    on_records(records, records.size());
+    return Status::ok();
   }
 
   Status commit(std::span<const CatalogChange> changes) override {

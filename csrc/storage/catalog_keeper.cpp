@@ -12,15 +12,17 @@ constexpr std::string_view kMarkerText = "the catalog of this store is not compl
 
 }  // namespace
 
-Result<std::vector<CatalogRecord>> CatalogKeeper::open() {
+Status CatalogKeeper::open() {
   const Result<std::vector<std::byte>> marker = directory_.read_file(kMarker);
   marked_ = marker.is_ok() || marker.status().native_code() != ENOENT;
   Result<std::unique_ptr<Catalog>> catalog = make_();
   if (!catalog) return catalog.status();
   catalog_ = std::move(catalog.value());
   if (marked_) return Status(StatusCode::corruption, "the catalog was given up by the last opening");
-  return catalog_->read_all();
+  return Status::ok();
 }
+
+Status CatalogKeeper::read(const Catalog::OnRecords& on_records) { return catalog_->read(on_records); }
 
 Status CatalogKeeper::commit(std::span<const CatalogChange> changes) {
   if (catalog_ == nullptr) return Status::io("there is no catalog");

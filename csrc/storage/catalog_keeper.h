@@ -23,8 +23,9 @@ class CatalogKeeper {
   using Make = std::function<Result<std::unique_ptr<Catalog>>()>;
   CatalogKeeper(Make make, const Directory& directory) : make_(std::move(make)), directory_(directory) {}
 
-  // Opens it and reads everything. Errors: what the catalog says; corruption when the marker stands.
-  Result<std::vector<CatalogRecord>> open();
+  // Errors: what the catalog says; corruption when the marker stands.
+  Status open();
+  Status read(const Catalog::OnRecords& on_records);  // of one that open() has opened
   Status commit(std::span<const CatalogChange> changes);
   // Starts the catalog anew, and removes the marker.
   Status reset_with(std::span<const CatalogRecord> records);

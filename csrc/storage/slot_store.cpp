@@ -104,7 +104,7 @@ Result<SlotStore::Opened> SlotStore::open(std::unique_ptr<StoreLease> lease, Slo
   KVTIER_RETURN_IF_ERROR(StoreCore::validate(*lease, options));
   const auto core = std::make_shared<StoreCore>(std::move(lease), std::move(options), std::move(on_found));
   Opened opened;
-  core->begin_reading_catalog();
+  core->begin_opening_catalog();
   KVTIER_RETURN_IF_ERROR(core->open_files(opened.report));
   KVTIER_RETURN_IF_ERROR(core->find_blocks(opened));
   KVTIER_RETURN_IF_ERROR(core->start(opened.report));

@@ -24,6 +24,12 @@ void SlotTable::grow(std::uint32_t class_index, std::uint32_t num_slots) {
   uses_[class_index].noted.resize(num_slots);
 }
 
+void SlotTable::clear() {
+  for (std::vector<SlotState>& slots : classes_) std::ranges::fill(slots, SlotState{});
+  std::ranges::fill(used_, 0U);
+  uncatalogued_ = 0;
+}
+
 void SlotTable::set_content(const SlotPlace& place, SlotContent content) {
   SlotState& state = at(place);
   uncatalogued_ -= is_uncatalogued(state.content) ? 1 : 0;

@@ -49,6 +49,7 @@ class SlotTable {
       : classes_(num_classes), used_(num_classes), uses_(num_classes) {}
 
   void grow(std::uint32_t class_index, std::uint32_t num_slots);
+  void clear();  // every slot holds nothing
   std::uint32_t num_slots(std::uint32_t class_index) const {
     return static_cast<std::uint32_t>(classes_[class_index].size());
   }

@@ -56,7 +56,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   // store_open.cpp. In this order, once.
   static Status validate(const StoreLease& lease, const SlotStoreOptions& options);
-  void begin_reading_catalog();
+  void begin_opening_catalog();
   Status open_files(OpenReport& report);
   Status find_blocks(SlotStore::Opened& opened);
   Status start(OpenReport& report);
@@ -168,7 +168,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // --- store_open.cpp ---
   Status shrink_to_grant(std::uint64_t granted);
   Result<std::unique_ptr<IoQueue>> make_queue(std::string* why_not) const;
-  void adopt(std::vector<CatalogRecord>& records, OpenReport& report);
+  Result<std::uint64_t> read_catalog(std::vector<CatalogRecord>& blocks);
+  void forget_adopted();
   void adopt_reset(const Status& reset);
   bool is_sound(const CatalogRecord& record) const;
   void find_unknown_keys(const std::vector<CatalogRecord>& records);
@@ -286,9 +287,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   const std::string name_;  // the lease's
   Superblock superblock_;   // as on the drive
   const SlotImages images_;
-  std::vector<std::unique_ptr<BlockFile>> files_;                    // by class
-  CatalogKeeper catalog_;                                            // the opener's, then the committer's
-  std::future<Result<std::vector<CatalogRecord>>> catalog_records_;  // of find_blocks()
+  std::vector<std::unique_ptr<BlockFile>> files_;  // by class
+  CatalogKeeper catalog_;                          // the opener's, then the committer's
+  std::future<Status> catalog_opened_;             // of find_blocks()
   std::vector<std::atomic<std::uint32_t>> usable_;
   std::atomic<bool> growth_stopped_{false};
   std::atomic<bool> scan_done_{true};

@@ -86,12 +86,12 @@ Status StoreCore::validate(const StoreLease& lease, const SlotStoreOptions& opti
   return Status::ok();
 }
 
-// While the ledger is synced: the helper starts, and reads (30 MB of 100,000 blocks, from a cold cache).
-void StoreCore::begin_reading_catalog() {
+// While the ledger is synced: the helper starts, and its file is read (30 MB of 100,000 blocks).
+void StoreCore::begin_opening_catalog() {
   try {
-    catalog_records_ = std::async(std::launch::async, [this] { return catalog_.open(); });
+    catalog_opened_ = std::async(std::launch::async, [this] { return catalog_.open(); });
   } catch (const std::system_error&) {  // no thread for it: then in turn
-    catalog_records_ = std::async(std::launch::deferred, [this] { return catalog_.open(); });
+    catalog_opened_ = std::async(std::launch::deferred, [this] { return catalog_.open(); });
   }
 }
 
@@ -181,22 +181,25 @@ Result<std::unique_ptr<IoQueue>> StoreCore::make_queue(std::string* why_not) con
 Status StoreCore::find_blocks(SlotStore::Opened& opened) {
   OpenReport& report = opened.report;
   open_counter_ = superblock_.open_counter;
-  Result<std::vector<CatalogRecord>> records = catalog_records_.get();
+  std::vector<CatalogRecord> records;
+  const Result<std::uint64_t> found = read_catalog(records);
   const bool has_slots = std::any_of(file_slots_.begin(), file_slots_.end(), [](auto n) { return n > 0; });
   if (!has_slots || lease_->is_new()) {
     report.source = OpenReport::Source::fresh;
-    if (!records || !records.value().empty()) {
+    if (!found || found.value() > 0) {
+      forget_adopted();
       adopt_reset(catalog_.reset_with({}));
     }
-  } else if (records && !records.value().empty()) {
+  } else if (found && found.value() > 0) {
     report.source = OpenReport::Source::catalog;
-    adopt(records.value(), report);
-    find_unknown_keys(records.value());
+    report.discarded += static_cast<std::uint32_t>(found.value() - records.size());
+    find_unknown_keys(records);
     if (!superblock_.clean) plan_background_scan();
-    opened.blocks = std::move(records.value());
+    opened.blocks = std::move(records);
   } else {
     report.source = OpenReport::Source::headers;
-    report.why_rebuilt = records ? "the catalog is empty" : records.status().message();
+    report.why_rebuilt = found ? "the catalog is empty" : found.status().message();
+    forget_adopted();
     KVTIER_RETURN_IF_ERROR(rebuild(opened));
     opened.blocks = table_.durable_records();
     adopt_reset(catalog_.reset_with(opened.blocks));
@@ -223,39 +226,48 @@ bool StoreCore::is_sound(const CatalogRecord& record) const {
          record.payload_bytes <= options_.classes[place.class_index].slot_stride_bytes - kSlotHeaderBytes;
 }
 
-// Leaves those that can be true; of two that claim a place, the later writing.
-void StoreCore::adopt(std::vector<CatalogRecord>& records, OpenReport& report) {
+// Takes what can be true of the catalog into the table and `blocks`: of two records that claim a place, the
+// later writing. While the helper reads on. Returns how many there were.
+Result<std::uint64_t> StoreCore::read_catalog(std::vector<CatalogRecord>& blocks) {
+  KVTIER_RETURN_IF_ERROR(catalog_opened_.get());
+  std::uint64_t found = 0;
   bool claimed_twice = false;
   const auto take = [&](const CatalogRecord& record) {
-    if (!is_sound(record)) return false;
+    if (!is_sound(record)) return;
     if (table_.at(record.place).content == SlotContent::durable) {
       claimed_twice = true;
-      if (record.generation <= table_.at(record.place).generation) return false;
+      if (record.generation <= table_.at(record.place).generation) return;
     }
     table_.set_block(record, SlotContent::durable);
     const auto counter = static_cast<std::uint64_t>(record.generation) >> kSequenceBits;
     open_counter_ = std::max(open_counter_, static_cast<std::uint32_t>(counter));
-    return true;
+    blocks.push_back(record);
   };
-  constexpr std::size_t kAhead = 8;  // records stand in the order of their keys, slots are anywhere
-  const std::size_t found = records.size();
-  std::size_t kept = 0;
-  for (std::size_t i = 0; i < found; ++i) {
-    if (i + kAhead < found && is_usable(records[i + kAhead].place)) {
-      table_.fetch(records[i + kAhead].place);
+  const auto adopt = [&](std::span<const CatalogRecord> records, std::size_t expected) {
+    constexpr std::size_t kAhead = 8;  // they stand in the order of their keys, their slots are anywhere
+    found += records.size();
+    blocks.reserve(expected);
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      if (i + kAhead < records.size() && is_usable(records[i + kAhead].place)) {
+        table_.fetch(records[i + kAhead].place);
+      }
+      take(records[i]);
     }
-    if (!take(records[i])) continue;
-    if (kept != i) records[kept] = records[i];
-    ++kept;
-  }
-  records.resize(kept);
+  };
+  KVTIER_RETURN_IF_ERROR(catalog_.read(adopt));
   if (claimed_twice) {
-    std::erase_if(records, [this](const CatalogRecord& record) {
+    std::erase_if(blocks, [this](const CatalogRecord& record) {
       return record.generation != table_.at(record.place).generation;
     });
   }
-  table_.set_uses(records);
-  report.discarded += static_cast<std::uint32_t>(found - records.size());
+  table_.set_uses(blocks);
+  return found;
+}
+
+// What read_catalog() took is not to be believed.
+void StoreCore::forget_adopted() {
+  table_.clear();
+  open_counter_ = superblock_.open_counter;
 }
 
 // The catalog names no keys, but an opening writes under one: the header of one of its blocks tells of all.

@@ -132,15 +132,17 @@ struct FlakyPlan {
   std::atomic<int> good_commits{1 << 30};
   std::atomic<int> failed_resets{0};
   std::vector<CatalogRecord> lies;  // read behind what it holds
+  bool breaks_behind_lies = false;
 };
 
 class FlakyCatalog final : public Catalog {
  public:
   FlakyCatalog(std::unique_ptr<Catalog> inner, FlakyPlan& plan) : inner_(std::move(inner)), plan_(plan) {}
-  Result<std::vector<CatalogRecord>> read_all() override {
-    Result<std::vector<CatalogRecord>> records = inner_->read_all();
-    if (records) records->insert(records->end(), plan_.lies.begin(), plan_.lies.end());
-    return records;
+  Status read(const OnRecords& on_records) override {
+    KVTIER_RETURN_IF_ERROR(inner_->read(on_records));
+    on_records(plan_.lies, 0);
+    return plan_.breaks_behind_lies ? Status(StatusCode::corruption, "the rest cannot be read")
+                                    : Status::ok();
   }
   Status commit(std::span<const CatalogChange> changes) override {
     if (plan_.good_commits-- <= 0) return Status::io("the helper is gone");
@@ -197,6 +199,34 @@ TEST(SlotStoreCatalog, of_records_that_claim_one_slot_the_latest_writing_stays) 
   EXPECT_EQ(found, (std::map<std::uint32_t, BlockKey>{
                        {0, records[0].block.key}, {1, records[1].block.key}, {2, key_of(52)}}));
   EXPECT_EQ(verdict_of(*again.store, 2, {52, 0}), Verdict::stale) << "its header says who it is";
+}
+
+TEST(SlotStoreCatalog, of_one_that_breaks_while_it_is_read_nothing_is_kept) {
+  Home home{16};
+  FlakyPlan plan;
+  {
+    SlotStore::Opened opened = open(home, flaky(home, plan));
+    wait_for_slots(*opened.store, 16);
+    for (std::uint32_t i = 0; i < 3; ++i) write_durably(*opened.store, i, {i, 1});
+    EXPECT_TRUE(opened.store->close(soon()));
+  }
+  plan.lies = {{identity_of(50), {0, SlotId{9}}, make_generation(1000, 1), kPayload, 0}};
+  plan.breaks_behind_lies = true;
+  SlotStore::Opened again = open(home, flaky(home, plan));
+  EXPECT_EQ(again.report.source, OpenReport::Source::headers);
+  EXPECT_EQ(again.report.why_rebuilt, "the rest cannot be read");
+  EXPECT_EQ(again.report.discarded, 0U);
+  ASSERT_EQ(again.blocks.size(), 3U);
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_EQ(verdict_of(*again.store, i, {i, 1}), Verdict::good);
+  write_durably(*again.store, 9, {9, 1});
+  EXPECT_TRUE(again.store->close(soon()));
+  plan.lies.clear();
+  plan.breaks_behind_lies = false;
+  const std::vector<CatalogRecord> kept =
+      home.catalogs.open(home.catalogs.num_versions() - 1)->read_all().value();
+  for (const CatalogRecord& record : kept) {
+    EXPECT_LT(record.generation, make_generation(1000, 0));
+  }
 }
 
 TEST(SlotStoreCatalog, a_catalog_that_fails_is_made_anew_with_all_blocks) {

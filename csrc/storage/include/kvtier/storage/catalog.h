@@ -12,6 +12,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -42,9 +43,12 @@ struct CatalogChange {
 class Catalog {
  public:
   virtual ~Catalog() = default;
-  // Everything in it, in no order; of one that lies, two records may claim a place. Errors: corruption when it
-  // cannot be read; io when the helper is gone.
-  virtual Result<std::vector<CatalogRecord>> read_all() = 0;
+  // Everything in it, in no order, some thousand records at a time; of one that lies, two may claim a place.
+  // on_records(records, expected) runs while the next ones are being read; there will be about `expected` in
+  // all. Errors: corruption when it cannot be read, io when the helper is gone: then forget what came before.
+  using OnRecords = std::function<void(std::span<const CatalogRecord> records, std::size_t expected)>;
+  virtual Status read(const OnRecords& on_records) = 0;
+  Result<std::vector<CatalogRecord>> read_all();
   // Applies and syncs; when it returns ok the changes survive a power loss. Errors: io: gone or failed,
   // nothing is known of the changes; the next call must be reset_with().
   virtual Status commit(std::span<const CatalogChange> changes) = 0;
@@ -65,13 +69,13 @@ inline constexpr std::uint64_t kMinCatalogBytes = std::uint64_t{1} << 20;
 // every block the file grew to 1150 a slot.
 std::uint64_t catalog_bound_bytes(std::uint64_t num_slots);
 
-// Opens or makes `directory_path`/catalog.mdb. A file that cannot be used is not an error here: read_all()
+// Opens or makes `directory_path`/catalog.mdb. A file that cannot be used is not an error here: read()
 // says corruption, and reset_with() makes a new one. Errors: invalid_argument (max_bytes), unsupported (the
 // helper cannot be started), resource.
 Result<std::unique_ptr<Catalog>> open_catalog(const std::string& directory_path,
                                               const CatalogOptions& options);
 
-// In memory, with a history, for tests: every commit makes a version, and read_all() of a catalog opened on
+// In memory, with a history, for tests: every commit makes a version, and read() of a catalog opened on
 // an older version shows what a crash could have left.
 class CatalogHistory {
  public:
