@@ -115,6 +115,7 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
       }
     }
     const std::size_t end = std::min(begin + kBlocksPerHold, request.keys.size());
+    tier_.fetch(request.keys.subspan(begin, end - begin), operation.group);
     for (std::size_t i = begin; i < end; ++i) {
       if (declined) {
         operation.outcomes[i] = BlockOutcome::declined;

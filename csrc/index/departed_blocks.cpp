@@ -1,6 +1,7 @@
 #include "kvtier/index/departed_blocks.h"
 
 #include <algorithm>
+#include <array>
 
 #include "kvtier/core/status.h"
 
@@ -58,6 +59,21 @@ std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
 std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) const {
   const std::uint32_t at = place_of(digest);
   return at == kNone ? std::nullopt : std::optional(past_of(ring_[at]));
+}
+
+void DepartedBlocks::fetch(std::span<const BlockKey> keys, GroupId group, std::uint64_t seed) const {
+  std::array<const std::uint32_t*, 32> last;
+  while (!keys.empty()) {
+    const std::size_t n = std::min(keys.size(), last.size());
+    for (std::size_t i = 0; i < n; ++i) {
+      last[i] = &last_of_[bucket_of(block_digest(keys[i], group, seed))];
+      __builtin_prefetch(last[i], 1);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      if (*last[i] != kNone) __builtin_prefetch(&ring_[*last[i]]);
+    }
+    keys = keys.subspan(n);
+  }
 }
 
 void DepartedBlocks::set_class(std::uint64_t digest, std::uint8_t block_class) {

@@ -118,6 +118,10 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   void expect(EntryId id) override { set_expected(id, true); }
   void expect_no_more(EntryId id) override { set_expected(id, false); }
 
+  void fetch(std::span<const BlockKey> keys, GroupId group) const override {
+    departed_.fetch(keys, group, seed_);
+  }
+
   double bytes_per_record() const override {
     const double bytes = static_cast<double>(sizeof *this + records_.size() * sizeof(Record)) +
                          AgeCohorts::bytes_for(records_.size(), kNumQueues) +

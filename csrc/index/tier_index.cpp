@@ -90,6 +90,14 @@ void TierIndex::adopt(Entry& child, Entry& parent) {
   if (index_.forget_erased_parent(child)) link_parent(child, parent);
 }
 
+void TierIndex::fetch(std::span<const BlockKey> keys, GroupId group) const {
+  for (const BlockKey& key : keys) index_.fetch(key, group);
+  for (std::size_t of = class_of_group_[raw(group)]; of < classes_.size(); of += classes_per_volume_) {
+    classes_[of].policy->fetch(keys, group);
+  }
+  if (observer_ != nullptr) observer_->fetch(keys, group);
+}
+
 Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_space, std::uint32_t depth,
                           std::uint32_t volume, SlotId slot) {
   Class& tier_class = classes_[class_of(group, volume)];

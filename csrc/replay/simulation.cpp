@@ -103,6 +103,8 @@ void Tiers::take_keys(std::span<const std::uint32_t> blocks) {
 
 void Tiers::request(std::span<const std::uint32_t> blocks, SimulationResult& result) {
   take_keys(blocks);
+  host_.fetch(keys_, kGroup);
+  if (disk_) disk_->fetch(keys_, kGroup);
   const Prefix hit = run(result);
   loaded_ = std::size_t{hit.host} + hit.disk;
   result.references += blocks.size();

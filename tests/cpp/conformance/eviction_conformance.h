@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <random>
@@ -162,6 +164,30 @@ TEST_P(EvictionConformance, whatever_is_done_victims_are_inside_and_not_held) {
     while (!held_.empty()) let_go(*held_.begin());
     static_cast<void>(evict_all());
     EXPECT_TRUE(evictable_.empty());
+  }
+}
+
+TEST_P(EvictionConformance, what_is_fetched_changes_nothing) {
+  NumberedPolicy told(GetParam(), kCapacity);
+  std::mt19937 random(3);
+  std::uint64_t next = 0;
+  std::array<std::uint64_t, kCapacity> inside{};  // keys by id
+  for (std::uint32_t round = 0; round < 40 * kCapacity; ++round) {
+    std::vector<BlockKey> soon;  // known ones and others, none and more than are asked for at once
+    for (std::size_t i = random() % 80; i > 0; --i) soon.push_back(numbered_key(random() % (next + 10)));
+    told.policy().fetch(soon, GroupId{0});
+    std::uint32_t id = round;
+    if (round >= kCapacity) {
+      const std::optional<std::uint32_t> gone = policy_.evict();
+      ASSERT_TRUE(gone);
+      ASSERT_EQ(told.evict(), gone) << round;
+      id = *gone;
+    }
+    std::uint64_t key = random() % (next + 1);
+    if (random() % 3 > 0 || std::ranges::find(inside, key) != inside.end()) key = ++next;  // others return
+    inside[id] = key;
+    policy_.insert(id, key, round % 20);
+    told.insert(id, key, round % 20);
   }
 }
 

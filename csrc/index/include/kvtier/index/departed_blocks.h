@@ -4,8 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 
 #include "kvtier/core/huge_vector.h"
+#include "kvtier/core/types.h"
+#include "kvtier/index/eviction.h"
 #include "kvtier/index/return_hazards.h"
 
 namespace kvtier {
@@ -46,6 +49,8 @@ class DepartedBlocks {
   // Forgets it, and says what was known. Its place stays empty until its turn comes.
   std::optional<BlockPast> take(std::uint64_t digest);
   std::optional<BlockPast> find(std::uint64_t digest) const;
+  // These are about to be searched: asks for the places where that begins, many at a time.
+  void fetch(std::span<const BlockKey> keys, GroupId group, std::uint64_t seed) const;
   // Requires one that is remembered.
   void set_class(std::uint64_t digest, std::uint8_t block_class);
 

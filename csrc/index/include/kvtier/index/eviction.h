@@ -90,6 +90,9 @@ class EvictionPolicy {
   virtual void expect(EntryId /*id*/) {}
   virtual void expect_no_more(EntryId /*id*/) {}
 
+  // These blocks are about to be inserted or touched. A hint, for what will be read of memory.
+  virtual void fetch(std::span<const BlockKey> /*keys*/, GroupId /*group*/) const {}
+
   // Bytes of bookkeeping per record, everything allocated at the start counted in.
   virtual double bytes_per_record() const = 0;
 };

@@ -53,6 +53,7 @@ class ReturnAdmission final : public UseObserver {
 
   void advance(std::int64_t now_us) override { book_.advance(now_us); }
   void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) override;
+  void fetch(std::span<const BlockKey> keys, GroupId group) const override { book_.fetch(keys, group); }
   void used(const BlockKey& key, GroupId group) override { book_.used(key, group); }
 
   bool admit(const Offer& offer);

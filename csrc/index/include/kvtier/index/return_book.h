@@ -27,6 +27,7 @@ class ReturnBook {
   // As UseObserver's.
   void advance(std::int64_t now_us) { pass(clock_.advance(now_us)); }
   void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival);
+  void fetch(std::span<const BlockKey> keys, GroupId group) const { known_.fetch(keys, group, seed_); }
   void used(const BlockKey& key, GroupId group);
 
   Tick now() const { return cohorts_.now(); }

@@ -124,6 +124,9 @@ class TierIndex {
   // From now on tells it of the time, of what reserve() reserves and of what is touched. Null: nobody.
   void tell_uses_to(UseObserver* observer) { observer_ = observer; }
 
+  // These blocks are about to be looked up, used or reserved. A hint: their misses of the caches overlap.
+  void fetch(std::span<const BlockKey> keys, GroupId group) const;
+
   // The time of what follows: see EvictionPolicy.
   void advance(std::int64_t now_us);
   // A request that waits will want this block, resident or not; once per request. 48 bytes for each such

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kvtier/core/types.h"
 #include "kvtier/index/eviction.h"
@@ -16,6 +17,8 @@ class UseObserver {
   // A slot was reserved for it; those of a prompt come head first. `parent`: the block that it hangs on, of
   // the same group, or null. Valid during the call. What arrives ahead is not used yet.
   virtual void appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) = 0;
+  // EvictionPolicy::fetch() of those that are about to appear or to be used.
+  virtual void fetch(std::span<const BlockKey> keys, GroupId group) const = 0;
   // It is there, and was used.
   virtual void used(const BlockKey& key, GroupId group) = 0;
 };
