@@ -96,10 +96,12 @@ bool StoreCore::start_wipe() {
 
 void StoreCore::settle_wipe(Op& op, int error) {
   const bool own = op.barrier == nullptr;
+  const bool may_be_lost = op.failed_syncs != failed_syncs_[op.place.class_index];
   table_.at(op.place).generation = Generation{0};
-  table_.set_content(op.place, error == 0 ? SlotContent::unknown : SlotContent::doubtful);
+  table_.set_content(op.place, error == 0 && !may_be_lost ? SlotContent::unknown : SlotContent::doubtful);
   Status status;
   if (error == 0) {
+    if (may_be_lost) status = after_failed_sync(op.place.class_index);
     dirty_[op.place.class_index] = true;
     forget(op.place);
     MutexLock lock(mutex_);
@@ -114,7 +116,7 @@ void StoreCore::settle_wipe(Op& op, int error) {
     --op.barrier->wipes_in_flight;
     if (op.barrier->status) op.barrier->status = status;
   }
-  if (!status) write_trouble(status);
+  if (error != 0) write_trouble(status);
 }
 
 void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
@@ -185,42 +187,70 @@ bool StoreCore::start_sync() {
 }
 
 void StoreCore::settle_sync(const Op& op, int error) {
+  if (error != 0) {
+    batch_->sync_status[op.place.class_index] =
+        failure("syncing slots." + std::to_string(op.place.class_index) + " in " + name_, error);
+    sync_failed(op.place.class_index);
+  }
   --batch_->syncs_in_flight;
   {
     MutexLock lock(mutex_);
     ++stats_.syncs;
   }
-  if (error != 0) {
-    batch_->sync_status[op.place.class_index] =
-        failure("syncing slots." + std::to_string(op.place.class_index) + " in " + name_, error);
-  }
   if (batch_->to_sync.empty() && batch_->syncs_in_flight == 0) commit_batch();
 }
 
-// The files are synced, or have failed to be. What a failed sync should have covered is not durable and will
-// not become so: another sync that succeeds says nothing of it.
-void StoreCore::drop_unsynced() {
-  Batch& batch = *batch_;
-  Status failure;
-  for (const Status& status : batch.sync_status) {
-    if (!status) failure = status;
+// A sync of the file has failed, whoever asked for it. The drive may have lost whatever it had acknowledged
+// by then, and another sync that succeeds says nothing of that: neither of what the sync was meant for, nor
+// of what completed behind the cut of its batch, nor of what is still to be settled (settle_write(),
+// settle_wipe(): it may have completed before).
+void StoreCore::sync_failed(std::uint32_t class_index) {
+  ++failed_syncs_[class_index];
+  const Status status = after_failed_sync(class_index);
+  if (batch_ != nullptr && (batch_->syncs_in_flight > 0 || !batch_->to_sync.empty())) {
+    Status& of_batch = batch_->sync_status[class_index];
+    if (of_batch) of_batch = status;
   }
-  if (failure) return;
-  const auto failed = [&](const SlotPlace& place) { return !batch.sync_status[place.class_index]; };
-  for (Written& written : batch.writes) {
-    if (!failed(written.record.place)) continue;
-    written.status = batch.sync_status[written.record.place.class_index];
-    fail_barriers_after(written.id, written.status);
+  disown(unsynced_, changes_, class_index, status);
+  for (const auto& barrier : barriers_) {
+    if (barrier->waits_for_scan && barrier->status) barrier->status = status;  // a wipe, maybe half done
   }
-  for (CatalogChange& change : batch.changes) {
+}
+
+Status StoreCore::after_failed_sync(std::uint32_t class_index) const {
+  return Status::io("a sync of slots." + std::to_string(class_index) + " in " + name_ +
+                    " failed: what was written before may be lost");
+}
+
+// What was written to the file is not durable and will not become so.
+void StoreCore::disown(std::vector<Written>& writes, std::vector<CatalogChange>& changes,
+                       std::uint32_t class_index, const Status& status) {
+  for (Written& written : writes) {
+    if (written.record.place.class_index != class_index) continue;
+    written.status = status;
+    fail_barriers_after(written.id, status);
+  }
+  for (CatalogChange& change : changes) {
     const SlotPlace& place = change.record.place;
-    if (!failed(place)) continue;
+    if (place.class_index != class_index) continue;
     // Unless somebody has written to the slot since.
     const SlotState& state = table_.at(place);
     const bool is_put = state.content == SlotContent::written && state.generation == change.record.generation;
     if (is_put || state.content == SlotContent::unknown) table_.set_content(place, SlotContent::doubtful);
     change.kind = CatalogChange::Kind::forget;
   }
+}
+
+// The files are synced, or have failed to be.
+void StoreCore::drop_unsynced() {
+  Batch& batch = *batch_;
+  Status failure;
+  for (std::uint32_t c = 0; c < batch.sync_status.size(); ++c) {
+    if (batch.sync_status[c]) continue;
+    failure = batch.sync_status[c];
+    disown(batch.writes, batch.changes, c, failure);
+  }
+  if (failure) return;
   for (const auto& barrier : batch.barriers) {
     if (barrier->status) barrier->status = failure;
   }

@@ -122,6 +122,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     AlignedBuffer buffer;              // the image on the drive where it is not the owner's; a scanned header
     std::shared_ptr<Barrier> barrier;  // wipe; null for the store's own
     TimePoint begun{};
+    std::uint64_t failed_syncs = 0;   // of its file, when it began: see sync_failed()
     bool arrived = false;             // its completion waits to be settled
     bool given_up = false;            // its end was told, and the drive still has it
     bool holds_slot = false;          // given up, and it may still write to its slot
@@ -168,7 +169,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // --- store_open.cpp ---
   Status shrink_to_grant(std::uint64_t granted);
   Result<std::unique_ptr<IoQueue>> make_queue(std::string* why_not) const;
-  Result<std::uint64_t> read_catalog(std::vector<CatalogRecord>& blocks);
+  Result<std::uint64_t> adopt_catalog(std::vector<CatalogRecord>& blocks);
   void forget_adopted();
   void adopt_reset(const Status& reset);
   bool is_sound(const CatalogRecord& record) const;
@@ -249,6 +250,10 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void settle_sync(const Op& op, int error);
   void commit_batch();
   void drop_unsynced();
+  void sync_failed(std::uint32_t class_index);
+  Status after_failed_sync(std::uint32_t class_index) const;
+  void disown(std::vector<Written>& writes, std::vector<CatalogChange>& changes, std::uint32_t class_index,
+              const Status& status);
   void committed(const Status& status);
   void reset_catalog();
   void catalog_was_reset(const Status& reset, const Status& marked);
@@ -354,7 +359,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   std::vector<Written> unsynced_;
   std::vector<CatalogChange> changes_;
-  std::vector<bool> dirty_;  // files that must be synced, by class
+  std::vector<bool> dirty_;                  // files that must be synced, by class
+  std::vector<std::uint64_t> failed_syncs_;  // by class: so many in this opening
   TimePoint first_unsynced_at_{};
   TimePoint last_batch_at_{};
   std::deque<std::shared_ptr<Barrier>> barriers_;

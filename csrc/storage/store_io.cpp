@@ -148,6 +148,7 @@ std::uint32_t StoreCore::begin_op(Purpose purpose, const SlotPlace& place) {
   ops_[index].purpose = purpose;
   ops_[index].place = place;
   ops_[index].begun = TimePoint::clock::now();
+  ops_[index].failed_syncs = failed_syncs_[place.class_index];
   if (!overdue_at_) overdue_at_ = ops_[index].begun + options_.answer_within;
   ++requests_;
   in_flight_.fetch_add(1);
@@ -246,6 +247,8 @@ void StoreCore::settle(const IoCompletion& completion) {
   free_ops_.push_back(index);
   in_flight_.fetch_sub(1);
   if (op.given_up) unanswered_.fetch_sub(1);
+  const bool may_be_sync = op.purpose == Purpose::sync || op.purpose == Purpose::probe;
+  if (op.given_up && may_be_sync && completion.error != 0) sync_failed(op.place.class_index);
   // Of a file that is being made ready the end was not told: the segment waits for it.
   if (op.given_up && op.purpose != Purpose::prewrite) return let_go(op);
   dispatch(op, completion.error);

@@ -96,6 +96,7 @@ void StoreCore::settle_probe(int error) {
     return;
   }
   const std::unique_ptr<Probe> probe = std::move(probe_);
+  if (error != 0 && probe->stage == Probe::Stage::sync) sync_failed(place.class_index);
   if (probe->wrote && error == 0) {
     table_.set_content(place, SlotContent::unknown);
     forget(place);

@@ -87,6 +87,11 @@ void StoreCore::finish_scan() {
     unsynced_.push_back({StoreJob{0}, record, nullptr, Status::ok()});
     changes_.push_back({CatalogChange::Kind::put, record});
     dirty_[record.place.class_index] = true;
+    if (failed_syncs_[record.place.class_index] > 0) {  // perhaps since its header was read
+      unsynced_.back().status = after_failed_sync(record.place.class_index);
+      changes_.back().kind = CatalogChange::Kind::forget;
+      table_.set_content(record.place, SlotContent::doubtful);
+    }
   }
   {
     MutexLock lock(mutex_);

@@ -34,6 +34,16 @@ class Gate {
     for (Held& held : held_) held.passes = held.passes || meant(held.request);
     changed_.notify_all();
   }
+  // What waits there and is meant ends with this errno, undone.
+  void fail(const std::function<bool(const IoRequest&)>& meant, int error) {
+    MutexLock lock(mutex_);
+    for (Held& held : held_) {
+      if (!meant(held.request)) continue;
+      held.passes = true;
+      held.error = error;
+    }
+    changed_.notify_all();
+  }
   void pass_all() {
     pass([](const IoRequest&) { return true; });
   }
@@ -58,6 +68,7 @@ class Gate {
   struct Held {
     IoRequest request;
     bool passes = false;
+    int error = 0;
   };
   mutable Mutex mutex_;
   CondVar changed_;
@@ -89,7 +100,8 @@ class GateQueue final : public IoQueue {
       const std::size_t before = completions.size();
       std::erase_if(gate_->held_, [&](const Gate::Held& held) {
         if (!held.passes && !gate_->open_) return false;
-        completions.push_back({held.request.tag, perform(held.request)});
+        const int error = held.error != 0 ? held.error : perform(held.request);
+        completions.push_back({held.request.tag, error});
         return true;
       });
       in_flight_ -= static_cast<std::uint32_t>(completions.size() - before);

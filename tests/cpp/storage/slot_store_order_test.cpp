@@ -141,6 +141,46 @@ TEST_F(SlotStoreOrder, durable_comes_after_a_sync_that_began_after_the_write) {
   EXPECT_EQ(home.catalogs.num_versions(), versions + 1);
 }
 
+// The drive reports a lost cache once: to the sync that failed, and to none after it.
+TEST_F(SlotStoreOrder, after_a_failed_sync_nothing_that_came_before_its_end_is_called_durable) {
+  open_with(8);
+  const auto cut = start_write(*store, 8, {8, 1});
+  wait_for_requests(1);
+  const auto flushed = std::make_shared<Told<Status>>();
+  store->wipe({}, [flushed](const Status& status) { flushed->tell(status); });
+  gate->pass_all();
+  EXPECT_TRUE(cut->written.wait());
+  wait_for_requests(2);  // its sync
+  const auto behind = start_write(*store, 9, {9, 1});
+  wait_for_requests(3);
+  gate->pass([](const IoRequest& request) { return is_slot(request, 9); });
+  EXPECT_TRUE(behind->written.wait());
+  const auto under_way = start_write(*store, 10, {10, 1});
+  wait_for_requests(4);
+  const auto wiped = start_wipe(*store, {1});
+  const auto wiping = start_wipe(*store, {2});
+  wait_for_requests(6);
+  gate->pass([](const IoRequest& request) { return is_slot(request, 1); });
+  wait_until([&] { return store->stats().wipes == 1; });
+
+  gate->fail([](const IoRequest& request) { return request.op == IoOp::sync; }, EIO);
+  EXPECT_EQ(cut->durable.wait().code(), StatusCode::io);
+  EXPECT_EQ(flushed->wait().code(), StatusCode::io);
+  gate->open();
+  EXPECT_TRUE(under_way->written.wait());
+  EXPECT_EQ(behind->durable.wait().code(), StatusCode::io);
+  EXPECT_EQ(under_way->durable.wait().code(), StatusCode::io);
+  EXPECT_EQ(wiped->wait().code(), StatusCode::io);
+  EXPECT_EQ(wiping->wait().code(), StatusCode::io);
+  wait_until([&] { return store->can_write(); });
+  EXPECT_EQ(verdict_of(*store, 9, {9, 1}), Verdict::good) << "it can be read as long as this process lives";
+  write_durably(*store, 11, {11, 1});
+  write_durably(*store, 9, {9, 2});
+
+  static_cast<void>(store->close(soon()));
+  EXPECT_FALSE(home.superblock.clean) << "slots 8 and 10 are to be looked at";
+}
+
 // What `drop` relies on: a dropped block's slot may be under a write that was queued before.
 TEST_F(SlotStoreOrder, a_wipe_waits_for_the_writes_that_were_queued_before_it) {
   open_with(8);
