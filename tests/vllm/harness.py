@@ -5,6 +5,7 @@ One at a time: the worker's side of a connector is one for each process.
 
 import contextlib
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,26 @@ BLOCK = 32  # the smallest page of the CPU's attention
 
 def prompt(seed: int, length: int) -> list[int]:
     return [(7 * i * (seed + 1) + i * i * (seed + 3)) % 500 + 4 for i in range(length)]
+
+
+def hide_numba_from_the_kernel_scan() -> None:
+    """Has the next engine of this process start after one that speculated.
+
+    vLLM 0.32 looks through the attributes of all loaded modules for kernels whenever an engine begins.
+    numba's library, which speculating loads, has any attribute that it is asked for, so a `__dict__` that is
+    none.
+    """
+    library = getattr(sys.modules.get("llvmlite.binding.ffi"), "_lib_wrapper", None)
+    if library is None or library.__getattr__.__module__ == __name__:
+        return
+    find = library.__getattr__
+
+    def find_function(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(self, name)
+
+    library.__getattr__ = find_function
 
 
 class Server:
@@ -51,6 +72,7 @@ class Server:
             "disable_log_stats": False,
             "max_logprobs": 5,
         }
+        hide_numba_from_the_kernel_scan()
         self.llm = LLM(**defaults | options)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.vllm_scheduler = self.core.scheduler
