@@ -12,6 +12,7 @@ namespace {
 
 // Blocks reserved, pinned or committed per hold of the mutex.
 constexpr std::size_t kBlocksPerHold = 1024;
+constexpr std::size_t kBlocksAhead = 64;  // that are fetched at a time
 
 }  // namespace
 
@@ -115,8 +116,10 @@ Status EngineImpl::begin_store(Operation& operation, const StoreRequest& request
       }
     }
     const std::size_t end = std::min(begin + kBlocksPerHold, request.keys.size());
-    tier_.fetch(request.keys.subspan(begin, end - begin), operation.group);
     for (std::size_t i = begin; i < end; ++i) {
+      if ((i - begin) % kBlocksAhead == 0) {
+        tier_.fetch(request.keys.subspan(i, std::min(kBlocksAhead, end - i)), operation.group);
+      }
       if (declined) {
         operation.outcomes[i] = BlockOutcome::declined;
         continue;

@@ -190,12 +190,13 @@ Result<std::vector<std::byte>> Directory::read_file(const std::string& name) con
   return content;
 }
 
-void Directory::read_ahead(const std::string& name) const {
+void Directory::read_ahead(const std::string& name, std::uint64_t max_bytes) const {
   Result<FileHandle> file = open_regular(*this, name, O_RDONLY);
   struct stat status{};
   if (!file || ::fstat(file->fd(), &status) != 0) return;
-  constexpr off_t kPiece = off_t{1} << 20;
-  constexpr off_t kAhead = 4 * kPiece;
+  if (static_cast<std::uint64_t>(status.st_size) > max_bytes) return;
+  constexpr off_t kPiece = off_t{128} << 10;  // of more the kernel may read the beginning only
+  constexpr off_t kAhead = 32 * kPiece;
   for (off_t at = 0; at < status.st_size; at += kPiece) {
     if (::posix_fadvise(file->fd(), at, kPiece, POSIX_FADV_WILLNEED) != 0) return;
     char last = 0;

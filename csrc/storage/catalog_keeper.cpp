@@ -15,7 +15,7 @@ constexpr std::string_view kMarkerText = "the catalog of this store is not compl
 Status CatalogKeeper::open() {
   const Result<std::vector<std::byte>> marker = directory_.read_file(kMarker);
   marked_ = marker.is_ok() || marker.status().native_code() != ENOENT;
-  Result<std::unique_ptr<Catalog>> catalog = make_();
+  Result<std::unique_ptr<Catalog>> catalog = make_(/*read_follows=*/!marked_);
   if (!catalog) return catalog.status();
   catalog_ = std::move(catalog.value());
   if (marked_) return Status(StatusCode::corruption, "the catalog was given up by the last opening");
@@ -31,7 +31,7 @@ Status CatalogKeeper::commit(std::span<const CatalogChange> changes) {
 
 Status CatalogKeeper::reset_with(std::span<const CatalogRecord> records) {
   if (catalog_ == nullptr) {
-    Result<std::unique_ptr<Catalog>> catalog = make_();
+    Result<std::unique_ptr<Catalog>> catalog = make_(/*read_follows=*/false);
     if (!catalog) return catalog.status();
     catalog_ = std::move(catalog.value());
   }

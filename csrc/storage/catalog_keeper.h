@@ -20,7 +20,7 @@ namespace kvtier {
 // Threads: one at a time. Blocks: every method.
 class CatalogKeeper {
  public:
-  using Make = std::function<Result<std::unique_ptr<Catalog>>()>;
+  using Make = std::function<Result<std::unique_ptr<Catalog>>(bool read_follows)>;
   CatalogKeeper(Make make, const Directory& directory) : make_(std::move(make)), directory_(directory) {}
 
   // Errors: what the catalog says; corruption when the marker stands.

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "kvtier/core/prefetch.h"
+
 namespace kvtier {
 namespace {
 
@@ -37,12 +39,6 @@ void radix_sort(std::vector<Keyed>& keyed, std::uint64_t Keyed::* number) {
   }
 }
 
-void fetch(const CatalogRecord& record) {
-  constexpr std::size_t kLine = 64;
-  const auto* const bytes = reinterpret_cast<const std::byte*>(&record);
-  for (std::size_t at = 0; at < sizeof record; at += kLine) __builtin_prefetch(bytes + at);
-}
-
 // Afterwards records[i] is what records[from[i]] was; `from` names each once. In place, circle by circle;
 // what comes a few steps later is asked for (where a circle ends it stands still, which costs nothing).
 void rearrange(std::vector<CatalogRecord>& records, std::vector<std::uint32_t> from) {
@@ -55,7 +51,7 @@ void rearrange(std::vector<CatalogRecord>& records, std::vector<std::uint32_t> f
     for (int i = 0; i < kAhead; ++i) ahead = from[ahead];
     std::uint32_t to = start;
     while (from[to] != start) {
-      fetch(records[ahead]);
+      prefetch(&records[ahead], sizeof records[ahead]);
       ahead = from[ahead];
       const std::uint32_t next = std::exchange(from[to], to);
       records[to] = records[next];
@@ -77,7 +73,8 @@ class Positions {
  public:
   explicit Positions(const std::vector<CatalogRecord>& records)
       : records_(records),
-        buckets_(std::bit_ceil(std::max<std::size_t>(records.size(), 8) * 2), Bucket{0, kNone}) {
+        bucket_bits_(static_cast<int>(std::bit_width(std::max<std::size_t>(records.size(), 8) * 2 - 1))),
+        buckets_(std::size_t{1} << bucket_bits_, Bucket{0, kNone}) {
     for (std::uint32_t i = 0; i < records.size(); ++i) {
       const BlockIdentity& block = records[i].block;
       Bucket& bucket = find_bucket(block.key, block.group);
@@ -94,7 +91,7 @@ class Positions {
     std::uint32_t position;
   };
 
-  // Keys are hashes already, in every store that nobody made to be slow.
+  // Keys are often digests already, but may be numbers: the upper bits of the product depend on all of them.
   static std::uint64_t hash(const BlockKey& key, GroupId group) {
     std::array<std::uint64_t, 4> words{};
     std::memcpy(words.data(), key.bytes.data(), sizeof words);
@@ -102,12 +99,12 @@ class Positions {
         words[0] ^ std::rotl(words[1], 16) ^ std::rotl(words[2], 32) ^ std::rotl(words[3], 48) ^ raw(group);
     return folded * 0x9e3779b97f4a7c15ULL;
   }
-  static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h >> 32); }
+  static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h); }
 
   Bucket& find_bucket(const BlockKey& key, GroupId group) {
     const std::uint64_t h = hash(key, group);
     const std::size_t mask = buckets_.size() - 1;
-    std::size_t at = (h >> 16) & mask;
+    std::size_t at = h >> (64 - bucket_bits_);
     for (; buckets_[at].position != kNone; at = (at + 1) & mask) {
       if (buckets_[at].tag != tag(h)) continue;
       const BlockIdentity& block = records_[buckets_[at].position].block;
@@ -117,6 +114,7 @@ class Positions {
   }
 
   const std::vector<CatalogRecord>& records_;
+  int bucket_bits_;
   std::vector<Bucket> buckets_;
 };
 
@@ -155,7 +153,7 @@ void sort_by_use(std::vector<CatalogRecord>& records) {
   from.reserve(keyed.size());
   for (const Keyed& each : keyed) from.push_back(each.from);
   rearrange(records, std::move(from));
-  rearrange(records, parents_first(records));  // few move: a parent is seldom used without its children
+  rearrange(records, parents_first(records));  // a prefix that was used later than what hangs on it
 }
 
 }  // namespace kvtier

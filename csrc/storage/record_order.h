@@ -1,5 +1,5 @@
 // The order in which catalog records are wanted, for hundreds of thousands of them while an engine opens.
-// Numbers are sorted (by radix, least digit first), not records; then each record is moved once, in place.
+// Numbers are sorted (by radix, least digit first), not records; then each record is moved, in place.
 #pragma once
 
 #include <vector>

@@ -27,6 +27,7 @@ void SlotTable::grow(std::uint32_t class_index, std::uint32_t num_slots) {
 void SlotTable::clear() {
   for (std::vector<SlotState>& slots : classes_) std::ranges::fill(slots, SlotState{});
   std::ranges::fill(used_, 0U);
+  tags_.clear();
   uncatalogued_ = 0;
 }
 

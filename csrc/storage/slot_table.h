@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kvtier/core/mutex.h"
+#include "kvtier/core/prefetch.h"
 #include "kvtier/storage/catalog.h"
 #include "kvtier/storage/slot_image.h"
 
@@ -60,12 +61,8 @@ class SlotTable {
   SlotState& at(const SlotPlace& place) { return classes_[place.class_index][raw(place.slot)]; }
   const SlotState& at(const SlotPlace& place) const { return classes_[place.class_index][raw(place.slot)]; }
 
-  // Asks for what at() will change soon.
-  void fetch(const SlotPlace& place) const {
-    const SlotState& state = at(place);
-    __builtin_prefetch(&state, 1);
-    __builtin_prefetch(&state + 1, 1);
-  }
+  // It will be changed soon.
+  void fetch(const SlotPlace& place) const { prefetch(&at(place), sizeof(SlotState)); }
 
   void set_content(const SlotPlace& place, SlotContent content);
   // Fills in what `record` says; set_block() leaves the time of last use to set_uses().

@@ -17,6 +17,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,21 @@ def _aligned(size: int) -> Any:
 
 
 def _processors(threads: int) -> set[int]:
-    """As many as threads, or all there are."""
-    return set(sorted(os.sched_getaffinity(0))[:threads])
+    """As many as threads, of different cores as far as there are; or all."""
+    seen: set[str] = set()
+    first, second = [], []
+    for processor in sorted(os.sched_getaffinity(0)):
+        core = _core_of(processor)
+        (second if core in seen else first).append(processor)
+        seen.add(core)
+    return set((first + second)[:threads])
+
+
+def _core_of(processor: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:  # not told: each is taken for a core
+        return str(processor)
 
 
 @contextlib.contextmanager

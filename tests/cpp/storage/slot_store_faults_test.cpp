@@ -220,13 +220,25 @@ TEST(SlotStoreCatalog, of_one_that_breaks_while_it_is_read_nothing_is_kept) {
   for (std::uint32_t i = 0; i < 3; ++i) EXPECT_EQ(verdict_of(*again.store, i, {i, 1}), Verdict::good);
   write_durably(*again.store, 9, {9, 1});
   EXPECT_TRUE(again.store->close(soon()));
-  plan.lies.clear();
-  plan.breaks_behind_lies = false;
   const std::vector<CatalogRecord> kept =
       home.catalogs.open(home.catalogs.num_versions() - 1)->read_all().value();
+  EXPECT_EQ(kept.size(), 4U);
   for (const CatalogRecord& record : kept) {
     EXPECT_LT(record.generation, make_generation(1000, 0));
   }
+}
+
+TEST(SlotStoreCatalog, a_new_store_does_not_believe_a_catalog_that_was_left_there) {
+  Home home{16};
+  FlakyPlan plan;
+  plan.lies = {{identity_of(50), {0, SlotId{0}}, make_generation(1000, 1), kPayload, 0}};
+  SlotStore::Opened opened = open(home, flaky(home, plan));
+  EXPECT_EQ(opened.report.source, OpenReport::Source::fresh);
+  EXPECT_TRUE(opened.blocks.empty());
+  EXPECT_EQ(opened.store->stats().catalog_resets, 1U);
+  wait_for_slots(*opened.store, 16);
+  write_durably(*opened.store, 0, {0, 1});
+  EXPECT_EQ(verdict_of(*opened.store, 0, {0, 1}), Verdict::good);
 }
 
 TEST(SlotStoreCatalog, a_catalog_that_fails_is_made_anew_with_all_blocks) {

@@ -60,9 +60,10 @@ class Directory {
   // Small files, at most 1 MiB. replace_file() is atomic and durable: a crash leaves the old or the new one.
   Result<std::vector<std::byte>> read_file(const std::string& name) const;  // io/ENOENT when missing
   Status replace_file(const std::string& name, std::span<const std::byte> content) const;
-  // Has a file of any size read into the page cache, in order, and waits for all but the last few MiB. Others
-  // who read from the drive meanwhile wait for a few MiB, not for all. What cannot be read is left.
-  void read_ahead(const std::string& name) const;
+  // Has a file of at most `max_bytes` read into the page cache, in order, and waits for all but the last few
+  // MiB. Others who read from the drive meanwhile wait for a few MiB, not for all. What cannot be read is
+  // left.
+  void read_ahead(const std::string& name, std::uint64_t max_bytes) const;
 
   const std::string& path() const { return path_; }  // as opened, for messages
   int fd() const { return handle_.fd(); }

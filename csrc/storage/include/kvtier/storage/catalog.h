@@ -60,6 +60,7 @@ struct CatalogOptions {
   std::string
       helper_path;  // of kvtier-catalog; empty: beside this library (dladdr), or $KVTIER_CATALOG_HELPER
   std::uint64_t max_bytes = 0;                      // bound of its file, at least kMinCatalogBytes
+  bool read_follows = true;                         // at once: so the file is read while the helper starts
   std::chrono::milliseconds answer_within{30'000};  // else the helper hangs: it is killed, the answer is io
 };
 
