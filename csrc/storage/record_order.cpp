@@ -72,9 +72,7 @@ std::uint64_t use_number(const CatalogRecord& record) {
 class Positions {
  public:
   explicit Positions(const std::vector<CatalogRecord>& records)
-      : records_(records),
-        bucket_bits_(static_cast<int>(std::bit_width(std::max<std::size_t>(records.size(), 8) * 2 - 1))),
-        buckets_(std::size_t{1} << bucket_bits_, Bucket{0, kNone}) {
+      : records_(records), buckets_(2 * std::max<std::size_t>(records.size(), 8), Bucket{0, kNone}) {
     for (std::uint32_t i = 0; i < records.size(); ++i) {
       const BlockIdentity& block = records[i].block;
       Bucket& bucket = find_bucket(block.key, block.group);
@@ -103,9 +101,8 @@ class Positions {
 
   Bucket& find_bucket(const BlockKey& key, GroupId group) {
     const std::uint64_t h = hash(key, group);
-    const std::size_t mask = buckets_.size() - 1;
-    std::size_t at = h >> (64 - bucket_bits_);
-    for (; buckets_[at].position != kNone; at = (at + 1) & mask) {
+    std::size_t at = static_cast<std::size_t>(((h >> 32) * buckets_.size()) >> 32);
+    for (; buckets_[at].position != kNone; at = at + 1 == buckets_.size() ? 0 : at + 1) {
       if (buckets_[at].tag != tag(h)) continue;
       const BlockIdentity& block = records_[buckets_[at].position].block;
       if (block.key == key && block.group == group) break;
@@ -114,7 +111,6 @@ class Positions {
   }
 
   const std::vector<CatalogRecord>& records_;
-  int bucket_bits_;
   std::vector<Bucket> buckets_;
 };
 

@@ -37,12 +37,11 @@ bool same(std::span<const std::byte> a, std::span<const std::byte> b) {
 
 // A leaf's records stand in it in the order in which they were written: without this, each is waited for.
 // `within` is mapped, so all of its page is.
-void fetch_page(std::uintptr_t within) {
-  constexpr std::uintptr_t kLine = 64;
-  const std::uintptr_t page = within & ~(kPageBytes - 1);
-  for (std::uintptr_t line = page; line < page + kPageBytes; line += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line));
-  }
+void fetch_page(const void* within) {
+  constexpr std::size_t kLine = 64;
+  const auto* const page =
+      static_cast<const std::byte*>(within) - reinterpret_cast<std::uintptr_t>(within) % kPageBytes;
+  for (std::size_t at = 0; at < kPageBytes; at += kLine) __builtin_prefetch(page + at);
 }
 
 Failure corrupt(std::string text) { return {Outcome::corruption, 0, std::move(text)}; }
@@ -217,7 +216,7 @@ Failure Database::read(std::span<Item> items, std::size_t& count) {
                      " bytes; this version writes 34 and 88");
     }
     const auto within = reinterpret_cast<std::uintptr_t>(value.mv_data);
-    if ((within ^ fetched) >= kPageBytes) fetch_page(within);
+    if ((within ^ fetched) >= kPageBytes) fetch_page(value.mv_data);
     fetched = within;
     Item& item = items[count++];
     item = {};

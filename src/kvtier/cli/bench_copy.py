@@ -177,7 +177,8 @@ def _aligned(size: int) -> Any:
 def _processors(threads: int) -> set[int]:
     """As many as threads, of different cores as far as there are; or all."""
     seen: set[str] = set()
-    first, second = [], []
+    first: list[int] = []
+    second: list[int] = []
     for processor in sorted(os.sched_getaffinity(0)):
         core = _core_of(processor)
         (second if core in seen else first).append(processor)

@@ -2,17 +2,15 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace kvtier {
 
 // All lines of [begin, begin + bytes). A hint: the memory need not be there.
 inline void prefetch(const void* begin, std::size_t bytes) {
-  constexpr std::uintptr_t kLine = 64;
-  const auto at = reinterpret_cast<std::uintptr_t>(begin);
-  for (std::uintptr_t line = at & ~(kLine - 1); line < at + bytes; line += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line));
-  }
+  constexpr std::size_t kLine = 64;
+  const auto* const first = static_cast<const std::byte*>(begin);
+  for (std::size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(first + at);
+  if (bytes > 0) __builtin_prefetch(first + bytes - 1);  // they need not begin with a line
 }
 
 }  // namespace kvtier
