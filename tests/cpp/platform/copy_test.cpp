@@ -143,7 +143,8 @@ void check_runs(const std::vector<std::size_t>& sizes, std::size_t pitch, std::s
 }
 
 TEST(CopyRuns, scattered_runs_of_one_size_are_exact) {
-  for (const std::size_t bytes : {255, 256, 319, 512, 768, 1024, 4000, 4096, 4352, 8192, 36864, 65536, 65792}) {
+  for (const std::size_t bytes :
+       {255, 256, 319, 512, 768, 1024, 4000, 4096, 4352, 8192, 36864, 65536, 65792}) {
     for (const std::size_t count : {1, 7, 8, 9, 15, 16, 17, 25, 40}) {  // around whole groups of lanes
       for (const std::size_t misalignment : {0, 1, 16, 63}) {
         ASSERT_NO_FATAL_FAILURE(check_runs(std::vector<std::size_t>(count, bytes), round_up(bytes + 64, 64),
