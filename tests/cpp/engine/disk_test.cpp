@@ -397,7 +397,7 @@ WorldOptions impatient_world_on(Drive& drive, std::chrono::milliseconds patience
 
 TEST(Disk, what_a_drive_does_not_answer_in_time_is_a_miss_and_its_slots_are_held_until_it_does) {
   Drive drive;
-  World world(impatient_world_on(drive, std::chrono::milliseconds(50)));
+  World world(impatient_world_on(drive, std::chrono::milliseconds(300)));
   done(world.store(0, range(0, 4), range(0, 4)));
   flush(world);
   push_out(world);
