@@ -171,15 +171,18 @@ SlotStoreOptions flaky(Home& home, FlakyPlan& plan) {
   return options;
 }
 
+// Blocks 0..2 durable in slots 0..2.
+void fill_and_close(Home& home, FlakyPlan& plan) {
+  SlotStore::Opened opened = open(home, flaky(home, plan));
+  wait_for_slots(*opened.store, 16);
+  for (std::uint32_t i = 0; i < 3; ++i) write_durably(*opened.store, i, {i, 1});
+  EXPECT_TRUE(opened.store->close(soon()));
+}
+
 TEST(SlotStoreCatalog, of_records_that_claim_one_slot_the_latest_writing_stays) {
   Home home{16};
   FlakyPlan plan;
-  {
-    SlotStore::Opened opened = open(home, flaky(home, plan));
-    wait_for_slots(*opened.store, 16);
-    for (std::uint32_t i = 0; i < 3; ++i) write_durably(*opened.store, i, {i, 1});
-    EXPECT_TRUE(opened.store->close(soon()));
-  }
+  fill_and_close(home, plan);
   std::vector<CatalogRecord> records =
       home.catalogs.open(home.catalogs.num_versions() - 1)->read_all().value();
   ASSERT_EQ(records.size(), 3U);
@@ -204,12 +207,7 @@ TEST(SlotStoreCatalog, of_records_that_claim_one_slot_the_latest_writing_stays) 
 TEST(SlotStoreCatalog, of_one_that_breaks_while_it_is_read_nothing_is_kept) {
   Home home{16};
   FlakyPlan plan;
-  {
-    SlotStore::Opened opened = open(home, flaky(home, plan));
-    wait_for_slots(*opened.store, 16);
-    for (std::uint32_t i = 0; i < 3; ++i) write_durably(*opened.store, i, {i, 1});
-    EXPECT_TRUE(opened.store->close(soon()));
-  }
+  fill_and_close(home, plan);
   plan.lies = {{identity_of(50), {0, SlotId{9}}, make_generation(1000, 1), kPayload, 0}};
   plan.breaks_behind_lies = true;
   SlotStore::Opened again = open(home, flaky(home, plan));
