@@ -159,7 +159,7 @@ class DiskBench {
     auto lease = take(directory->acquire(Fingerprint{}, strides, SecondProcess::refuse));
     file_ = lease->directory().path() + "/slots.0";
     SlotStore::Opened opened =
-        take(SlotStore::open(std::move(lease), std::move(options), [](const CatalogRecord&) {}));
+        take(SlotStore::open(std::move(lease), std::move(options), nullptr));
     store_ = std::move(opened.store);
     report_ = std::move(opened.report);
     store_->add_buffers({{images_.begin(), images_.bytes()}});

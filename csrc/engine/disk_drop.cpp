@@ -29,30 +29,36 @@ void EngineImpl::doom(Entry& entry, DiskVictims& victims) {
   victims[volume].push_back(disk_->index.index().id(entry));
 }
 
-// Wipes one slot whose entry is `leaving`: quarantined, or pinned by the caller.
-void EngineImpl::wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned) {
-  SlotPlace place;
-  {
-    MutexLock lock(mutex_);
-    const Entry& entry = disk_->index.index().at(disk);
-    place = {static_cast<std::uint32_t>(class_of_group_[raw(entry.group)]), entry.slot};
-  }
-  disk_->volumes[volume].store->wipe({place}, [this, disk, pinned](const Status& status) {
+OwedWipe EngineImpl::owed_of(EntryId disk, bool pinned) {
+  const Entry& entry = disk_->index.index().at(disk);
+  return {{static_cast<std::uint32_t>(class_of_group_[raw(entry.group)]), entry.slot}, disk, pinned};
+}
+
+// Wipes one slot that is counted as doomed.
+void EngineImpl::wipe_doomed(std::uint32_t volume, const OwedWipe& wipe) {
+  disk_->volumes[volume].store->wipe({wipe.place}, [this, volume, wipe](const Status& status) {
     contained([&] {
       MutexLock lock(mutex_);
-      // Not wiped: nobody knows what stands there, so the slot stays `leaving`.
-      if (status) {
-        Entry& entry = disk_->index.index().at(disk);
-        if (pinned) {
-          disk_->index.unpin(entry);
-        } else {
-          disk_->index.release_quarantined(entry);
-        }
-      }
-      --disk_->doomed;
+      end_wipe(volume, wipe, status);
       idle_.notify_all();
     });
   });
+}
+
+// Not wiped: nobody knows what stands there, so the slot stays `leaving`, and it is tried again.
+void EngineImpl::end_wipe(std::uint32_t volume, const OwedWipe& wipe, const Status& status) {
+  --disk_->doomed;
+  TierIndex& index = disk_->index;
+  if (!status) {
+    disk_->volumes[volume].owed_wipes.push_back(wipe);
+  } else if (!wipe.entry) {
+    index.slots(volume * index.classes_per_volume() + wipe.place.class_index)
+        .step(wipe.place.slot, SlotState::free);
+  } else if (wipe.pinned) {
+    index.unpin(index.index().at(*wipe.entry));
+  } else {
+    index.release_quarantined(index.index().at(*wipe.entry));
+  }
 }
 
 Status EngineImpl::wait_for_scans() {
@@ -69,28 +75,27 @@ Status EngineImpl::wipe_and_wait(DiskVictims victims) {
   const auto wait = std::make_shared<Wait>();
   wait->left = victims.size();
   for (std::uint32_t volume = 0; volume < victims.size(); ++volume) {
-    const auto mine = std::make_shared<const std::vector<EntryId>>(std::move(victims[volume]));
+    std::vector<OwedWipe> wipes;
     std::vector<SlotPlace> places;
-    places.reserve(mine->size());
     {
+      // With what is owed from before: it may hold what is dropped.
       MutexLock lock(mutex_);
-      for (const EntryId id : *mine) {
-        const Entry& entry = disk_->index.index().at(id);
-        places.push_back({static_cast<std::uint32_t>(class_of_group_[raw(entry.group)]), entry.slot});
-      }
+      wipes.swap(disk_->volumes[volume].owed_wipes);
+      disk_->doomed += static_cast<std::uint32_t>(wipes.size());
+      for (const EntryId id : victims[volume]) wipes.push_back(owed_of(id, /*pinned=*/true));
     }
-    disk_->volumes[volume].store->wipe(std::move(places), [this, wait, mine](const Status& status) {
-      contained([&] {
-        MutexLock lock(mutex_);
-        for (const EntryId id : *mine) {
-          if (status) disk_->index.unpin(disk_->index.index().at(id));
-          --disk_->doomed;
-        }
-        if (!status && wait->failure) wait->failure = status;
-        --wait->left;
-        idle_.notify_all();
-      });
-    });
+    places.reserve(wipes.size());
+    for (const OwedWipe& wipe : wipes) places.push_back(wipe.place);
+    disk_->volumes[volume].store->wipe(
+        std::move(places), [this, wait, volume, wipes = std::move(wipes)](const Status& status) {
+          contained([&] {
+            MutexLock lock(mutex_);
+            for (const OwedWipe& wipe : wipes) end_wipe(volume, wipe, status);
+            if (!status && wait->failure) wait->failure = status;
+            --wait->left;
+            idle_.notify_all();
+          });
+        });
   }
   const auto deadline = std::chrono::steady_clock::now() + kWipePatience;
   MutexLock lock(mutex_);
@@ -100,6 +105,12 @@ Status EngineImpl::wipe_and_wait(DiskVictims victims) {
               "drop: the blocks are gone from memory, but a drive has not confirmed within " +
                   std::to_string(kWipePatience.count()) + " s that they are gone from it",
               ETIMEDOUT};
+    }
+  }
+  for (const DiskTier::Volume& volume : disk_->volumes) {
+    if (wait->failure && !volume.owed_wipes.empty()) {
+      wait->failure = Status::io(std::to_string(volume.owed_wipes.size()) + " slots of " + volume.path +
+                                 " could not be wiped yet");
     }
   }
   if (!wait->failure) {

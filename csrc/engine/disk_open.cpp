@@ -123,7 +123,11 @@ Status EngineImpl::open_disks() {
       store_name = (*lease)->name();
       return SlotStore::open(
           std::move(*lease), std::move(options),
-          [this, volume](const CatalogRecord& found) { contained([&] { on_found(volume, found); }); });
+          [this, volume](const CatalogRecord& found) {
+            std::function<void(const Status&)> on_durable;
+            contained([&] { on_durable = on_found(volume, found); });
+            return on_durable;
+          });
     }();
     if (!store) {
       const Status status = store.status();
@@ -207,14 +211,14 @@ Status EngineImpl::open_disks() {
   }
   // What the scans after an unclean end have found meanwhile, until there is no more of it.
   while (true) {
-    std::vector<std::pair<std::uint32_t, CatalogRecord>> early;
+    std::vector<Found> early;
     {
       MutexLock lock(mutex_);
       early.swap(found_early_);
       takes_found_ = early.empty();
     }
     if (early.empty()) break;
-    for (const auto& [volume, block] : early) adopt_blocks(volume, {&block, 1});
+    for (const Found& found : early) adopt_found(found);
   }
   return Status::ok();
 }
@@ -232,15 +236,57 @@ Entry* EngineImpl::restore_block(std::uint32_t volume, const CatalogRecord& bloc
                        block.block.depth, volume, block.place.slot);
 }
 
-void EngineImpl::on_found(std::uint32_t volume, const CatalogRecord& block) {
+// Returns what is called once the block is durable, or cannot become so.
+std::function<void(const Status&)> EngineImpl::on_found(std::uint32_t volume, const CatalogRecord& block) {
+  const Found found{volume, block, std::make_shared<WriteBack>()};
+  found.write_back->key = block.block.key;
+  found.write_back->volume = volume;
+  found.write_back->step = WriteBack::Step::written;
+  bool now = false;
   {
     MutexLock lock(mutex_);
-    if (!takes_found_) {
-      found_early_.emplace_back(volume, block);
+    now = takes_found_;
+    if (!now) found_early_.push_back(found);
+  }
+  if (now) adopt_found(found);
+  return [this, write_back = found.write_back](const Status& status) {
+    contained([&] { on_found_durable(write_back, status); });
+  };
+}
+
+void EngineImpl::adopt_found(const Found& found) {
+  adopt_blocks(found.volume, {&found.block, 1});
+  MutexLock lock(mutex_);
+  WriteBack& write_back = *found.write_back;
+  const CatalogRecord& block = found.block;
+  Entry* entry = disk_->index.index().find(block.block.key, block.block.group);
+  if (entry == nullptr || entry->volume != found.volume || entry->slot != block.place.slot) return;
+  write_back.disk = disk_->index.index().id(*entry);
+  write_back.disk_generation = entry->generation;
+  if (write_back.step == WriteBack::Step::written) {
+    disk_->found[raw(write_back.disk)] = found.write_back;
+    ++disk_->volumes[found.volume].undurable;
+  } else if (write_back.failed) {
+    lose_undurable(write_back);
+  }
+}
+
+void EngineImpl::on_found_durable(const std::shared_ptr<WriteBack>& found, const Status& status) {
+  Settled settled;
+  {
+    MutexLock lock(mutex_);
+    found->failed = !status;
+    if (found->disk_generation == 0) {  // the engine is being opened (adopt_found() looks then), or it is
+      found->step = WriteBack::Step::over;  // a copy that nobody wants
       return;
     }
+    if (!status) lose_undurable(*found);
+    const auto at = disk_->found.find(raw(found->disk));
+    if (at != disk_->found.end() && at->second == found) disk_->found.erase(at);
+    --disk_->volumes[found->volume].undurable;
+    end_write_back(*found, status.is_ok(), nullptr, status, settled);
   }
-  adopt_blocks(volume, {&block, 1});
+  settle_durable(settled);
 }
 
 // One group after another, so that their parents are looked up in one go.
@@ -264,7 +310,7 @@ void EngineImpl::link_restored(std::span<const CatalogRecord> blocks, std::span<
 
 // Blocks found at open() or by the scan after an unclean end, least recently used first.
 void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
-  std::vector<SlotPlace> unwanted;
+  std::vector<OwedWipe> unwanted;
   {
     MutexLock lock(mutex_);
     TierIndex& index = disk_->index;
@@ -286,22 +332,14 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
         SlotPool& slots = index.slots(volume * index.classes_per_volume() + block.place.class_index);
         if (raw(block.place.slot) < slots.capacity() && slots.take_at(block.place.slot)) {
           slots.step(block.place.slot, SlotState::leaving);
-          unwanted.push_back(block.place);
+          unwanted.push_back({block.place, std::nullopt, /*pinned=*/false});
+          ++disk_->doomed;
         }
       }
     }
     link_restored(blocks, entries);
   }
-  for (const SlotPlace& place : unwanted) {
-    disk_->volumes[volume].store->wipe({place}, [this, volume, place](const Status& status) {
-      contained([&] {
-        if (!status) return;
-        MutexLock lock(mutex_);
-        disk_->index.slots(volume * disk_->index.classes_per_volume() + place.class_index)
-            .step(place.slot, SlotState::free);
-      });
-    });
-  }
+  for (const OwedWipe& wipe : unwanted) wipe_doomed(volume, wipe);
 }
 
 // Tells the drives of the parts of the arena that are prefaulted: whole slots, about kBufferBytes each.
@@ -336,6 +374,7 @@ Status EngineImpl::close_disks(Deadline deadline) {
     budget = disk_->budget.at_close(std::time(nullptr));
   }
   if (budget) save_budget(*budget);
+  wipe_what_is_owed();
   Status worst;
   for (DiskTier::Volume& volume : disk_->volumes) {
     const Status status = volume.store->close(deadline);

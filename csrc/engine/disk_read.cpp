@@ -127,7 +127,7 @@ void EngineImpl::load_from_disk(const std::shared_ptr<Operation>& operation, Rea
 
 void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome) {
   std::vector<std::shared_ptr<Operation>> waiting;
-  bool wipe = false;
+  std::optional<OwedWipe> wipe;
   {
     MutexLock lock(mutex_);
     tick();
@@ -160,8 +160,10 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
         disk.index.lose(on_disk);  // `leaving`, since it is pinned by us, until it is wiped
         keep_pinned = true;
         // What a later version wrote is not ours to overwrite: that slot is never used again.
-        wipe = !(outcome.status && outcome.verdict == Verdict::newer_version);
-        if (wipe) ++disk.doomed;
+        if (!outcome.status || outcome.verdict != Verdict::newer_version) {
+          wipe = owed_of(promotion->disk, /*pinned=*/true);
+          ++disk.doomed;
+        }
       }
     }
     if (!keep_pinned) disk.index.unpin(on_disk);
@@ -185,7 +187,7 @@ void EngineImpl::on_read(const std::shared_ptr<Promotion>& promotion, const Read
     }
     promotion->waiting.clear();
   }
-  if (wipe) wipe_doomed(promotion->volume, promotion->disk, /*pinned=*/true);
+  if (wipe) wipe_doomed(promotion->volume, *wipe);
   for (const std::shared_ptr<Operation>& operation : waiting) {
     advance(operation);
     release_hold(operation);

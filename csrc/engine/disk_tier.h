@@ -42,16 +42,33 @@ struct DurableTracker {
   bool complete = false;  // every block has been counted in
 };
 
-// A block on its way from host to disk. While it is written, the host slot is pinned.
+// A block on its way from host to disk. While it is written, the host slot is pinned. What the scan after an
+// unclean end has found is `written` from the start, and has no host slot.
 struct WriteBack {
   enum class Step : std::uint8_t { queued, writing, written, over };
   BlockKey key{};
   EntryId host{0};
   std::uint32_t host_generation = 0;  // of the entry's record: it may be another block's by the time
   EntryId disk{0};                    // from `writing` on
-  std::uint32_t volume = 0;           // likewise
+  std::uint32_t disk_generation = 0;  // of that entry's record, from `written` on
+  std::uint32_t volume = 0;           // from `writing` on
   Step step = Step::queued;
+  bool failed = false;  // found by a scan, and could not be made durable
   std::vector<std::shared_ptr<DurableTracker>> trackers;
+};
+
+// What the scan after an unclean end has found on a drive.
+struct Found {
+  std::uint32_t volume = 0;
+  CatalogRecord block;
+  std::shared_ptr<WriteBack> write_back;
+};
+
+// A slot on a drive whose header is to be wiped before it is free.
+struct OwedWipe {
+  SlotPlace place;
+  std::optional<EntryId> entry;  // of the slot, `leaving`; none: the slot alone is
+  bool pinned = false;           // the entry, by us; else it is quarantined
 };
 
 // A block on its way from disk to host: the host slot is filling, the disk slot pinned. Once it is given up,
@@ -100,8 +117,8 @@ struct DiskTier {
     std::uint32_t writing = 0;    // write-backs under way
     std::uint32_t undurable = 0;  // written, and not known to be durable
     bool flushing = false;
-    bool flush_failed = false;     // the last one, and nothing has been written since
-    std::vector<EntryId> to_wipe;  // quarantined: written after all, once the write had been given up
+    bool flush_failed = false;         // the last one, and nothing has been written since
+    std::vector<OwedWipe> owed_wipes;  // that have failed, or wait until the drive is in service
   };
 
   DiskTier(const TierIndex::Options& options, Admission admission, const KeptBudget& write_budget,
@@ -125,13 +142,25 @@ struct DiskTier {
   std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>>
       by_host;  // queued or writing, by raw host EntryId
   std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>> undurable;   // written, by raw disk EntryId
+  std::unordered_map<std::uint32_t, std::shared_ptr<WriteBack>> found;       // likewise, by a scan
   std::unordered_map<std::uint32_t, std::shared_ptr<Promotion>> promotions;  // by raw host EntryId
   std::unordered_set<std::uint32_t> held;  // raw host EntryIds, pinned: of writes that were given up
   std::uint32_t writing = 0;
-  std::uint32_t doomed = 0;                // slots that are to be wiped before they are free
+  std::uint32_t doomed = 0;                // slots whose wipe is under way, or comes with a write's end
   std::set<std::uint64_t> tracked_stores;  // numbers of those whose durable moment is not settled
   std::uint32_t next_volume = 0;
   std::vector<std::uint32_t> buffered_slots;  // by host class: those whose memory the drives were told of
+
+  // What is to make this block durable; null when it is durable.
+  std::shared_ptr<WriteBack> undurable_at(EntryId id) {
+    for (const auto* map : {&undurable, &found}) {
+      const auto at = map->find(raw(id));
+      if (at != map->end() && at->second->disk_generation == index.index().at(id).generation) {
+        return at->second;
+      }
+    }
+    return nullptr;
+  }
 };
 
 }  // namespace kvtier

@@ -99,9 +99,8 @@ void EngineImpl::add_candidate(Entry& entry, const std::shared_ptr<DurableTracke
     return;
   }
   if (Entry* on_disk = disk.index.index().find(entry.key, entry.group)) {
-    const auto found = disk.undurable.find(raw(disk.index.index().id(*on_disk)));
-    if (found != disk.undurable.end() && found->second->key == entry.key) {
-      found->second->trackers.push_back(tracker);
+    if (const auto undurable = disk.undurable_at(disk.index.index().id(*on_disk))) {
+      undurable->trackers.push_back(tracker);
       ++tracker->waiting;
       return;
     }
@@ -131,7 +130,7 @@ void EngineImpl::end_write_back(WriteBack& write_back, bool durable, std::uint64
                                 const Status& status, Settled& settled) {
   if (write_back.step == WriteBack::Step::over) return;
   write_back.step = WriteBack::Step::over;
-  ++(counters_.*counter);
+  if (counter != nullptr) ++(counters_.*counter);
   for (const std::shared_ptr<DurableTracker>& tracker : write_back.trackers) {
     if (durable) tracker->ticket->add_durable(1);
     if (!status && tracker->failure) tracker->failure = status;
@@ -173,7 +172,7 @@ void EngineImpl::settle_durable(const Settled& settled) {
 
 // Starts as many write-backs as may run. From any thread, without the mutex.
 void EngineImpl::pump_write_backs() {
-  wipe_what_came_late();
+  wipe_what_is_owed();
   for (bool more = true; more;) {
     std::vector<DiskWrite> writes;
     Settled settled;
@@ -229,8 +228,7 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
   }
   if (Entry* there = disk.index.index().find(host.key, host.group)) {
     // On disk since it became a candidate: by another's write, or found by the scan after an unclean end.
-    const auto found = disk.undurable.find(raw(disk.index.index().id(*there)));
-    if (there->state == SlotState::ready && found == disk.undurable.end()) {
+    if (there->state == SlotState::ready && !disk.undurable_at(disk.index.index().id(*there))) {
       end_write_back(*write_back, /*durable=*/true, &EngineStats::disk_durable, Status::ok(), settled);
       return true;
     }
@@ -307,7 +305,7 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
 
 void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status) {
   Settled settled;
-  std::optional<std::uint32_t> wipe_on;
+  std::optional<OwedWipe> wipe;
   {
     MutexLock lock(mutex_);
     tick();
@@ -325,6 +323,7 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
     if (status && entry.linked) {
       disk.index.commit(entry);
       write_back->step = WriteBack::Step::written;
+      write_back->disk_generation = entry.generation;
       disk.undurable[raw(write_back->disk)] = write_back;
       const auto found = disk.by_host.find(raw(write_back->host));
       if (found != disk.by_host.end() && found->second == write_back) disk.by_host.erase(found);
@@ -335,7 +334,7 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
         disk.held.insert(raw(write_back->host));
       } else {
         if (entry.linked) ++disk.doomed;
-        wipe_on = static_cast<std::uint32_t>(entry.volume);
+        wipe = owed_of(write_back->disk, /*pinned=*/false);
       }
       disk.index.quarantine(entry);
       const bool gone = status.is_ok();
@@ -345,7 +344,7 @@ void EngineImpl::on_written(const std::shared_ptr<WriteBack>& write_back, const 
     idle_.notify_all();
   }
   settle_durable(settled);
-  if (wipe_on) wipe_doomed(*wipe_on, write_back->disk, /*pinned=*/false);
+  if (wipe) wipe_doomed(write_back->volume, *wipe);
   pump_write_backs();
 }
 
@@ -354,25 +353,25 @@ void EngineImpl::on_write_let_go(const std::shared_ptr<WriteBack>& write_back) {
     MutexLock lock(mutex_);
     tier_.unpin(tier_.index().at(write_back->host));
     disk_->held.erase(raw(write_back->host));
-    disk_->volumes[write_back->volume].to_wipe.push_back(write_back->disk);
+    disk_->volumes[write_back->volume].owed_wipes.push_back(owed_of(write_back->disk, /*pinned=*/false));
     idle_.notify_all();
   }
   pump_write_backs();
 }
 
 // Once the drive is in service again: out of service it refuses wipes.
-void EngineImpl::wipe_what_came_late() {
+void EngineImpl::wipe_what_is_owed() {
   for (std::uint32_t v = 0; v < disk_->volumes.size(); ++v) {
     DiskTier::Volume& volume = disk_->volumes[v];
-    std::vector<EntryId> late;
+    std::vector<OwedWipe> owed;
     {
       MutexLock lock(mutex_);
-      if (volume.to_wipe.empty() || !volume.store->can_write() || volume.store->stats().unanswered > 0)
+      if (volume.owed_wipes.empty() || !volume.store->can_write() || volume.store->stats().unanswered > 0)
         continue;
-      late.swap(volume.to_wipe);
-      disk_->doomed += static_cast<std::uint32_t>(late.size());
+      owed.swap(volume.owed_wipes);
+      disk_->doomed += static_cast<std::uint32_t>(owed.size());
     }
-    for (const EntryId disk : late) wipe_doomed(v, disk, /*pinned=*/false);
+    for (const OwedWipe& each : owed) wipe_doomed(v, each);
   }
 }
 
@@ -381,12 +380,26 @@ void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const 
   {
     MutexLock lock(mutex_);
     --disk_->volumes[write_back->volume].undurable;
+    if (!status) lose_undurable(*write_back);
     const auto found = disk_->undurable.find(raw(write_back->disk));
     if (found != disk_->undurable.end() && found->second == write_back) disk_->undurable.erase(found);
     end_write_back(*write_back, status.is_ok(),
                    status ? &EngineStats::disk_durable : &EngineStats::disk_failed, status, settled);
   }
   settle_durable(settled);
+}
+
+// The drive may have lost it, and may show what stood in its slot before after a crash: it is stored anew, or
+// not at all, and a drop finds the slot among what is owed.
+void EngineImpl::lose_undurable(const WriteBack& write_back) {
+  TierIndex& index = disk_->index;
+  Entry& entry = index.index().at(write_back.disk);
+  const bool stands = entry.generation == write_back.disk_generation && entry.linked &&
+                      entry.state == SlotState::ready;
+  if (!stands) return;
+  index.pin(entry);
+  index.lose(entry);
+  disk_->volumes[write_back.volume].owed_wipes.push_back(owed_of(write_back.disk, /*pinned=*/true));
 }
 
 // What is written needs its sync and the catalog, and those need not wait for their time: one flush at a time

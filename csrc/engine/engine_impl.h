@@ -263,7 +263,11 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   Status open_disks();
   SlotStoreOptions store_options(std::size_t disk);
   void adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
-  void on_found(std::uint32_t volume, const CatalogRecord& block) KVTIER_EXCLUDES(mutex_);
+  std::function<void(const Status&)> on_found(std::uint32_t volume, const CatalogRecord& block)
+      KVTIER_EXCLUDES(mutex_);
+  void adopt_found(const Found& found) KVTIER_EXCLUDES(mutex_);
+  void on_found_durable(const std::shared_ptr<WriteBack>& found, const Status& status)
+      KVTIER_EXCLUDES(mutex_);
   Entry* restore_block(std::uint32_t volume, const CatalogRecord& block) KVTIER_REQUIRES(mutex_);
   // entries[i] is of blocks[i], or null.
   void link_restored(std::span<const CatalogRecord> blocks, std::span<Entry* const> entries)
@@ -291,10 +295,13 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   std::optional<std::uint32_t> choose_volume(std::size_t class_index) KVTIER_REQUIRES(mutex_);
   void on_written(const std::shared_ptr<WriteBack>& write_back, const Status& status);
   void on_write_let_go(const std::shared_ptr<WriteBack>& write_back);
-  void wipe_what_came_late();
+  void wipe_what_is_owed();
   void drop_gone_candidates(Settled& settled) KVTIER_REQUIRES(mutex_);
   void on_durable(const std::shared_ptr<WriteBack>& write_back, const Status& status);
-  void wipe_doomed(std::uint32_t volume, EntryId disk, bool pinned);
+  void lose_undurable(const WriteBack& write_back) KVTIER_REQUIRES(mutex_);
+  OwedWipe owed_of(EntryId disk, bool pinned) KVTIER_REQUIRES(mutex_);
+  void wipe_doomed(std::uint32_t volume, const OwedWipe& wipe);
+  void end_wipe(std::uint32_t volume, const OwedWipe& wipe, const Status& status) KVTIER_REQUIRES(mutex_);
   void settle_durable(const Settled& settled) KVTIER_EXCLUDES(mutex_);
   Status wait_durable(std::uint64_t up_to, Deadline deadline);
   static bool can_be_hurried(const DiskTier::Volume& volume);
@@ -385,7 +392,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   std::unique_ptr<DiskTier> disk_;  // null without one; set by start(), its inside guarded by mutex_
   // What scans found before open_disks() was through with what the catalogs say.
   bool takes_found_ KVTIER_GUARDED_BY(mutex_) = false;
-  std::vector<std::pair<std::uint32_t, CatalogRecord>> found_early_ KVTIER_GUARDED_BY(mutex_);
+  std::vector<Found> found_early_ KVTIER_GUARDED_BY(mutex_);
   GroupId ghost_group_{0};  // whose blocks the ghosts are of; set by start()
   std::unique_ptr<Ghosts> ghosts_ KVTIER_GUARDED_BY(mutex_);  // null if they are not wanted
   bool ghosts_paused_ KVTIER_GUARDED_BY(mutex_) = false;

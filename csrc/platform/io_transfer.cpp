@@ -29,6 +29,8 @@ IoRequest IoTransfer::next_piece() const {
 std::optional<int> IoTransfer::advance(std::int64_t result) {
   if (result < 0) {
     const int error = static_cast<int>(-result);
+    // What a sync has said once it does not say again: one that is repeated succeeds, and means nothing.
+    if (request_.op == IoOp::sync) return error;
     if ((error == EINTR || error == EAGAIN) && ++repeats_ <= kMaxRepeats) return std::nullopt;
     return error;
   }

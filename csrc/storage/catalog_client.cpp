@@ -66,6 +66,7 @@ class HelperCatalog final : public Catalog {
     std::vector<CatalogRecord> records;
     std::vector<Item> items;
     std::size_t expected = 0;
+    std::uint64_t found = 0;
     if (Status asked = ask(Op::read_first); !asked) return asked;
     for (bool is_first = true;; is_first = false) {
       Result<Reply> reply = process_->receive();
@@ -74,6 +75,10 @@ class HelperCatalog final : public Catalog {
         return give_up(Status::io("the catalog's helper gave more than it may"));
       // What a damaged file claims is not worth all of the memory.
       if (is_first) expected = std::min(reply->total, arguments_.max_bytes / kMinRecordBytes);
+      found += reply->count;
+      if (found > arguments_.max_bytes / kMinRecordBytes) {  // its pages name each other in a circle
+        return give_up(Status(StatusCode::corruption, "the catalog has more records than fit into its file"));
+      }
       items.resize(reply->count);
       if (Status read = process_->read_items(items); !read) return give_up(read);
       // The memfd is free again: the helper reads the next piece while this one is decoded.

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <random>
 #include <utility>
 
 #include "kvtier/core/prefetch.h"
@@ -72,7 +73,9 @@ std::uint64_t use_number(const CatalogRecord& record) {
 class Positions {
  public:
   explicit Positions(const std::vector<CatalogRecord>& records)
-      : records_(records), buckets_(2 * std::max<std::size_t>(records.size(), 8), Bucket{0, kNone}) {
+      : records_(records),
+        seed_((std::uint64_t{std::random_device{}()} << 32) | std::random_device{}()),
+        buckets_(2 * std::max<std::size_t>(records.size(), 8), Bucket{0, kNone}) {
     for (std::uint32_t i = 0; i < records.size(); ++i) {
       const BlockIdentity& block = records[i].block;
       Bucket& bucket = find_bucket(block.key, block.group);
@@ -90,11 +93,16 @@ class Positions {
   };
 
   // Keys are often digests already, but may be numbers: the upper bits of the product depend on all of them.
-  static std::uint64_t hash(const BlockKey& key, GroupId group) {
+  // Seeded, and each word multiplied with the one before: a file made to collide in one process does not in
+  // the next.
+  std::uint64_t hash(const BlockKey& key, GroupId group) const {
     std::array<std::uint64_t, 4> words{};
     std::memcpy(words.data(), key.bytes.data(), sizeof words);
-    const std::uint64_t folded =
-        words[0] ^ std::rotl(words[1], 16) ^ std::rotl(words[2], 32) ^ std::rotl(words[3], 48) ^ raw(group);
+    std::uint64_t folded = seed_ ^ raw(group);
+    for (const std::uint64_t word : words) {
+      folded = (folded ^ word) * 0x9e3779b97f4a7c15ULL;
+      folded ^= folded >> 32;
+    }
     return folded * 0x9e3779b97f4a7c15ULL;
   }
   static std::uint32_t tag(std::uint64_t h) { return static_cast<std::uint32_t>(h); }
@@ -111,6 +119,7 @@ class Positions {
   }
 
   const std::vector<CatalogRecord>& records_;
+  const std::uint64_t seed_;
   std::vector<Bucket> buckets_;
 };
 

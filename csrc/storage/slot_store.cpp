@@ -100,7 +100,7 @@ class OpenStore final : public SlotStore {
 }  // namespace
 
 Result<SlotStore::Opened> SlotStore::open(std::unique_ptr<StoreLease> lease, SlotStoreOptions options,
-                                          std::function<void(const CatalogRecord& found)> on_found) {
+                                          OnFound on_found) {
   KVTIER_RETURN_IF_ERROR(StoreCore::validate(*lease, options));
   const auto core = std::make_shared<StoreCore>(std::move(lease), std::move(options), std::move(on_found));
   Opened opened;

@@ -5,6 +5,7 @@
 // One batch at a time, at most commit_interval after its first write, or at once when somebody waits (a wipe,
 // a flush, the end). docs/durability.md says what each order is for.
 #include <algorithm>
+#include <cerrno>
 #include <system_error>
 
 #include "store_core.h"
@@ -62,6 +63,7 @@ bool StoreCore::start_wipe() {
   if (!own_wipes_.empty()) {
     const SlotPlace place = own_wipes_.front();
     own_wipes_.pop_front();
+    ++own_wipes_in_flight_;
     const std::uint32_t op = begin_op(Purpose::wipe, place);
     submit_op(op, IoOp::write, offset_of(place), zeros_.get(), kSlotHeaderBytes);
     return true;
@@ -96,12 +98,12 @@ bool StoreCore::start_wipe() {
 
 void StoreCore::settle_wipe(Op& op, int error) {
   const bool own = op.barrier == nullptr;
-  const bool may_be_lost = op.failed_syncs != failed_syncs_[op.place.class_index];
+  const bool may_be_lost = op.failed_syncs != failed_syncs_;
   table_.at(op.place).generation = Generation{0};
   table_.set_content(op.place, error == 0 && !may_be_lost ? SlotContent::unknown : SlotContent::doubtful);
   Status status;
   if (error == 0) {
-    if (may_be_lost) status = after_failed_sync(op.place.class_index);
+    if (may_be_lost) status = after_failed_sync();
     dirty_[op.place.class_index] = true;
     forget(op.place);
     MutexLock lock(mutex_);
@@ -111,7 +113,9 @@ void StoreCore::settle_wipe(Op& op, int error) {
     status = io_failure("wiping", op.place, error);
   }
   if (own) {
+    --own_wipes_in_flight_;
     release_slot(op.place);
+    if (!status) fail_wipes(status);
   } else {
     --op.barrier->wipes_in_flight;
     if (op.barrier->status) op.barrier->status = status;
@@ -119,15 +123,50 @@ void StoreCore::settle_wipe(Op& op, int error) {
   if (error != 0) write_trouble(status);
 }
 
-void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
+// Slots of which nobody knows what they hold may hold what is being dropped: the store wipes them itself,
+// before a wipe is done. (A doubtful slot with a generation is its owner's to wipe: he has been told, or the
+// barrier fails.)
+void StoreCore::sweep() {
+  if (!scan_done_.load()) return;
+  bool wanted = false;
   for (const auto& barrier : barriers_) {
-    if (barrier->id > write && barrier->status) barrier->status = status;
+    wanted = wanted || (barrier->waits_for_scan && !barrier->swept);
+    barrier->swept = true;
   }
+  if (!wanted || !table_.has_doubtful()) return;
+  for (std::uint32_t c = 0; c < files_.size(); ++c) {
+    for (std::uint32_t slot = 0; slot < table_.num_slots(c); ++slot) {
+      const SlotPlace place{c, SlotId{slot}};
+      SlotState& state = table_.at(place);
+      if (state.content != SlotContent::doubtful || state.generation != Generation{0} || state.busy) continue;
+      state.busy = true;
+      table_.set_content(place, SlotContent::writing);
+      own_wipes_.push_back(place);
+    }
+  }
+}
+
+void StoreCore::fail_wipes(const Status& status) {
+  for (const auto& barrier : barriers_) {
+    if (barrier->waits_for_scan && barrier->status) barrier->status = status;
+  }
+}
+
+void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
+  const auto fail = [&](const auto& barriers) {
+    for (const auto& barrier : barriers) {
+      if (barrier->id > write && barrier->status) barrier->status = status;
+    }
+  };
+  fail(barriers_);
+  if (batch_ != nullptr) fail(batch_->barriers);
 }
 
 bool StoreCore::is_ready(const Barrier& barrier) const {
   if (!barrier.to_wipe.empty() || barrier.wipes_in_flight > 0) return false;
-  if (barrier.waits_for_scan && !scan_done_.load()) return false;
+  if (barrier.waits_for_scan && (!barrier.swept || !own_wipes_.empty() || own_wipes_in_flight_ > 0)) {
+    return false;
+  }
   MutexLock lock(mutex_);
   return !jobs_.has_open_write_before(barrier.id);
 }
@@ -148,6 +187,7 @@ std::optional<StoreCore::TimePoint> StoreCore::commit_due() const {
 
 void StoreCore::start_batch_if_due(TimePoint now) {
   if (batch_ != nullptr || !queue_status_) return;
+  sweep();
   auto batch = std::make_unique<Batch>();
   // In order: a barrier that is not ready holds those behind it, which are rarely ready themselves.
   while (!barriers_.empty() && is_ready(*barriers_.front())) {
@@ -167,7 +207,6 @@ void StoreCore::start_batch_if_due(TimePoint now) {
   last_batch_at_ = now;
   batch->writes.swap(unsynced_);
   batch->changes.swap(changes_);
-  batch->sync_status.resize(files_.size());
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     if (dirty_[c] && ordering_enabled(OrderingPoint::disk_sync_before_commit)) batch->to_sync.push_back(c);
     dirty_[c] = false;
@@ -178,6 +217,7 @@ void StoreCore::start_batch_if_due(TimePoint now) {
 
 bool StoreCore::start_sync() {
   if (batch_ == nullptr || batch_->to_sync.empty()) return false;
+  if (probe_ != nullptr && probe_->is_syncing()) return false;  // of two at once only one is told of a failure
   const SlotPlace place{batch_->to_sync.front(), SlotId{0}};
   batch_->to_sync.pop_front();
   ++batch_->syncs_in_flight;
@@ -188,52 +228,65 @@ bool StoreCore::start_sync() {
 
 void StoreCore::settle_sync(const Op& op, int error) {
   if (error != 0) {
-    batch_->sync_status[op.place.class_index] =
-        failure("syncing slots." + std::to_string(op.place.class_index) + " in " + name_, error);
-    sync_failed(op.place.class_index);
+    if (batch_->sync_status) {
+      batch_->sync_status =
+          failure("syncing slots." + std::to_string(op.place.class_index) + " in " + name_, error);
+    }
+    sync_failed();
   }
   --batch_->syncs_in_flight;
   {
     MutexLock lock(mutex_);
     ++stats_.syncs;
   }
-  if (batch_->to_sync.empty() && batch_->syncs_in_flight == 0) commit_batch();
+  if (!batch_->is_syncing()) commit_batch();
 }
 
-// A sync of the file has failed, whoever asked for it. The drive may have lost whatever it had acknowledged
-// by then, and another sync that succeeds says nothing of that: neither of what the sync was meant for, nor
-// of what completed behind the cut of its batch, nor of what is still to be settled (settle_write(),
+// A sync of some slot file has failed, whoever asked for it and whenever it is answered. The drive may have
+// lost whatever it had acknowledged by then, in any of its files (with direct I/O what a sync flushes is the
+// drive's own cache), and another sync that succeeds says nothing of that.
+void StoreCore::sync_failed() {
+  disown_unsynced();
+  if (batch_ == nullptr) return;
+  const Status status = after_failed_sync();
+  if (batch_->is_syncing()) {  // commit_batch() disowns what it has
+    if (batch_->sync_status) batch_->sync_status = status;
+    return;
+  }
+  // Its transaction is under way: the next one forgets what this one names.
+  for (const CatalogChange& change : batch_->changes) {
+    if (change.kind != CatalogChange::Kind::touch) forget(change.record.place);
+  }
+  disown(batch_->writes, batch_->changes, status);
+  for (const auto& barrier : batch_->barriers) {
+    if (barrier->status) barrier->status = status;
+  }
+}
+
+// What completed behind the cut of the last batch, and what is still to be settled (settle_write(),
 // settle_wipe(): it may have completed before).
-void StoreCore::sync_failed(std::uint32_t class_index) {
-  ++failed_syncs_[class_index];
-  const Status status = after_failed_sync(class_index);
-  if (batch_ != nullptr && (batch_->syncs_in_flight > 0 || !batch_->to_sync.empty())) {
-    Status& of_batch = batch_->sync_status[class_index];
-    if (of_batch) of_batch = status;
-  }
-  disown(unsynced_, changes_, class_index, status);
-  for (const auto& barrier : barriers_) {
-    if (barrier->waits_for_scan && barrier->status) barrier->status = status;  // a wipe, maybe half done
-  }
+void StoreCore::disown_unsynced() {
+  ++failed_syncs_;
+  const Status status = after_failed_sync();
+  disown(unsynced_, changes_, status);
+  fail_wipes(status);  // maybe half done
 }
 
-Status StoreCore::after_failed_sync(std::uint32_t class_index) const {
-  return Status::io("a sync of slots." + std::to_string(class_index) + " in " + name_ +
-                    " failed: what was written before may be lost");
+Status StoreCore::after_failed_sync() const {
+  return Status::io("a sync in " + name_ + " failed: what was written before may be lost");
 }
 
-// What was written to the file is not durable and will not become so.
+// What was written is not durable and will not become so.
 void StoreCore::disown(std::vector<Written>& writes, std::vector<CatalogChange>& changes,
-                       std::uint32_t class_index, const Status& status) {
+                       const Status& status) {
   for (Written& written : writes) {
-    if (written.record.place.class_index != class_index) continue;
     written.status = status;
     fail_barriers_after(written.id, status);
   }
   for (CatalogChange& change : changes) {
-    const SlotPlace& place = change.record.place;
-    if (place.class_index != class_index) continue;
+    if (change.kind == CatalogChange::Kind::touch) continue;
     // Unless somebody has written to the slot since.
+    const SlotPlace& place = change.record.place;
     const SlotState& state = table_.at(place);
     const bool is_put = state.content == SlotContent::written && state.generation == change.record.generation;
     if (is_put || state.content == SlotContent::unknown) table_.set_content(place, SlotContent::doubtful);
@@ -244,18 +297,13 @@ void StoreCore::disown(std::vector<Written>& writes, std::vector<CatalogChange>&
 // The files are synced, or have failed to be.
 void StoreCore::drop_unsynced() {
   Batch& batch = *batch_;
-  Status failure;
-  for (std::uint32_t c = 0; c < batch.sync_status.size(); ++c) {
-    if (batch.sync_status[c]) continue;
-    failure = batch.sync_status[c];
-    disown(batch.writes, batch.changes, c, failure);
-  }
-  if (failure) return;
+  if (batch.sync_status) return;
+  disown(batch.writes, batch.changes, batch.sync_status);
   for (const auto& barrier : batch.barriers) {
-    if (barrier->status) barrier->status = failure;
+    if (barrier->status) barrier->status = batch.sync_status;
   }
-  if (ending_) close_status_ = failure;
-  write_trouble(failure);
+  if (ending_) close_status_ = batch.sync_status;
+  write_trouble(batch.sync_status);
 }
 
 void StoreCore::commit_batch() {
@@ -276,6 +324,7 @@ void StoreCore::commit_batch() {
 void StoreCore::committed(const Status& status) {
   if (batch_ == nullptr) return;
   if (!status) {
+    if (status.native_code() == EIO) disown_unsynced();  // the batch itself was synced before
     set_catalog_health(status.message());
     return reset_catalog();
   }
@@ -316,6 +365,10 @@ void StoreCore::catalog_was_reset(const Status& reset, const Status& marked) {
 }
 
 void StoreCore::finish_batch(const Status& status) {
+  for (const Written& written : batch_->writes) {
+    const Status& outcome = written.status ? status : written.status;
+    if (!outcome) fail_barriers_after(written.id, outcome);  // those too that came since
+  }
   const std::unique_ptr<Batch> batch = std::move(batch_);
   revisit_ = true;  // the next batch may be due: at the end, the one that a barrier in this one kept back
   last_batch_at_ = TimePoint::clock::now();

@@ -47,7 +47,7 @@ namespace kvtier {
 class StoreCore : public std::enable_shared_from_this<StoreCore> {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
-  using OnFound = std::function<void(const CatalogRecord& found)>;
+  using OnFound = SlotStore::OnFound;
   using OnStatus = std::function<void(const Status& status)>;
   using OnGrown = std::function<void(std::uint32_t class_index, std::uint32_t usable)>;
 
@@ -106,8 +106,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     StoreJob id{0};  // writes with a smaller one come before it
     std::deque<SlotPlace> to_wipe;
     std::size_t wipes_in_flight = 0;
-    bool waits_for_scan = false;
-    Status status;  // the first failure
+    bool waits_for_scan = false;  // a wipe: for the store's own wipes too
+    bool swept = false;           // these include what was doubtful then
+    Status status;                // the first failure
     OnStatus on_done;
   };
   // A request, from its submission until it was settled. Its index is the request's tag. There are twice as
@@ -122,10 +123,11 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     AlignedBuffer buffer;              // the image on the drive where it is not the owner's; a scanned header
     std::shared_ptr<Barrier> barrier;  // wipe; null for the store's own
     TimePoint begun{};
-    std::uint64_t failed_syncs = 0;   // of its file, when it began: see sync_failed()
+    std::uint64_t failed_syncs = 0;   // when it began: see sync_failed()
     bool arrived = false;             // its completion waits to be settled
     bool given_up = false;            // its end was told, and the drive still has it
     bool holds_slot = false;          // given up, and it may still write to its slot
+    bool is_sync = false;             // given up, and it may still fail: see unanswered_syncs_
     std::function<void()> on_let_go;  // the owner's, once it is given up
   };
   // A write that has completed and is not durable yet.
@@ -141,7 +143,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     std::vector<CatalogChange> changes;
     std::deque<std::uint32_t> to_sync;  // classes
     std::size_t syncs_in_flight = 0;
-    std::vector<Status> sync_status;  // by class
+    Status sync_status;  // the first failure
+    bool is_syncing() const { return !to_sync.empty() || syncs_in_flight > 0; }
   };
   // A part of a file that is being made ready.
   struct Segment {
@@ -158,6 +161,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     bool has_slot = false;  // that may be written to; else it is a sync and a read
     bool wrote = false;
     bool in_flight = false;
+    std::uint64_t failed_syncs = 0;  // when its write began
+    bool is_syncing() const { return in_flight && stage == Stage::sync; }
   };
   enum class Begun : std::uint8_t { no, pending, yes };
 
@@ -172,6 +177,9 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   Result<std::uint64_t> adopt_catalog(std::vector<CatalogRecord>& blocks);
   void forget_adopted();
   void adopt_reset(const Status& reset);
+  bool is_likely(Generation generation) const;
+  // As SlotImages'; what no opening can have written is corrupt.
+  Verdict read_header(const std::byte* bytes, const SlotPlace& place, SlotHeader* header) const;
   bool is_sound(const CatalogRecord& record) const;
   void find_unknown_keys(const std::vector<CatalogRecord>& records);
   void plan_background_scan();
@@ -241,6 +249,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   // --- store_commit.cpp ---
   bool start_wipe();
   void settle_wipe(Op& op, int error);
+  void sweep();
+  void fail_wipes(const Status& status);
   void fail_barriers_after(StoreJob write, const Status& status);
   bool is_ready(const Barrier& barrier) const KVTIER_EXCLUDES(mutex_);
   void forget(const SlotPlace& place);
@@ -250,10 +260,10 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void settle_sync(const Op& op, int error);
   void commit_batch();
   void drop_unsynced();
-  void sync_failed(std::uint32_t class_index);
-  Status after_failed_sync(std::uint32_t class_index) const;
-  void disown(std::vector<Written>& writes, std::vector<CatalogChange>& changes, std::uint32_t class_index,
-              const Status& status);
+  void sync_failed();
+  void disown_unsynced();
+  Status after_failed_sync() const;
+  void disown(std::vector<Written>& writes, std::vector<CatalogChange>& changes, const Status& status);
   void committed(const Status& status);
   void reset_catalog();
   void catalog_was_reset(const Status& reset, const Status& marked);
@@ -359,12 +369,14 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   std::vector<Written> unsynced_;
   std::vector<CatalogChange> changes_;
-  std::vector<bool> dirty_;                  // files that must be synced, by class
-  std::vector<std::uint64_t> failed_syncs_;  // by class: so many in this opening
+  std::vector<bool> dirty_;             // files that must be synced, by class
+  std::uint64_t failed_syncs_ = 0;      // in this opening
+  std::uint32_t unanswered_syncs_ = 0;  // given up: until they are answered the store stays out of service
   TimePoint first_unsynced_at_{};
   TimePoint last_batch_at_{};
   std::deque<std::shared_ptr<Barrier>> barriers_;
   std::deque<SlotPlace> own_wipes_;
+  std::uint32_t own_wipes_in_flight_ = 0;
   std::unique_ptr<Batch> batch_;
   bool catalog_lost_ = false;
   TimePoint catalog_retry_at_{};

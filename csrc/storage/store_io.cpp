@@ -148,7 +148,7 @@ std::uint32_t StoreCore::begin_op(Purpose purpose, const SlotPlace& place) {
   ops_[index].purpose = purpose;
   ops_[index].place = place;
   ops_[index].begun = TimePoint::clock::now();
-  ops_[index].failed_syncs = failed_syncs_[place.class_index];
+  ops_[index].failed_syncs = failed_syncs_;
   if (!overdue_at_) overdue_at_ = ops_[index].begun + options_.answer_within;
   ++requests_;
   in_flight_.fetch_add(1);
@@ -247,8 +247,10 @@ void StoreCore::settle(const IoCompletion& completion) {
   free_ops_.push_back(index);
   in_flight_.fetch_sub(1);
   if (op.given_up) unanswered_.fetch_sub(1);
-  const bool may_be_sync = op.purpose == Purpose::sync || op.purpose == Purpose::probe;
-  if (op.given_up && may_be_sync && completion.error != 0) sync_failed(op.place.class_index);
+  if (op.is_sync) {
+    --unanswered_syncs_;
+    if (completion.error != 0) sync_failed();
+  }
   // Of a file that is being made ready the end was not told: the segment waits for it.
   if (op.given_up && op.purpose != Purpose::prewrite) return let_go(op);
   dispatch(op, completion.error);
@@ -304,6 +306,9 @@ void StoreCore::give_up(std::uint32_t index) {
                   (told.purpose == Purpose::probe && probe_->stage == Probe::Stage::write);
   if (told.purpose == Purpose::read) op.on_let_go = std::move(told.read.read.on_let_go);
   if (told.purpose == Purpose::write) op.on_let_go = std::move(told.write.write.on_let_go);
+  op.is_sync =
+      told.purpose == Purpose::sync || (told.purpose == Purpose::probe && probe_->stage == Probe::Stage::sync);
+  if (op.is_sync) ++unanswered_syncs_;
   const bool holds_slot = op.holds_slot;
   const SlotPlace place = op.place;
   dispatch(told, kNoAnswer);
@@ -322,15 +327,13 @@ void StoreCore::give_up_what_cannot_begin() {
   }
   if (batch_ != nullptr && !batch_->to_sync.empty()) {
     revisit_ = true;
-    for (const std::uint32_t c : batch_->to_sync) {
-      batch_->sync_status[c] = failure("syncing slots." + std::to_string(c) + " in " + name_, kNoAnswer);
-    }
+    if (batch_->sync_status) batch_->sync_status = failure("syncing the slots of " + name_, kNoAnswer);
+    sync_failed();  // a later batch would not sync these files again
     batch_->to_sync.clear();
-    if (batch_->syncs_in_flight == 0) commit_batch();
+    if (!batch_->is_syncing()) commit_batch();
   }
   for (const auto& barrier : barriers_) {
-    const bool waits = !barrier->to_wipe.empty() || (barrier->waits_for_scan && !scan_done_.load());
-    if (!waits) continue;
+    if (barrier->to_wipe.empty() && !barrier->waits_for_scan) continue;
     revisit_ = true;
     if (barrier->status) barrier->status = Status::io("the drive of " + name_ + " does not answer");
     barrier->to_wipe.clear();

@@ -326,8 +326,8 @@ void StoreCore::settle_write(Op& op, int error) {
   unsynced_.push_back({op.write.id, record, write.on_durable, Status::ok()});
   changes_.push_back({CatalogChange::Kind::put, record});
   dirty_[op.place.class_index] = true;
-  if (op.failed_syncs != failed_syncs_[op.place.class_index]) {
-    unsynced_.back().status = after_failed_sync(op.place.class_index);
+  if (op.failed_syncs != failed_syncs_) {
+    unsynced_.back().status = after_failed_sync();
     changes_.back().kind = CatalogChange::Kind::forget;
     table_.set_content(op.place, SlotContent::doubtful);
     fail_barriers_after(op.write.id, unsynced_.back().status);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <map>
+#include <numeric>
 #include <system_error>
 
 #include "record_order.h"
@@ -17,6 +18,9 @@ constexpr char kBudgetFile[] = "budget";
 constexpr std::uint32_t kMaxQueueDepth = 4096;
 constexpr int kMostKeyLooks = 16;  // of the youngest openings; at older keys, whoever meets one says it
 constexpr std::uint32_t kMaxOpenCounter = (1U << (64 - kSequenceBits)) - 1;
+// By so many openings a superblock may be older than what was written: it was put back. Beyond, it is a lie,
+// which would use up the counter.
+constexpr std::uint32_t kMostOpeningsBehind = 1U << 16;
 
 Status make_buffered(const BlockFile& file) {
   const int flags = ::fcntl(file.fd(), F_GETFL);
@@ -53,7 +57,6 @@ StoreCore::StoreCore(std::unique_ptr<StoreLease> lease, SlotStoreOptions options
       table_(options_.classes.size()),
       bounce_(max_stride(options_)),
       dirty_(options_.classes.size()),
-      failed_syncs_(options_.classes.size()),
       file_slots_(options_.classes.size()),
       health_(options_.first_probe) {}
 
@@ -109,6 +112,11 @@ Status StoreCore::open_files(OpenReport& report) {
     report.direct_io = report.direct_io && direct;
     if (file.value()->is_direct() && !(direct && options_.use_direct_io)) {
       KVTIER_RETURN_IF_ERROR(make_buffered(*file.value()));
+    }
+    // What the last opening could not bring to the drive may stand in the page cache, and look as if it were
+    // there.
+    if (!(direct && options_.use_direct_io) && !superblock_.clean) {
+      static_cast<void>(::posix_fadvise(file.value()->fd(), 0, 0, POSIX_FADV_DONTNEED));
     }
     const Result<std::uint64_t> size = file.value()->size_bytes();
     if (!size) return size.status();
@@ -223,9 +231,20 @@ void StoreCore::adopt_reset(const Status& reset) {
   set_catalog_health("there is no catalog until it can be made again: " + reset.message());
 }
 
+bool StoreCore::is_likely(Generation generation) const {
+  const std::uint64_t counter = static_cast<std::uint64_t>(generation) >> kSequenceBits;
+  return generation != Generation{0} &&
+         counter <= std::uint64_t{superblock_.open_counter} + kMostOpeningsBehind;
+}
+
+Verdict StoreCore::read_header(const std::byte* bytes, const SlotPlace& place, SlotHeader* header) const {
+  const Verdict verdict = images_.read_header(bytes, place, header);
+  return verdict == Verdict::good && !is_likely(header->generation) ? Verdict::corrupt_header : verdict;
+}
+
 bool StoreCore::is_sound(const CatalogRecord& record) const {
   const SlotPlace& place = record.place;
-  return is_usable(place) && record.generation != Generation{0} &&
+  return is_usable(place) && is_likely(record.generation) &&
          record.payload_bytes <= options_.classes[place.class_index].slot_stride_bytes - kSlotHeaderBytes;
 }
 
@@ -249,7 +268,8 @@ Result<std::uint64_t> StoreCore::adopt_catalog(std::vector<CatalogRecord>& block
   const auto adopt = [&](std::span<const CatalogRecord> records, std::size_t expected) {
     constexpr std::size_t kAhead = 8;  // they stand in the order of their keys, their slots are anywhere
     found += records.size();
-    blocks.reserve(expected);
+    blocks.reserve(std::min<std::size_t>(
+        expected, std::accumulate(file_slots_.begin(), file_slots_.end(), std::size_t{0})));
     for (std::size_t i = 0; i < records.size(); ++i) {
       if (i + kAhead < records.size() && is_usable(records[i + kAhead].place)) {
         table_.fetch(records[i + kAhead].place);

@@ -46,6 +46,10 @@ void StoreCore::probe_if_due(TimePoint now) {
   const auto at = health_.probe_at();
   if (!at || now < *at || ending_ || !queue_status_) return;
   health_.probe_begins();
+  if (unanswered_syncs_ > 0) {  // what is written now would be lost with it, should it fail yet
+    health_.probe_failed(Status::timeout("a sync in " + name_ + " is not answered yet"), now);
+    return;
+  }
   probe_ = std::make_unique<Probe>();
   if (const auto place = probe_place()) {
     probe_->place = *place;
@@ -73,7 +77,9 @@ std::optional<SlotPlace> StoreCore::probe_place() const {
 
 bool StoreCore::start_probe() {
   if (probe_ == nullptr || probe_->in_flight) return false;
+  if (probe_->stage == Probe::Stage::sync && batch_ != nullptr && batch_->is_syncing()) return false;
   probe_->in_flight = true;
+  if (probe_->stage == Probe::Stage::write) probe_->failed_syncs = failed_syncs_;
   const std::uint32_t op = begin_op(Purpose::probe, probe_->place);
   const std::uint64_t offset = offset_of(probe_->place);
   switch (probe_->stage) {
@@ -96,8 +102,8 @@ void StoreCore::settle_probe(int error) {
     return;
   }
   const std::unique_ptr<Probe> probe = std::move(probe_);
-  if (error != 0 && probe->stage == Probe::Stage::sync) sync_failed(place.class_index);
-  if (probe->wrote && error == 0) {
+  if (error != 0 && probe->stage == Probe::Stage::sync) sync_failed();
+  if (probe->wrote && error == 0 && probe->failed_syncs == failed_syncs_) {
     table_.set_content(place, SlotContent::unknown);
     forget(place);
   }

@@ -73,7 +73,7 @@ Status StoreCore::read_headers(IoQueue& queue, HeaderScan& scan) {
       free_tags.push_back(completion.tag);
       SlotHeader header;
       if (completion.error == 0) {
-        const Verdict verdict = images_.read_header(reading.buffer.get(), reading.place, &header);
+        const Verdict verdict = read_header(reading.buffer.get(), reading.place, &header);
         scan.judge(reading.place, verdict, header);
         note_verdict(verdict);
       } else if (completion.error == ENODATA) {

@@ -38,7 +38,7 @@ void StoreCore::settle_scan(Op& op, int error) {
   if (error == 0 || error == ENODATA) {
     SlotHeader header;
     const Verdict verdict =
-        error == 0 ? images_.read_header(op.buffer.get(), op.place, &header) : Verdict::blank;
+        error == 0 ? read_header(op.buffer.get(), op.place, &header) : Verdict::blank;
     scan_->judge(op.place, verdict, header);
     note_verdict(verdict);
   } else {
@@ -84,11 +84,11 @@ void StoreCore::finish_scan() {
   // if they had been written now.
   if (!found.empty() && unsynced_.empty()) first_unsynced_at_ = TimePoint::clock::now();
   for (const CatalogRecord& record : found) {
-    unsynced_.push_back({StoreJob{0}, record, nullptr, Status::ok()});
+    unsynced_.push_back({StoreJob{0}, record, on_found_ ? on_found_(record) : nullptr, Status::ok()});
     changes_.push_back({CatalogChange::Kind::put, record});
     dirty_[record.place.class_index] = true;
-    if (failed_syncs_[record.place.class_index] > 0) {  // perhaps since its header was read
-      unsynced_.back().status = after_failed_sync(record.place.class_index);
+    if (failed_syncs_ > 0) {  // perhaps since its header was read
+      unsynced_.back().status = after_failed_sync();
       changes_.back().kind = CatalogChange::Kind::forget;
       table_.set_content(record.place, SlotContent::doubtful);
     }
@@ -96,9 +96,6 @@ void StoreCore::finish_scan() {
   {
     MutexLock lock(mutex_);
     stats_.undurable_writes += static_cast<std::uint32_t>(found.size());
-  }
-  for (const CatalogRecord& record : found) {
-    if (on_found_) on_found_(record);
   }
   scan_done_.store(true);
 }

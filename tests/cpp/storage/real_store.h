@@ -43,7 +43,7 @@ class RealStore : public testing::Test {
     options.catalog.max_bytes = std::uint64_t{4} << 20U;
     if (adjust) adjust(options);
     Result<SlotStore::Opened> opened =
-        SlotStore::open(std::move(lease.value()), std::move(options), std::move(on_found));
+        SlotStore::open(std::move(lease.value()), std::move(options), tell(std::move(on_found)));
     if (!opened) {
       ADD_FAILURE() << opened.status().message();
       std::abort();

@@ -308,9 +308,18 @@ inline SlotStoreOptions options_of(Home& home, SimulatedDrive& drive) {
   return options;
 }
 
+// For tests that do not ask when what was found is durable.
+inline SlotStore::OnFound tell(std::function<void(const CatalogRecord&)> on_found) {
+  if (!on_found) return nullptr;
+  return [on_found = std::move(on_found)](const CatalogRecord& found) {
+    on_found(found);
+    return nullptr;
+  };
+}
+
 inline Result<SlotStore::Opened> try_open(Home& home, SlotStoreOptions options,
                                           std::function<void(const CatalogRecord&)> on_found = nullptr) {
-  return SlotStore::open(std::make_unique<HomeLease>(home), std::move(options), std::move(on_found));
+  return SlotStore::open(std::make_unique<HomeLease>(home), std::move(options), tell(std::move(on_found)));
 }
 
 inline SlotStore::Opened open(Home& home, SlotStoreOptions options,

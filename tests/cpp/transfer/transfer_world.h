@@ -172,6 +172,11 @@ struct SimulatedWorld {
             [this](std::function<void()> kernel) { device.launch(stream, std::move(kernel)); },
             [this](std::size_t bytes) { return device.allocate(bytes); }) {}
 
+  // Kernels that nobody waited for use the world.
+  ~SimulatedWorld() { device.run_until_idle(); }
+  SimulatedWorld(const SimulatedWorld&) = delete;
+  SimulatedWorld& operator=(const SimulatedWorld&) = delete;
+
   SimulatedDevice device;
   StreamHandle stream;
   World world;

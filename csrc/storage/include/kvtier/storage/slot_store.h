@@ -15,9 +15,9 @@
 //  * One operation at a time on a slot, and its image memory is left alone until the operation's callback:
 //  reads
 //    fill it, writes read it and fill in its header (the 4096 bytes at its start).
-//  * A slot whose write failed, or whose read did not verify, may hold anything: wipe() it before it is
-//  reused for
-//    nothing (a slot that is overwritten at once need not be).
+//  * A slot whose write failed or did not become durable, or whose read did not verify, may hold anything,
+//    what stood there before included: wipe() it before it is reused for nothing (a slot that is overwritten
+//    at once need not be).
 //  * Slots below usable_slots() may be used; it grows while the file is made ready in the background.
 //
 // Generations: the open counter is made durable before the first write; the store remembers for each slot the
@@ -144,9 +144,11 @@ class SlotStore {
   // unclean end, slots that the catalog does not know but that were used are scanned in the background and,
   // where sound, handed to `on_found` (on the I/O thread, before scan_done). A slot that the owner has
   // written to or wiped meanwhile is his: what stood there is not reported, but a report may cross with such
-  // a write, and is void then. Of what it does not want the owner wipes the slot.
-  static Result<Opened> open(std::unique_ptr<StoreLease> lease, SlotStoreOptions options,
-                             std::function<void(const CatalogRecord& found)> on_found);
+  // a write, and is void then. Of what it does not want the owner wipes the slot. What was found is not
+  // durable before it was synced and committed again: what on_found returns is called then, as
+  // SlotWrite::on_durable; it may be null.
+  using OnFound = std::function<std::function<void(const Status& status)>(const CatalogRecord& found)>;
+  static Result<Opened> open(std::unique_ptr<StoreLease> lease, SlotStoreOptions options, OnFound on_found);
   virtual ~SlotStore() = default;  // close() with no deadline
 
   // Memory that images lie in, which makes their requests cheaper: each part at most 1 GiB, holding whole
@@ -169,9 +171,10 @@ class SlotStore {
   virtual StoreJob write(SlotWrite write) = 0;
   virtual StoreJob read(SlotRead read) = 0;
   // Overwrites the headers with zeros, syncs, and forgets the slots in the catalog; on_done(ok) when all that
-  // is durable, and, as a barrier, every write that was queued before it is too. An empty list is the barrier
-  // alone. While the drive has writes that were given up it is not done, but io, as these may still land;
-  // a wipe that failed may be done later.
+  // is durable, and, as a barrier, every write that was queued before it is too, and every other slot of
+  // which nobody knows what it holds (a write, wipe or read of it failed) is wiped. An empty list is the
+  // barrier alone. While the drive has writes that were given up it is not done, but io, as these may still
+  // land; a wipe that failed may be done later.
   virtual void wipe(std::vector<SlotPlace> places, std::function<void(const Status& status)> on_done) = 0;
   // The block in `place` was used: written to the catalog with some later commit.
   virtual void note_use(SlotPlace place) = 0;
