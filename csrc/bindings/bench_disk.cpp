@@ -158,8 +158,7 @@ class DiskBench {
     const std::array<std::uint64_t, 1> strides{stride_bytes_};
     auto lease = take(directory->acquire(Fingerprint{}, strides, SecondProcess::refuse));
     file_ = lease->directory().path() + "/slots.0";
-    SlotStore::Opened opened =
-        take(SlotStore::open(std::move(lease), std::move(options), nullptr));
+    SlotStore::Opened opened = take(SlotStore::open(std::move(lease), std::move(options), nullptr));
     store_ = std::move(opened.store);
     report_ = std::move(opened.report);
     store_->add_buffers({{images_.begin(), images_.bytes()}});

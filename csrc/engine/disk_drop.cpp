@@ -86,16 +86,16 @@ Status EngineImpl::wipe_and_wait(DiskVictims victims) {
     }
     places.reserve(wipes.size());
     for (const OwedWipe& wipe : wipes) places.push_back(wipe.place);
-    disk_->volumes[volume].store->wipe(
-        std::move(places), [this, wait, volume, wipes = std::move(wipes)](const Status& status) {
-          contained([&] {
-            MutexLock lock(mutex_);
-            for (const OwedWipe& wipe : wipes) end_wipe(volume, wipe, status);
-            if (!status && wait->failure) wait->failure = status;
-            --wait->left;
-            idle_.notify_all();
-          });
-        });
+    disk_->volumes[volume].store->wipe(std::move(places),
+                                       [this, wait, volume, wipes = std::move(wipes)](const Status& status) {
+                                         contained([&] {
+                                           MutexLock lock(mutex_);
+                                           for (const OwedWipe& wipe : wipes) end_wipe(volume, wipe, status);
+                                           if (!status && wait->failure) wait->failure = status;
+                                           --wait->left;
+                                           idle_.notify_all();
+                                         });
+                                       });
   }
   const auto deadline = std::chrono::steady_clock::now() + kWipePatience;
   MutexLock lock(mutex_);

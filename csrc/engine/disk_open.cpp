@@ -121,13 +121,12 @@ Status EngineImpl::open_disks() {
           (*directory)->acquire(config_.disk.fingerprint, strides, config_.disk.second_process);
       if (!lease) return lease.status();
       store_name = (*lease)->name();
-      return SlotStore::open(
-          std::move(*lease), std::move(options),
-          [this, volume](const CatalogRecord& found) {
-            std::function<void(const Status&)> on_durable;
-            contained([&] { on_durable = on_found(volume, found); });
-            return on_durable;
-          });
+      return SlotStore::open(std::move(*lease), std::move(options),
+                             [this, volume](const CatalogRecord& found) {
+                               std::function<void(const Status&)> on_durable;
+                               contained([&] { on_durable = on_found(volume, found); });
+                               return on_durable;
+                             });
     }();
     if (!store) {
       const Status status = store.status();
@@ -276,7 +275,7 @@ void EngineImpl::on_found_durable(const std::shared_ptr<WriteBack>& found, const
   {
     MutexLock lock(mutex_);
     found->failed = !status;
-    if (found->disk_generation == 0) {  // the engine is being opened (adopt_found() looks then), or it is
+    if (found->disk_generation == 0) {      // the engine is being opened (adopt_found() looks then), or it is
       found->step = WriteBack::Step::over;  // a copy that nobody wants
       return;
     }
@@ -284,7 +283,10 @@ void EngineImpl::on_found_durable(const std::shared_ptr<WriteBack>& found, const
     const auto at = disk_->found.find(raw(found->disk));
     if (at != disk_->found.end() && at->second == found) disk_->found.erase(at);
     --disk_->volumes[found->volume].undurable;
-    end_write_back(*found, status.is_ok(), nullptr, status, settled);
+    // It counts as written back where somebody has stored it since, and waits for it.
+    std::uint64_t EngineStats::* counter = status ? &EngineStats::disk_durable : &EngineStats::disk_failed;
+    if (found->trackers.empty()) counter = nullptr;
+    end_write_back(*found, status.is_ok(), counter, status, settled);
   }
   settle_durable(settled);
 }

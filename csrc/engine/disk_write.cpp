@@ -394,8 +394,8 @@ void EngineImpl::on_durable(const std::shared_ptr<WriteBack>& write_back, const 
 void EngineImpl::lose_undurable(const WriteBack& write_back) {
   TierIndex& index = disk_->index;
   Entry& entry = index.index().at(write_back.disk);
-  const bool stands = entry.generation == write_back.disk_generation && entry.linked &&
-                      entry.state == SlotState::ready;
+  const bool stands =
+      entry.generation == write_back.disk_generation && entry.linked && entry.state == SlotState::ready;
   if (!stands) return;
   index.pin(entry);
   index.lose(entry);

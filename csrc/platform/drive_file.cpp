@@ -91,9 +91,9 @@ int DriveFile::sync(std::uint64_t moment) {
   return first_error;
 }
 
-void DriveFile::fail_sync(std::uint64_t moment, DriveRandom& random) {
+void DriveFile::fail_sync(DriveRandom& random) {
   for (std::size_t i = 0; i < cached_.size();) {
-    const std::uint64_t fate = cached_[i].acknowledged < moment ? random.below(3) : 0;
+    const std::uint64_t fate = random.below(3);
     if (fate == 0) {
       ++i;
     } else if (fate == 1) {

@@ -40,8 +40,8 @@ class DriveFile {
 
   // Writes acknowledged before `moment` reach the file.
   int sync(std::uint64_t moment);
-  // Each of them reaches the file, stays in the cache or is lost.
-  void fail_sync(std::uint64_t moment, DriveRandom& random);
+  // A flush of the drive has failed: each write of the cache reaches the file, stays there or is lost.
+  void fail_sync(DriveRandom& random);
   // Some write of the cache reaches the file.
   void write_back_one(DriveRandom& random);
 

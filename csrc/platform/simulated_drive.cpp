@@ -284,7 +284,9 @@ int SimulatedDrive::State::perform(const MutexLock& lock, const Pending& pending
     }
     case IoOp::sync:
       if (pending.fate != Fate::io_error) return file.sync(pending.moment);
-      file.fail_sync(pending.moment, random);
+      for (const auto& [id, each] : files) {
+        if (each) each->fail_sync(random);
+      }
       return EIO;
     case IoOp::write: break;
   }

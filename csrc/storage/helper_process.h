@@ -18,8 +18,8 @@
 namespace kvtier {
 
 // Owns: the process, the socket, the memfd. Threads: one caller at a time. Blocks: every method, at most for
-// the deadline, and start() for what it calls meanwhile. No signal reaches the server through it: SIGPIPE is not raised, its end is collected by its
-// process id alone.
+// the deadline, and start() for what it calls meanwhile. No signal reaches the server through it: SIGPIPE is
+// not raised, its end is collected by its process id alone.
 class HelperProcess {
  public:
   struct Arguments {

@@ -217,7 +217,8 @@ void StoreCore::start_batch_if_due(TimePoint now) {
 
 bool StoreCore::start_sync() {
   if (batch_ == nullptr || batch_->to_sync.empty()) return false;
-  if (probe_ != nullptr && probe_->is_syncing()) return false;  // of two at once only one is told of a failure
+  if (probe_ != nullptr && probe_->is_syncing())
+    return false;  // of two at once only one is told of a failure
   const SlotPlace place{batch_->to_sync.front(), SlotId{0}};
   batch_->to_sync.pop_front();
   ++batch_->syncs_in_flight;

@@ -306,8 +306,8 @@ void StoreCore::give_up(std::uint32_t index) {
                   (told.purpose == Purpose::probe && probe_->stage == Probe::Stage::write);
   if (told.purpose == Purpose::read) op.on_let_go = std::move(told.read.read.on_let_go);
   if (told.purpose == Purpose::write) op.on_let_go = std::move(told.write.write.on_let_go);
-  op.is_sync =
-      told.purpose == Purpose::sync || (told.purpose == Purpose::probe && probe_->stage == Probe::Stage::sync);
+  op.is_sync = told.purpose == Purpose::sync ||
+               (told.purpose == Purpose::probe && probe_->stage == Probe::Stage::sync);
   if (op.is_sync) ++unanswered_syncs_;
   const bool holds_slot = op.holds_slot;
   const SlotPlace place = op.place;

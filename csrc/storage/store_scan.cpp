@@ -37,8 +37,7 @@ void StoreCore::settle_scan(Op& op, int error) {
   --scans_in_flight_;
   if (error == 0 || error == ENODATA) {
     SlotHeader header;
-    const Verdict verdict =
-        error == 0 ? read_header(op.buffer.get(), op.place, &header) : Verdict::blank;
+    const Verdict verdict = error == 0 ? read_header(op.buffer.get(), op.place, &header) : Verdict::blank;
     scan_->judge(op.place, verdict, header);
     note_verdict(verdict);
   } else {

@@ -288,6 +288,48 @@ TEST(Disk, a_drop_also_meets_blocks_that_the_catalog_did_not_know_after_an_uncle
                          BlockState::on_disk, BlockState::on_disk}));
 }
 
+// It may have been in the drive's cache alone when the last process ended.
+TEST(Disk, what_a_scan_has_found_is_durable_only_once_it_was_synced_again) {
+  for (const double sync_error : {0.0, 1.0}) {
+    Drive drive;
+    Drive after;
+    {
+      World world(world_on(drive));
+      done(world.store(0, {500}, {0}));
+      flush(world);
+      after.known = drive.catalogs.num_versions() - 1;
+      done(world.store(0, range(0, 4), range(0, 4)));
+      flush(world);
+      copy_files(drive.directory.path(), after.directory.path());
+    }
+    WorldOptions options = world_on(after);
+    options.disk.commit_interval = std::chrono::hours(1);
+    const auto adjust = options.disk.adjust;
+    options.disk.adjust = [&](SlotStoreOptions& store, std::size_t disk) {
+      adjust(store, disk);
+      store.make_catalog = [&](const Directory&) -> Result<std::unique_ptr<Catalog>> {
+        return drive.catalogs.open(*after.known);
+      };
+    };
+    World world(options);
+    const auto give_up = in_seconds(30);
+    while (world.states(range(0, 4)) != std::vector<BlockState>(4, BlockState::on_disk)) {
+      ASSERT_LT(std::chrono::steady_clock::now(), give_up);
+      std::this_thread::yield();
+    }
+    after.drive.set_faults({.sync_error = sync_error});
+    const auto ticket = world.store(0, range(0, 4), range(0, 4));
+    done(ticket);
+    EXPECT_EQ(ticket->durable_blocks(), 0U) << "nobody has synced them yet";
+    EXPECT_EQ(flush(world).durable, sync_error > 0 ? 0U : 4U);
+    EXPECT_EQ(ticket->durable_blocks(), sync_error > 0 ? 0U : 4U);
+    EXPECT_EQ(world.states({0}), std::vector<BlockState>(1, BlockState::ready)) << "in host memory";
+    after.drive.set_faults({});
+    world.quiesce();
+    expect_at_rest(world.stats());
+  }
+}
+
 TEST(Disk, what_does_not_verify_is_a_miss_and_its_slot_comes_back) {
   DriveFaults faults;
   Drive drive(faults);
@@ -427,6 +469,81 @@ TEST(Disk, what_a_drive_does_not_answer_in_time_is_a_miss_and_its_slots_are_held
   world.quiesce();
   expect_at_rest(world.stats());
   EXPECT_TRUE(world.engine->close(in_seconds(30)));
+}
+
+// The machine after a power loss: `drive` is what its files hold.
+WorldOptions restarted_on(Drive& drive, SimulatedDrive& restarted) {
+  WorldOptions options = world_on(drive);
+  const auto adjust = options.disk.adjust;
+  options.disk.adjust = [adjust, &restarted](SlotStoreOptions& store, std::size_t disk) {
+    adjust(store, disk);
+    store.make_queue = [&restarted](std::uint32_t depth) -> Result<std::unique_ptr<IoQueue>> {
+      return restarted.make_queue(depth);
+    };
+  };
+  return options;
+}
+
+TEST(Disk, a_block_whose_sync_failed_is_durable_only_once_it_was_written_again) {
+  Drive drive;
+  {
+    World world(impatient_world_on(drive, std::chrono::seconds(30)));
+    done(world.store(0, {500}, {0}));
+    flush(world);
+    drive.drive.set_faults({.sync_error = 1});
+    const auto ticket = world.store(0, range(0, 3), range(0, 3));
+    EXPECT_EQ(flush(world).durable, 0U);
+    EXPECT_EQ(ticket->durable_blocks(), 0U);
+    const auto again = world.store(0, range(0, 3), range(0, 3));
+    EXPECT_EQ(flush(world).durable, 0U) << "nothing was written since";
+    EXPECT_EQ(again->durable_blocks(), 0U);
+    drive.drive.set_faults({});
+    wait_for_service(world);
+    const std::uint64_t writes = world.stats().disks[0].writes;
+    const auto at_last = world.store(0, range(0, 3), range(0, 3));
+    EXPECT_EQ(flush(world).durable, 3U);
+    EXPECT_EQ(at_last->durable_blocks(), 3U);
+    EXPECT_EQ(world.stats().disks[0].writes, writes + 3);
+    drive.drive.power_loss();
+  }
+  SimulatedDrive restarted({});
+  World world(restarted_on(drive, restarted));
+  const auto ticket = world.load(0, range(0, 3), range(0, 3));
+  EXPECT_TRUE(world.right(0, *ticket, range(0, 3), range(0, 3)));
+  EXPECT_EQ(ticket->valid_blocks(), 3U);
+}
+
+// A slot that was overwritten in vain may show on the drive what stood there before.
+TEST(Disk, what_was_dropped_stays_away_though_the_write_over_it_was_lost) {
+  int dropped = 0;
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    Drive drive;
+    drive.slots = 2;
+    {
+      World world(impatient_world_on(drive, std::chrono::seconds(30)));
+      done(world.store(0, {1}, {1}));
+      done(world.store(0, {2}, {2}));
+      EXPECT_EQ(flush(world).durable, 2U);
+      DriveFaults faults{.seed = seed};
+      (seed % 2 == 0 ? faults.sync_error : faults.write_error) = 1;
+      drive.drive.set_faults(faults);
+      done(world.store(0, {3}, {3}));  // over one of them
+      done(world.store(0, {4}, {4}));
+      EXPECT_EQ(flush(world).durable, 0U);
+      drive.drive.set_faults({.seed = seed});
+      const auto give_up = in_seconds(30);
+      Result<std::uint64_t> drop = world.engine->drop(keys({1, 2}));
+      while (!drop && std::chrono::steady_clock::now() < give_up) drop = world.engine->drop(keys({1, 2}));
+      EXPECT_TRUE(drop) << drop.status().message();
+      ++dropped;
+      drive.drive.power_loss();
+    }
+    SimulatedDrive restarted({});
+    World world(restarted_on(drive, restarted));
+    ASSERT_TRUE(world.engine->drop(keys({9999})));  // it waits for the scan
+    EXPECT_EQ(world.states({1, 2}), std::vector<BlockState>(2, BlockState::miss)) << "seed " << seed;
+  }
+  EXPECT_EQ(dropped, 20);
 }
 
 TEST(Disk, a_flush_and_a_close_without_a_deadline_end_beside_a_drive_that_never_answers) {

@@ -369,6 +369,19 @@ TEST_F(DriveTest, sync_errors_make_durable_keep_or_lose) {
   EXPECT_GT(lost, 5);
 }
 
+// What is flushed is the drive's cache, and its loss is told once.
+TEST_F(DriveTest, a_sync_error_loses_what_came_after_the_sync_was_submitted_too) {
+  int lost = 0;
+  for (std::uint64_t seed = 1; seed <= 50; ++seed) {
+    start({.seed = seed, .sync_error = 1, .delay = 1, .delayed_requests = 1});
+    queue_->submit(std::vector<IoRequest>{sync()});
+    drive_->set_faults({.seed = seed});
+    static_cast<void>(run(write(0, 1)));
+    lost += seen(0) == version(1) || on_drive(0) == version(1) ? 0 : 1;
+  }
+  EXPECT_GT(lost, 5);
+}
+
 TEST_F(DriveTest, no_space_writes_nothing) {
   start({.no_space = 1});
   EXPECT_EQ(run(write(0, 1)), ENOSPC);

@@ -1,6 +1,8 @@
 // What goes before what: priorities, barriers, the order of a commit, the end. A gate holds the drive.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "storage/gate_queue.h"
 #include "storage/store_world.h"
 
@@ -29,6 +31,17 @@ class SlotStoreOrder : public testing::Test {
   void wait_for_requests(std::size_t count) {
     wait_until([&] { return gate->seen().size() >= count; });
     ASSERT_EQ(gate->seen().size(), count);
+  }
+  // Slots of the first class that the newest catalog names.
+  std::vector<std::uint32_t> catalogued() {
+    std::vector<std::uint32_t> slots;
+    const auto catalog = home.catalogs.open(home.catalogs.num_versions() - 1);
+    const Status read = catalog->read([&](std::span<const CatalogRecord> records, std::size_t) {
+      for (const CatalogRecord& record : records) slots.push_back(raw(record.place.slot));
+    });
+    EXPECT_TRUE(read) << read.message();
+    std::ranges::sort(slots);
+    return slots;
   }
   static bool is_slot(const IoRequest& request, std::uint32_t slot) {
     return request.op != IoOp::sync && request.offset == slot * kStride;
@@ -176,9 +189,90 @@ TEST_F(SlotStoreOrder, after_a_failed_sync_nothing_that_came_before_its_end_is_c
   EXPECT_EQ(verdict_of(*store, 9, {9, 1}), Verdict::good) << "it can be read as long as this process lives";
   write_durably(*store, 11, {11, 1});
   write_durably(*store, 9, {9, 2});
+  EXPECT_TRUE(start_wipe(*store, {1, 2})->wait());
 
   static_cast<void>(store->close(soon()));
   EXPECT_FALSE(home.superblock.clean) << "slots 8 and 10 are to be looked at";
+  EXPECT_EQ(catalogued(), (std::vector<std::uint32_t>{0, 3, 9, 11}));
+}
+
+// With direct I/O a sync flushes the drive's cache, and that is one for all files.
+TEST_F(SlotStoreOrder, a_failed_sync_of_one_file_disowns_what_was_written_to_the_others) {
+  home.superblock.class_strides = {kStride, 2 * kStride};
+  home.classes = {{kStride, 16}, {2 * kStride, 16}};
+  open_with(8);
+  wait_for_slots(*store, 16, 1);
+  const auto cut = start_write(*store, 8, {8, 1});
+  wait_for_requests(1);
+  const auto flushed = std::make_shared<Told<Status>>();
+  store->begin_flush([flushed](const Status& status) { flushed->tell(status); });
+  gate->pass_all();
+  EXPECT_TRUE(cut->written.wait());
+  wait_for_requests(2);  // its sync
+  const auto other = start_write(*store, 0, {20, 1}, 1);
+  wait_for_requests(3);
+  gate->pass([](const IoRequest& request) { return request.op == IoOp::write; });
+  EXPECT_TRUE(other->written.wait());
+  gate->fail([](const IoRequest& request) { return request.op == IoOp::sync; }, EIO);
+  EXPECT_EQ(flushed->wait().code(), StatusCode::io);
+  gate->open();
+  EXPECT_EQ(store->flush(soon()).code(), StatusCode::io) << "a write that was queued before it is lost";
+  EXPECT_EQ(other->durable.wait().code(), StatusCode::io);
+  EXPECT_TRUE(store->flush(soon())) << "that was told, and nothing is left";
+}
+
+// Nobody knows what a failed write has left: maybe what stood there, and is being dropped.
+TEST_F(SlotStoreOrder, a_wipe_takes_with_it_what_is_doubtful) {
+  open_with(8);
+  const auto failing = start_write(*store, 1, {8, 1});
+  wait_for_requests(1);
+  gate->fail([](const IoRequest&) { return true; }, EIO);
+  EXPECT_EQ(failing->written.wait().code(), StatusCode::io);
+  EXPECT_EQ(start_wipe(*store, {})->wait().code(), StatusCode::io) << "out of service";
+  gate->open();
+  wait_until([&] { return store->can_write(); });  // the probe has chosen that very slot
+  gate->shut();
+  const auto again = start_write(*store, 2, {9, 1});
+  wait_for_requests(2);
+  const auto also = start_write(*store, 3, {10, 1});
+  wait_for_requests(3);
+  gate->fail([](const IoRequest&) { return true; }, EIO);
+  EXPECT_EQ(again->written.wait().code(), StatusCode::io);
+  EXPECT_EQ(also->written.wait().code(), StatusCode::io);
+  gate->open();
+  wait_until([&] { return store->can_write(); });  // one of the two is left
+  gate->shut();
+  const auto wiped = start_wipe(*store, {});
+  wait_for_requests(4);
+  const IoRequest swept = gate->seen()[3];
+  EXPECT_TRUE(swept.op == IoOp::write && swept.bytes == kSlotHeaderBytes);
+  EXPECT_TRUE(is_slot(swept, 2) || is_slot(swept, 3));
+  const auto waits = start_write(*store, static_cast<std::uint32_t>(swept.offset / kStride), {11, 1});
+  EXPECT_FALSE(wiped->is_told());
+  gate->open();
+  EXPECT_TRUE(wiped->wait());
+  EXPECT_TRUE(store->flush(soon()));
+  EXPECT_TRUE(waits->durable.wait()) << "it waited for the sweep";
+  EXPECT_TRUE(store->close(soon()));
+  EXPECT_TRUE(home.superblock.clean) << "nothing is doubtful any more";
+}
+
+TEST_F(SlotStoreOrder, a_wipe_is_not_done_when_something_doubtful_cannot_be_wiped) {
+  open_with(8);
+  const auto one = start_write(*store, 1, {8, 1});
+  const auto two = start_write(*store, 2, {9, 1});
+  wait_for_requests(2);
+  gate->fail([](const IoRequest&) { return true; }, EIO);
+  EXPECT_EQ(one->written.wait().code(), StatusCode::io);
+  EXPECT_EQ(two->written.wait().code(), StatusCode::io);
+  gate->open();
+  wait_until([&] { return store->can_write(); });
+  gate->shut();
+  const auto wiped = start_wipe(*store, {});
+  wait_for_requests(3);
+  gate->fail([](const IoRequest&) { return true; }, EIO);
+  EXPECT_EQ(wiped->wait().code(), StatusCode::io);
+  gate->open();
 }
 
 // What `drop` relies on: a dropped block's slot may be under a write that was queued before.

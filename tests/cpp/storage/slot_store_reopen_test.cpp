@@ -239,6 +239,30 @@ TEST_F(SlotStoreReopen, records_that_cannot_be_are_discarded) {
   EXPECT_EQ(opened.report.discarded, 3U);
 }
 
+// Generations are used up one opening at a time: who claims to have been written in the last one that there
+// can be would make this opening the last.
+TEST_F(SlotStoreReopen, a_generation_that_no_opening_can_have_written_is_not_believed) {
+  constexpr Generation kLast = make_generation((1U << 24U) - 2, 1);
+  fill(2);
+  {
+    const auto catalog = home.catalogs.open(home.catalogs.num_versions() - 1);
+    CatalogChange lie;
+    lie.record = {identity_of(50), {0, SlotId{5}}, kLast, kPayload, 0};
+    ASSERT_TRUE(catalog->commit({&lie, 1}));
+  }
+  plant(home, 6, {6, 1}, kLast);
+  for (const bool rebuilt : {false, true}) {
+    if (rebuilt) lose_catalog();
+    SlotStore::Opened opened = reopen();
+    EXPECT_EQ(opened.blocks.size(), 2U);
+    EXPECT_EQ(opened.report.discarded, 1U) << rebuilt;
+    write_durably(*opened.store, 1, {1, 9});
+    EXPECT_LT(home.superblock.open_counter, 10U);
+    EXPECT_TRUE(opened.store->close(soon()));
+  }
+  EXPECT_TRUE(is_blank(home, 6));
+}
+
 TEST_F(SlotStoreReopen, blocks_come_least_recently_used_first_and_behind_their_parents) {
   SlotStore::Opened opened = open(home, options_of(home));
   wait_for_slots(*opened.store, 16);

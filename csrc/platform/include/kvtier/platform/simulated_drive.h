@@ -23,7 +23,7 @@ struct DriveFaults {
   // Probability, per request, of each fault.
   double read_error = 0;   // EIO
   double write_error = 0;  // EIO; a random part may have been written
-  double sync_error = 0;   // EIO; each write that it should have made durable is made so, kept or lost
+  double sync_error = 0;   // EIO; each write that any file's cache has by then is made durable, kept or lost
   double no_space = 0;     // ENOSPC on writes
   double bit_flip = 0;     // a bit of what was read, or of what stands on the drive, flips
   // A write lands elsewhere in its file, at a multiple of its own size from its place (another slot's), or
