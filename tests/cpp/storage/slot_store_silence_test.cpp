@@ -94,6 +94,30 @@ TEST_F(SlotStoreSilence, a_sync_without_an_answer_makes_nothing_durable) {
   EXPECT_TRUE(serves(*store, 9, {9, 1}));
 }
 
+// It may fail yet, and whatever was written and synced beside it would be lost with it.
+TEST_F(SlotStoreSilence, a_store_stays_out_of_service_while_a_sync_is_unanswered) {
+  open_with(milliseconds(100));
+  const auto write = start_write(*store, 8, {8, 1});
+  wait_until([this] { return gate->num_held() > 0; });
+  gate->pass([](const IoRequest& request) { return !is_sync(request); });
+  EXPECT_TRUE(write->written.wait());
+  wait_until([this] { return gate->num_held() > 0; });
+  const std::vector<IoRequest> seen = gate->seen();
+  ASSERT_TRUE(is_sync(seen.back()));
+  EXPECT_FALSE(write->durable.wait());
+  const auto first = [tag = seen.back().tag](const IoRequest& request) {
+    return is_sync(request) && request.tag == tag;
+  };
+  for (int i = 0; i < 50; ++i) {
+    gate->pass([&](const IoRequest& request) { return !first(request); });
+    ::usleep(2000);
+    ASSERT_FALSE(store->can_write());
+  }
+  gate->fail(first, EIO);
+  answer_and_wait_for_service();
+  write_durably(*store, 9, {9, 1});
+}
+
 TEST_F(SlotStoreSilence, a_wipe_without_an_answer_fails_and_can_be_had_later) {
   open_with(milliseconds(30));
   const auto wipe = start_wipe(*store, {2});
