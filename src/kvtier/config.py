@@ -22,7 +22,6 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*", 
 _ENV_PREFIX = "KVTIER_"
 _MAX_COPY_THREADS = 64
 # The core's, the default first.
-# The default first.
 EVICTIONS = ("return-hazard", "lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc")
 DISK_EVICTION = "lru"  # of the drives, unless said otherwise: its order survives a restart
 ADMISSIONS = ("return-hazard", "all", "second-use", "tiny-lfu")
@@ -52,7 +51,7 @@ def parse_size(value: int | str, key: str = "size") -> int:
         number, unit, binary, _ = match.groups()
         if not binary or unit:
             power = "kmgt".find(unit.lower()) + 1 if unit else 0
-            size = int(float(number) * (1024 if binary else 1000) ** power)
+            size = int(min(float(number) * (1024 if binary else 1000) ** power, 2.0**63))
     if not 1 <= size < 2**63:
         raise ConfigError(f"{key} is {value!r}; {allowed}")
     return size
@@ -199,15 +198,15 @@ class Config:
         model: object = self.model
         if not isinstance(model, str) or not model:
             raise ConfigError(f'model is {model!r}; allowed: a name with its revision, "name@revision"')
-        check_extent("block_tokens", self.block_tokens)
-        check_extent("world_size", self.world_size, 1, 1024)
+        self._check_integer("block_tokens")
+        self._check_integer("world_size", 1, 1024)
         if self.host_numa_node not in ("auto", "any"):
             if isinstance(self.host_numa_node, str):
                 text = f'host_numa_node is {self.host_numa_node!r}; allowed: "auto", "any" or a number'
                 raise ConfigError(text)
-            check_extent("host_numa_node", self.host_numa_node, 0, _MAX_NUMA_NODE)
+            self._check_integer("host_numa_node", 0, _MAX_NUMA_NODE)
         if self.copy_threads is not None:
-            check_extent("copy_threads", self.copy_threads, 1, _MAX_COPY_THREADS)
+            self._check_integer("copy_threads", 1, _MAX_COPY_THREADS)
         for i, layout in enumerate(groups):
             if self.block_tokens % layout.page_tokens and layout.page_tokens % self.block_tokens:
                 raise ConfigError(
@@ -227,11 +226,15 @@ class Config:
         object.__setattr__(self, "trace", trace)
         if not isinstance(self.ghosts, bool):
             raise ConfigError(f"ghosts is {self.ghosts!r}; allowed: true or false")
-        check_extent("events", self.events, 0, _MAX_EVENTS)
+        self._check_integer("events", 0, _MAX_EVENTS)
         if self.gpu_copy_path not in COPY_PATHS:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
-        check_extent("gpu_copy_sms", self.gpu_copy_sms, 1, 1024)
+        self._check_integer("gpu_copy_sms", 1, 1024)
         self.gpu_store_limit, self.gpu_load_limit  # noqa: B018 - they check
+
+    def _check_integer(self, key: str, *bounds: int) -> None:
+        """Keeps a NumPy integer as an int, which the fingerprint and the core need."""
+        object.__setattr__(self, key, check_extent(key, getattr(self, key), *bounds))
 
     def _check_disk(self) -> None:
         disks: object = (self.disk,) if isinstance(self.disk, Disk) else self.disk
@@ -259,7 +262,7 @@ class Config:
             raise ConfigError(
                 f'disk_key is {places!r}; allowed: paths of files or "env:NAME", separated by commas'
             )
-        check_extent("disk_queue_depth", self.disk_queue_depth, 1, 1024)
+        self._check_integer("disk_queue_depth", 1, 1024)
         for name, least, most in _SECONDS_KEYS:
             seconds: object = getattr(self, name)
             number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)

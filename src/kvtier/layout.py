@@ -100,9 +100,12 @@ class KVLayout:
         object.__setattr__(self, "dtype", dtype)
         for field in ("num_layers", "num_kv_heads", "head_dim", "page_tokens"):
             object.__setattr__(self, field, check_extent(field, getattr(self, field)))
-        check_extent("num_parts", self.num_parts, 1, 2)
+        object.__setattr__(self, "num_parts", check_extent("num_parts", self.num_parts, 1, 2))
         if self.window_tokens is not None:
-            check_extent("window_tokens", self.window_tokens)
+            object.__setattr__(self, "window_tokens", check_extent("window_tokens", self.window_tokens))
+        replicated: object = self.replicated
+        if not isinstance(replicated, bool):
+            raise ConfigError(f"replicated is {replicated!r}; allowed: True or False")
         name: object = self.name
         if not isinstance(name, str):
             raise ConfigError(f"name is {self.name!r}; allowed: a str")

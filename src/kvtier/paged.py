@@ -197,7 +197,7 @@ class PagedKVCache:
 
     Raises:
         ConfigError: neither or both of num_pages and pages; a group that the engine does not have; a dtype
-            that torch does not have.
+            or device that torch does not have.
     """
 
     def __init__(
@@ -219,8 +219,7 @@ class PagedKVCache:
             raise ConfigError(f"write: {write!r}; allowed: 'evict', 'through'")
         planner = LoadPlanner(engine.hops, load)
         groups = engine.config.groups
-        if not 0 <= group < len(groups):
-            raise ConfigError(f"group: {group}; the engine has {len(groups)}")
+        group = check_extent("group", group, 0, len(groups) - 1)
         self._engine = engine
         self._config = engine.config
         self._layout = layout = groups[group]
@@ -766,6 +765,11 @@ def _allocate(layout: KVLayout, num_pages: int | None, device: object) -> list[A
 
     if not isinstance(device, str):
         raise ConfigError(f"device: {device!r}; to allocate, the name of a torch device is wanted")
+    try:
+        torch.empty(0, device=device)  # a name that torch cannot read, or a device that is not there
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"device: {device!r}; allowed: one that torch has, such as 'cpu': {why}") from error
     dtype = getattr(torch, str(layout.dtype), None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype: torch has no {layout.dtype!r}; give the tensors themselves (pages=...)")

@@ -26,7 +26,7 @@ from kvtier.traces import Trace
 Progress = Callable[[int], None]  # requests done
 _BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
 _SECONDS_PER_DAY = 86400.0
-_WORD = 8  # bytes that a real replay proves of each block, and a multiple of every block
+WORD_BYTES = 8  # of each block, proved by a real replay, whose blocks are multiples of it
 _SEED = 7
 _LONGEST_WAIT = 120.0
 
@@ -69,7 +69,8 @@ def capacity_blocks(size: int | str, bytes_per_block: int | None, key: str) -> i
         size_bytes = parse_size(size, key)
         if bytes_per_block is None:
             raise ConfigError(
-                f'{key} is {size!r}, in bytes; allowed with bytes_per_block, or as in "10000blocks"'
+                f"{key} is {size!r}, in bytes; allowed with bytes_per_block (--bytes-per-block), or as in "
+                '"10000blocks"'
             )
         blocks = size_bytes // bytes_per_block
     if not 1 <= blocks < 2**31:
@@ -327,7 +328,7 @@ def replay_real(
     config = _real_config(tiers, directory)
     clock = _core.ManualClock()
     longest = int(np.diff(trace.begins).max(initial=1))
-    pages = np.zeros((max(longest, 1), config.groups[0].page_bytes() // _WORD), np.uint64)
+    pages = np.zeros((max(longest, 1), config.groups[0].page_bytes() // WORD_BYTES), np.uint64)
     begun = time.perf_counter()
     with Engine(config, clock=clock, hash_seed=seed) as engine:
         engine.wait_until_whole()
@@ -412,8 +413,8 @@ class _RealRun:
 
 def _real_config(tiers: Tiers, directory: str | None) -> Config:
     each = tiers.bytes_per_block
-    if each is None or each % _WORD:
-        raise ConfigError(f"bytes_per_block is {each!r}; allowed in a real replay: multiples of {_WORD}")
+    if each is None or each % WORD_BYTES:
+        raise ConfigError(f"bytes_per_block is {each!r}; allowed in a real replay: multiples of {WORD_BYTES}")
     for policy in (tiers.policy, tiers.eviction_on_disk):
         if ":" in policy:
             raise ConfigError(f"policy {policy!r} is for simulations; an engine's are native")

@@ -147,7 +147,7 @@ def purge(path: str, namespace: str | None) -> list[dict[str, Any]]:
 
 
 def probe(path: str) -> dict[str, Any]:
-    """What a drive and the kernel offer the disk tier.
+    """What a drive and the kernel offer the disk tier. Makes the directory if it is not there.
 
     Returns:
         `queue` and `queue_problem`, how requests reach the drive and why not by io_uring; `buffers_problem`,

@@ -122,13 +122,13 @@ class NativeTicket(Protocol):
         """A descriptor that is readable when the ticket is done."""
 
 
-def checked_timeout(timeout: object) -> float | None:
+def checked_timeout(timeout: object, name: str = "timeout") -> float | None:
     """Returns a timeout in seconds as a float; raises ConfigError if it is not None or 0 or more."""
     if timeout is None:
         return None
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0:
         return float(timeout)
-    raise ConfigError(f"timeout is {timeout!r}; allowed: None or seconds of 0 or more")
+    raise ConfigError(f"{name} is {timeout!r}; allowed: None or seconds of 0 or more")
 
 
 class Moment:

@@ -29,7 +29,8 @@ SUBJECTS = {
     "reopen": "an engine's time to be ready again with what its disk tier holds",
     "ttft": "time to the first token against context length: recomputed, and restored from every tier",
     "device": "a GPU's pages to host slots and back by every path, beside plain pinned copies",
-    "vllm": "time to the first token of a real vLLM server: cold, on the device, restored from host memory",
+    "vllm": "time to the first token of a real vLLM server: cold, on the device, restored from host memory "
+    "and from disk by a new server",
     "peers": "other stores of KV blocks in turn with kvtier: put, get, lookup, restart, flipped bits, cap",
     "report": "one HTML page out of the results, and the figures of README and docs",
     "all": "everything that this machine can do in under an hour, and the report",

@@ -24,7 +24,7 @@ from kvtier.cli.bench import seconds
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, results_table
 from kvtier.config import EVICTIONS
-from kvtier.errors import ConfigError
+from kvtier.layout import check_extent
 
 KEY_BYTES = 32
 _SLOT_BYTES = 8192  # a header of 4096 and a payload rounded up to as much
@@ -73,10 +73,9 @@ class _Bench:
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Runs the benchmark into `report`."""
-    if not 1 <= args.batch <= args.blocks or args.tokens < 16:
-        raise ConfigError(
-            f"--batch {args.batch}: must be 1 to {args.blocks}; --tokens {args.tokens}: 16 or more"
-        )
+    check_extent("--blocks", args.blocks)
+    check_extent("--batch", args.batch, 1, args.blocks)
+    check_extent("--tokens", args.tokens, 16)
     blocks = min(args.blocks, int(0.8 * machine.available_bytes()) // _SLOT_BYTES)
     if blocks < args.blocks:
         text = f"only {blocks} blocks instead of {args.blocks}: the machine has too little memory free"

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvtier.cli import machine, peer_tables
+from kvtier.cli import machine, peer_tables, plots
 from kvtier.cli.peer_limits import plain_rates
 from kvtier.cli.peer_list import KVTIER, PEERS, Peer, default_cache, environment_folder, python_of
 from kvtier.cli.peer_side import HangError, Side, SideError
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", metavar="PEER", help="only this one; may be repeated")
     parser.add_argument("--list", action="store_true", help="say which peers there are, and measure nothing")
     parser.add_argument("--mib", type=int, default=256, help="moved by each pass (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="write the ratios as a PNG there")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios there")
     parser.add_argument("--cache", metavar="D", help="where the peers' environments are kept")
     parser.set_defaults(rounds=5)
 
@@ -157,8 +157,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     if args.list:
         _list(chosen, root, cache, report)
         return
-    if args.plot:
-        peer_tables.check_plot(args.plot)
+    plots.check(args.plot)
     _check_room(args)
     report.machine |= {"drive": machine.drive(Path(args.dir)), "skipped": {}, "wrong_bytes": {}, "peers": {}}
     report.checks["kvtier_bytes"] = True

@@ -121,8 +121,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("chunk", "block_tokens", "ranks"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if args.plot:
-        plots.need()
+    plots.check(args.plot)
     if importlib.util.find_spec("torch") is None:
         raise UnsupportedError("bench ttft needs torch: pip install torch")
     if not Path(args.dir or ".").is_dir():

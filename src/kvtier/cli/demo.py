@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import os
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "chunk", "block_tokens", "runs", "cold_runs", "copy_threads"):
         if getattr(args, name) < 1:
             raise kvtier.ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not args.no_disk:
+        _check_disk(args.disk)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UnsupportedError(f"the demo needs {' and '.join(missing)}: pip install 'kvtier[demo]'")
@@ -78,6 +81,15 @@ def run(args: argparse.Namespace) -> int:
         finally:
             _summarize(args, prefix, report)
     return report.status
+
+
+def _check_disk(given: str | None) -> None:
+    """The disk row comes last, after minutes."""
+    folder = Path.cwd() if given is None else Path(given)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise kvtier.ConfigError(
+            f"--disk is {str(folder)!r}; allowed: a directory that may be written into, or --no-disk"
+        )
 
 
 def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) -> None:

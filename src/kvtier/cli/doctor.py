@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs every check; returns the exit status."""
+    """Runs every check; returns the exit status: 2 where --key has no --disk."""
+    if args.key is not None and args.disk is None:
+        print("kvtier doctor: --key needs --disk DIR, whose blocks it reads", file=sys.stderr)
+        return 2
     with Report("doctor", args.json) as report:
         print(machine.describe(report.machine), file=report.out)
         checks = CHECKS
@@ -143,8 +147,11 @@ def _round_trip() -> list[Finding]:
 def _disk(directory: str) -> list[Finding]:
     path = Path(directory).absolute()
     try:
+        path.stat()  # probe() makes what is not there
         found = stores.probe(str(path))
         space = os.statvfs(path)
+    except FileNotFoundError:
+        return [Finding("disk", f"{path} is not there", passed=False)]
     except (KVTierError, OSError) as error:
         return [Finding("disk", f"{path}: {error}", passed=False)]
     queue = found["queue"]

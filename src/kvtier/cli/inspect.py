@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from kvtier import stores
-from kvtier.cli.results import out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
+    check_json(args.json)
     found = stores.inspect(args.directory)
     _print(found, {stores.namespace_tag(name): name for name in ["", *args.namespace]}, out_of(args.json))
     write_json(args.json, found)

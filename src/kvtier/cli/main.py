@@ -51,7 +51,9 @@ def version() -> str:
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kvtier", description="Keeps the KV cache of transformers in host memory: no prefix twice."
+        prog="kvtier",
+        description="Keeps the KV cache of transformers below the GPU, in host memory and on disk: no prefix "
+        "twice.",
     )
     parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

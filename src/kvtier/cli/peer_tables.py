@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kvtier.cli import plots
 from kvtier.cli.results import Report, Result, table
-from kvtier.errors import ConfigError
 
 _SUFFIX = "/ratio"
 COPIED = "_copied"  # ours with the blocks' bytes, beside a peer's index work, which moves none
@@ -120,15 +118,8 @@ def _number(result: Result | None, form: str) -> str:
 # --- the figure ---
 
 
-def check_plot(path: str) -> None:
-    """Raises before anything is measured if the figure could not be written."""
-    plots.need()
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no such folder")
-
-
 def plot(report: Report, path: str) -> None:
-    """Writes the ratios as a PNG: a point and its range for each row, 1 is equal."""
+    """Draws the ratios: a point and its range for each row, 1 is equal."""
     if ratios(report):
         plots.save(draw(report), path)
     else:

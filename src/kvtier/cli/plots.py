@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kvtier.errors import UnsupportedError
+from kvtier.errors import ConfigError, UnsupportedError
 
 # Of Okabe and Ito, told apart by the colour-blind too; then markers and dashes.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_SUFFIXES = (".png", ".svg", ".pdf")
 _WIDTH_INCHES, _HEIGHT_INCHES, _DOTS_PER_INCH = 7.2, 4.6, 150
 
 
@@ -22,6 +23,22 @@ def need() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UnsupportedError("figures need matplotlib: pip install 'kvtier[plots]'") from None
+
+
+def check(path: str | None) -> None:
+    """Says before the work that `--plot` could not be written; None is for no figure.
+
+    Raises:
+        ConfigError: Not the name of a figure's file, or there is no such folder.
+        UnsupportedError: As need().
+    """
+    if path is None:
+        return
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"--plot is {path!r}; allowed: a file ending in .png, .svg or .pdf")
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--plot is {path!r}; there is no such folder")
+    need()
 
 
 def figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> tuple[Any, Any]:
@@ -76,8 +93,8 @@ def png(drawn: Any) -> bytes:
 
 
 def save(drawn: Any, path: str | Path) -> None:
-    """Writes it as a PNG file."""
-    Path(path).write_bytes(png(drawn))
+    """Writes it as the kind of file that the suffix says."""
+    drawn.savefig(path)
 
 
 def data_uri(drawn: Any) -> str:

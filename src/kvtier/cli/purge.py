@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kvtier import stores
-from kvtier.cli.results import out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it; the exit status is 1 when something is left."""
+    check_json(args.json)
     purged = stores.purge(args.directory, None if args.all else args.namespace)
     out = out_of(args.json)
     rows = [

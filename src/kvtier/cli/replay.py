@@ -11,16 +11,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from kvtier import replay
+from kvtier.cli import plots
 from kvtier.cli.progress import Progress
 from kvtier.cli.replay_plot import plot
 from kvtier.cli.results import Report, Result, add_json_argument, table
 from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
+from kvtier.layout import check_extent
 from kvtier.traces import Trace, load_trace
 
 _DEFAULT_HOST = "10000blocks"
@@ -104,13 +105,15 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is None:
         raise ConfigError("TRACE is missing; allowed: the path of a trace, or --list-policies alone")
     with Report("replay", args.json) as report:
-        _check_plot(args.plot)
+        plots.check(args.plot)
         if args.look_ahead < 0 or (args.look_ahead and args.plain):
             raise ConfigError(f"--look-ahead is {args.look_ahead}; allowed: 0 or more, and none with --plain")
-        setups = _setups(args)
+        if args.block_tokens is not None:
+            check_extent("--block-tokens", args.block_tokens)
+        setups, speeds = _setups(args), _speeds(args)
         with Progress(sys.stderr, total=1000 * (len(setups) + 1)) as progress:
             trace = _load(args, progress)
-            rows = [_replay(args, trace, tiers, progress) for tiers in setups]
+            rows = [_replay(args, trace, tiers, speeds, progress) for tiers in setups]
         for number, row in enumerate(rows):
             report.add(*_results(row, "" if number == 0 else f"{row.replay.tiers.policy}.{row.name}."))
         report.checks["no_wrong_bytes"] = not any(row.replay.wrong_blocks for row in rows)
@@ -138,31 +141,33 @@ class _Row:
         return str(self.replay.tiers.host_blocks)
 
 
-def _check_plot(path: str | None) -> None:
-    if path is None:
-        return
-    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot is {path!r}; allowed: a file ending in .png, .svg or .pdf")
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--plot is {path!r}; there is no such folder")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install kvtier[plots]") from None
+def _block_bytes(args: argparse.Namespace) -> int | None:
+    """Bytes of a block, if they are given; what is counted in bytes needs them."""
+    if args.bytes_per_block is None:
+        for name in ("real", "write_budget", "prefill_rate"):
+            if getattr(args, name):
+                raise ConfigError(f"--{name.replace('_', '-')} needs --bytes-per-block")
+        return None
+    each = parse_size(args.bytes_per_block, "--bytes-per-block")
+    if args.real and each % replay.WORD_BYTES:
+        text = f"--bytes-per-block is {args.bytes_per_block!r}; allowed with --real: multiples of"
+        raise ConfigError(f"{text} {replay.WORD_BYTES}")
+    return each
 
 
 def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
-    each = None if args.bytes_per_block is None else parse_size(args.bytes_per_block, "--bytes-per-block")
+    each = _block_bytes(args)
     names = args.policy or replay.policies()[0]
     policies = replay.policies() if names == "all" else [name.strip() for name in names.split(",")]
     budget = None if args.write_budget is None else parse_size(args.write_budget, "--write-budget")
+    disk_policy = None if args.disk_policy is None else replay.check_policy(args.disk_policy, "--disk-policy")
     disk = 0 if args.disk is None else replay.capacity_blocks(args.disk, each, "--disk")
     return [
         replay.Tiers(
             host_blocks=replay.capacity_blocks(host.strip(), each, "--host"),
             disk_blocks=disk,
             policy=replay.check_policy(policy, "--policy"),
-            disk_policy=args.disk_policy,
+            disk_policy=disk_policy,
             admission=args.admission,
             write_bytes_per_day=budget,
             bytes_per_block=each,
@@ -171,6 +176,18 @@ def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
         for host in args.host.split(",")
         for policy in policies
     ]
+
+
+def _speeds(args: argparse.Namespace) -> replay.Speeds | None:
+    if args.prefill_rate is None:
+        return None
+    if not args.prefill_rate > 0:
+        raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: more than 0")
+    return replay.Speeds(
+        args.prefill_rate,
+        parse_size(args.host_bandwidth, "--host-bandwidth"),
+        parse_size(args.disk_bandwidth, "--disk-bandwidth"),
+    )
 
 
 def _load(args: argparse.Namespace, progress: Progress) -> Trace:
@@ -197,7 +214,13 @@ def _share(progress: Progress) -> Callable[[int, int], None]:
     return tell
 
 
-def _replay(args: argparse.Namespace, trace: Trace, tiers: replay.Tiers, progress: Progress) -> _Row:
+def _replay(
+    args: argparse.Namespace,
+    trace: Trace,
+    tiers: replay.Tiers,
+    speeds: replay.Speeds | None,
+    progress: Progress,
+) -> _Row:
     progress.phase(f"{tiers.policy}, {tiers.host_blocks} blocks")
     share = _share(progress)
 
@@ -215,25 +238,18 @@ def _replay(args: argparse.Namespace, trace: Trace, tiers: replay.Tiers, progres
     per_day = replay.written_per_day(trace, done)
     capacity = tiers.disk_blocks * (tiers.bytes_per_block or 0)
     ttft = cold = saved = None
-    if args.prefill_rate is not None:
-        ttft, cold, saved = _times(args, trace, done)
+    if speeds is not None:
+        ttft, cold, saved = _times(trace, done, speeds)
     return _Row(done, belady, per_day, per_day / capacity if capacity else None, ttft, cold, saved)
 
 
 def _times(
-    args: argparse.Namespace, trace: Trace, done: replay.Replay
+    trace: Trace, done: replay.Replay, speeds: replay.Speeds
 ) -> tuple[list[float], list[float], float]:
-    if not args.prefill_rate > 0:
-        raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: more than 0")
-    speeds = replay.Speeds(
-        args.prefill_rate,
-        parse_size(args.host_bandwidth, "--host-bandwidth"),
-        parse_size(args.disk_bandwidth, "--disk-bandwidth"),
-    )
     warm = replay.times_to_first_token(trace, done, speeds)
     cold = replay.times_to_first_token(trace, None, speeds)
     hits = (done.host_of_request.astype(np.int64) + done.disk_of_request) * trace.block_tokens
-    saved = float(np.minimum(hits, trace.input_tokens).sum()) / args.prefill_rate
+    saved = float(np.minimum(hits, trace.input_tokens).sum()) / speeds.prefill_tokens_per_s
     return (
         [float(np.percentile(warm, p)) for p in _PERCENTILES],
         [float(np.percentile(cold, p)) for p in _PERCENTILES],

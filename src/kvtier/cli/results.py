@@ -129,8 +129,7 @@ class Report:
             write_json(self.path, document | {"checks": document["checks"] | {"completed": False}})
 
     def __enter__(self) -> Report:
-        if self.path is not None and self.path != "-" and not Path(self.path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {self.path}: there is no such folder")
+        check_json(self.path)
         return self
 
     def __exit__(
@@ -143,6 +142,23 @@ class Report:
 def out_of(json_path: str | None) -> TextIO:
     """Where to print for people: standard error when the JSON goes to standard output."""
     return sys.stderr if json_path == "-" else sys.stdout
+
+
+def check_json(path: str | None) -> None:
+    """Says before the work that write_json() could not write there.
+
+    Raises:
+        OSError: There is no such folder, it may not be written into, or the file is a folder itself.
+    """
+    if path in (None, "-"):
+        return
+    target = Path(str(path)).absolute()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: there is no such folder")
+    if target.is_dir():
+        raise IsADirectoryError(f"--json {path}: is a folder; allowed: a file, or - for standard output")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--json {path}: its folder may not be written into")
 
 
 def write_json(path: str | None, document: Any) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.errors import ConfigError, UnsupportedError
-from kvtier.layout import KVLayout
+from kvtier.layout import KVLayout, check_extent
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class Shape:
         """One of `ranks` ranks in tensor parallelism, the KV heads repeated where there are fewer.
 
         Raises:
-            ConfigError: Heads or widths cannot be divided by it.
+            ConfigError: Less than 1, or heads or widths cannot be divided by it.
         """
-        if ranks == 1:
+        if check_extent("ranks", ranks) == 1:
             return self
         kv_heads = max(1, self.num_kv_heads // ranks)
         divided = (self.num_heads, self.intermediate_size, self.vocab_size)
-        if ranks < 1 or any(n % ranks for n in divided) or max(self.num_kv_heads, ranks) % kv_heads:
+        if any(n % ranks for n in divided) or max(self.num_kv_heads, ranks) % kv_heads:
             raise ConfigError(
                 f"{ranks} ranks of {self.name}: must divide {divided} (heads, width, vocabulary)"
             )

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.cli import plots
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import add_json_argument, out_of, table, write_json
+from kvtier.cli.results import add_json_argument, check_json, out_of, table, write_json
 from kvtier.cli.shapes import SHAPES, Shape, find
 from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
+from kvtier.layout import check_extent
 from kvtier.replay import (
     Replay,
     Tiers,
@@ -127,13 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status: 3 if a target is not reached."""
-    if args.plot is not None:
-        from kvtier.cli import plots
-
-        plots.need()
+    check_json(args.json)
+    plots.check(args.plot)
     out = out_of(args.json)
     rates = _rates(args)
-    check_policy(args.policy)
+    check_policy(args.policy, "--policy")
+    if args.block_tokens is not None:
+        check_extent("--block-tokens", args.block_tokens)
     shape = find(args.model, args.ranks)
     trace = load_trace(args.trace, block_tokens=args.block_tokens)
     block_bytes = kv_bytes(shape, args.ranks, args.dtype) * trace.block_tokens + _HEADER_BYTES
@@ -261,11 +263,12 @@ def smallest(points: list[Point], hit_rate: float | None, ttft: float | None) ->
 def _rates(args: argparse.Namespace) -> Rates:
     for name in ("prefill_tflops", "host_gbps", "disk_gbps"):
         if not 0 < getattr(args, name) < 1e9:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: more than 0")
+            text = f"--{name.replace('_', '-')} is {getattr(args, name)}"
+            raise ConfigError(f"{text}; allowed: more than 0 and less than 1e9")
     for name in ("target_hit_rate", "target_ttft"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= (1 if name == "target_hit_rate" else 1e9):
-            allowed = "0 to 1" if name == "target_hit_rate" else "seconds"
+            allowed = "0 to 1" if name == "target_hit_rate" else "0 to 1e9, in seconds"
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
     return Rates(args.prefill_tflops * 1e12, args.host_gbps * 1e9, args.disk_gbps * 1e9)
 
@@ -346,8 +349,6 @@ def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
 
 
 def _plot(path: str, document: dict[str, Any], points: list[Point]) -> None:
-    from kvtier.cli import plots
-
     title = f"{document['trace']}, {document['model']}, {document['policy']}"
     drawn, axes = plots.figure(title, "DRAM", "blocks hit, %", log_x=True)
     for index, disk in enumerate(sorted({point.disk_bytes for point in points})):

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtier import stores
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, write_json
 from kvtier.disk_keys import read_keys
 from kvtier.errors import KVTierError
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         done_mib = done // _MIB
 
     try:
+        check_json(args.json)
         keys = read_keys(args.key)
         found = stores.verify(args.directory, keys=keys, live=args.live, progress=progress)
     except (KVTierError, OSError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.cli import bench_peers, main, peer_list, peer_tables
+from kvtier.cli import bench_peers, main, peer_list, peer_tables, plots
 from kvtier.cli.peer_list import KVTIER, PEERS, Peer
 from kvtier.cli.peer_side import Side, SideError
 from kvtier.cli.results import Report, Result, problems
@@ -320,7 +320,7 @@ def test_the_plot_is_written(tmp_path: Path) -> None:
     for peer in ("a", "b"):
         report.add(Result(f"kvtier/get/2MiB/{peer}/ratio", 2.0, "x", n=3, min=1.0, max=3.0))
     path = tmp_path / "plot.png"
-    peer_tables.check_plot(str(path))
+    plots.check(str(path))
     peer_tables.plot(report, str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -77,6 +77,9 @@ def test_a_rank_has_its_part() -> None:
     assert (eighth.num_heads, eighth.num_kv_heads) == (2, 1)
     with pytest.raises(ConfigError, match=r"3 ranks of llama-3.1-8b: must divide"):
         find("llama-3.1-8b", ranks=3)
+    for ranks in (0, -2):
+        with pytest.raises(ConfigError, match=f"ranks is {ranks}; allowed: an integer from 1 to"):
+            find("llama-3.1-8b", ranks=ranks)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,8 @@ def test_a_shape_that_is_too_slow_is_left_out_with_its_reason(tmp_path: Path) ->
         (["--chunk", "0"], "--chunk 0: must be at least 1"),
         (["--shape", "gpt-9"], "shape is 'gpt-9'; allowed:"),
         (["--dir", "/nonexistent"], "--dir /nonexistent: must be a directory"),
+        (["--plot", "x.txt"], "--plot is 'x.txt'; allowed: a file ending in .png"),
+        (["--plot", "/nonexistent/x.png"], "--plot is '/nonexistent/x.png'; there is no such folder"),
         (["--device", "cuda:7"], "nvidia-smi sees"),
     ],
 )

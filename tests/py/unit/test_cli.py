@@ -100,6 +100,17 @@ def test_bench_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {r["n"] for r in document["results"] if r["name"] == "lookup_random"} == {2}
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("--blocks", "0", "1 to"), ("--batch", "2001", "1 to 2000"), ("--tokens", "15", "16 to")],
+)
+def test_bench_index_names_the_option_that_is_wrong(
+    option: str, value: str, allowed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INDEX, option, value]) == 1
+    assert f"kvtier bench: {option} is {value}; allowed: an integer from {allowed}" in capsys.readouterr().err
+
+
 def test_bench_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, document = run_with_json(COPY, tmp_path / "out.json")
     assert status == 0, capsys.readouterr().out
@@ -195,12 +206,20 @@ class TestDemo:
         assert re.search(r"^ +disk +\S+\+128 ", printed, re.MULTILINE)
         assert list(disk.iterdir()) == []  # nothing is left
 
-    def test_a_disk_row_that_cannot_be_is_one_line(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("what", ["missing", "file", "read-only"])
+    def test_a_disk_row_that_cannot_be_is_said_before_anything_is_measured(
+        self, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(tmp_path / "none")]
+        disk = tmp_path / what
+        if what == "file":
+            disk.write_text("mine")
+        elif what == "read-only":
+            disk.mkdir()
+            monkeypatch.setattr(demo.os, "access", lambda path, mode: path != disk)  # root may write
+        monkeypatch.setattr(demo, "_measure", lambda *_: pytest.fail("must not begin"))
+        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(disk)]
         assert main(argv) == 1
-        assert str(tmp_path / "none") in capsys.readouterr().err
+        assert f"kvtier demo: --disk is '{disk}'; allowed: a directory" in capsys.readouterr().err
 
     def test_json_on_standard_output(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*DEMO, "--json", "-"]) == 0

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kvtier
@@ -29,7 +30,9 @@ def test_sizes_are_read_in_binary_and_decimal_units(text: int | str, size: int) 
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 XB", "1..5GB", 0, -1, 1.5, None, True, "1iB", 2**63])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "1 XB", "1..5GB", 0, -1, 1.5, None, True, "1iB", 2**63, "9" * 309]
+)
 def test_a_bad_size_names_key_value_and_what_is_allowed(text: Any) -> None:
     with pytest.raises(ConfigError, match=r"^host is .*; allowed: ") as caught:
         parse_size(text, "host")
@@ -63,6 +66,22 @@ def test_a_config_knows_its_sizes_in_bytes() -> None:
 def test_a_bad_value_names_key_value_and_what_is_allowed(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config(**{**GOOD, **changed})
+
+
+def test_numpy_integers_are_kept_as_ints() -> None:
+    numbers = {
+        "block_tokens": 32,
+        "world_size": 2,
+        "host_numa_node": 0,
+        "copy_threads": 3,
+        "disk_queue_depth": 4,
+        "events": 5,
+        "gpu_copy_sms": 6,
+    }
+    config = Config(**GOOD, **{key: np.int64(number) for key, number in numbers.items()})
+    assert config.fingerprint() == Config(**GOOD, **numbers).fingerprint()
+    assert {key: getattr(config, key) for key in numbers} == numbers
+    assert {type(getattr(config, key)) for key in numbers} == {int}
 
 
 def test_a_toml_file_gives_the_same_config(tmp_path: Path) -> None:

@@ -165,8 +165,12 @@ def test_drop_and_touch_count_blocks(engine: Engine, pages: Pages) -> None:
     assert engine.lookup(keys).ready_blocks == 2
     assert engine.drop(keys) == 2
     assert engine.lookup(keys).ready_blocks == 0
-    for wrong in ({}, {"keys": keys, "namespace": "a"}, {"namespace": 3}):
-        with pytest.raises(ConfigError):
+    for wrong, message in (
+        ({}, r"drop\(\) is given neither keys nor namespace; allowed: one of the two"),
+        ({"keys": keys, "namespace": "a"}, r"drop\(\) is given both keys and namespace; allowed: one"),
+        ({"namespace": 3}, "namespace is 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
             engine.drop(**wrong)  # type: ignore[arg-type]
 
 
@@ -262,6 +266,11 @@ def test_bad_options_of_a_store_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         engine.store(keys_of(1), pages, [0, 1], **options)
+
+
+def test_a_bad_deadline_of_a_prefetch_is_called_so(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="deadline is -1; allowed: None or seconds of 0 or more"):
+        engine.prefetch(keys_of(1), deadline=-1)
 
 
 def test_a_load_into_one_place_twice_is_refused(engine: Engine, pages: Pages) -> None:

@@ -58,6 +58,20 @@ def test_a_bad_extent_names_field_value_and_range(field: str, value: Any) -> Non
         KVLayout(**{**good, field: value})
 
 
+def test_numpy_integers_are_kept_as_ints() -> None:
+    fields = ("num_layers", "num_kv_heads", "head_dim", "page_tokens", "window_tokens", "num_parts")
+    numbers: dict[str, Any] = dict(zip(fields, (3, 2, 8, 16, 64, 2), strict=True))
+    layout = KVLayout(dtype="int8", **{field: np.int64(number) for field, number in numbers.items()})
+    assert layout.fingerprint() == KVLayout(dtype="int8", **numbers).fingerprint()
+    assert {type(getattr(layout, field)) for field in fields} == {int}
+
+
+@pytest.mark.parametrize("replicated", [1, None, "yes"])
+def test_replicated_is_a_bool(replicated: Any) -> None:
+    with pytest.raises(ConfigError, match=f"replicated is {replicated!r}; allowed: True or False"):
+        KVLayout(1, 1, 1, "int8", 1, replicated=replicated)
+
+
 @pytest.mark.parametrize("order", ["KTH", "KTHDD", "THD", "KTD", "XKTHD", "", None, ["K"]])
 def test_a_page_order_without_a_needed_axis_is_refused(order: Any) -> None:
     with pytest.raises(ConfigError, match="page_order is"):

@@ -578,16 +578,18 @@ def test_bad_tokens_are_refused(serve: Callable[..., Server], tokens: Any) -> No
 
 def test_bad_arguments_are_refused(serve: Callable[..., Server]) -> None:
     engine = serve().engine
-    options: list[dict[str, Any]] = [
-        {},
-        {"num_pages": 2, "pages": []},
-        {"num_pages": 2, "write": "sometimes"},
-        {"num_pages": 2, "group": 1},
-        {"num_pages": 0},
-        {"num_pages": 2, "device": object()},
+    options: list[tuple[dict[str, Any], str]] = [
+        ({}, "num_pages, pages: exactly one"),
+        ({"num_pages": 2, "pages": []}, "num_pages, pages: exactly one"),
+        ({"num_pages": 2, "write": "sometimes"}, "write: 'sometimes'; allowed"),
+        ({"num_pages": 2, "group": 1}, "group is 1; allowed: an integer from 0 to 0"),
+        ({"num_pages": 0}, "num_pages is 0; allowed"),
+        ({"num_pages": 2, "device": object()}, "device: <object"),
+        ({"num_pages": 2, "device": "nope"}, "device: 'nope'; allowed: one that torch has"),
+        ({"num_pages": 2, "device": "cuda:99"}, "device: 'cuda:99'; allowed: one that torch has"),
     ]
-    for wrong in options:
-        with pytest.raises(kvtier.ConfigError):
+    for wrong, message in options:
+        with pytest.raises(kvtier.ConfigError, match=message):
             PagedKVCache(engine, **wrong)
 
 

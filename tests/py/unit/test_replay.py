@@ -337,7 +337,10 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
         ([], "TRACE is missing"),
         (["nowhere.jsonl"], "nowhere.jsonl"),
         ([str(SMALL), "--policy", "mru"], "--policy is 'mru'; allowed: return-hazard, lru"),
-        ([str(SMALL), "--host", "64GiB"], "--host is '64GiB', in bytes; allowed with bytes_per_block"),
+        (
+            [str(SMALL), "--host", "64GiB"],
+            "--host is '64GiB', in bytes; allowed with bytes_per_block (--bytes-",
+        ),
         ([str(SMALL), "--host", "0blocks"], "--host is '0blocks', 0 blocks; allowed: 1 to"),
         ([str(SMALL), "--requests", "0"], "--requests is 0; allowed: at least 1"),
         ([str(SMALL), "--look-ahead", "-1"], "--look-ahead is -1; allowed: 0 or more"),
@@ -346,11 +349,23 @@ def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[st
             "--look-ahead is 4; allowed: 0 or more, and none with",
         ),
         ([str(SMALL), "--plot", "rates.txt"], "--plot is 'rates.txt'; allowed: a file ending in .png"),
-        ([str(SMALL), "--block-tokens", "0"], "block_tokens is 0; allowed: at least 1"),
+        ([str(SMALL), "--plot", "/none/x.png"], "--plot is '/none/x.png'; there is no such folder"),
+        ([str(SMALL), "--block-tokens", "0"], "--block-tokens is 0; allowed: an integer from 1 to"),
+        ([str(SMALL), "--disk-policy", "mru"], "--disk-policy is 'mru'; allowed: return-hazard, lru"),
+        ([str(SMALL), "--write-budget", "1GB"], "--write-budget needs --bytes-per-block"),
+        ([str(SMALL), "--prefill-rate", "9"], "--prefill-rate needs --bytes-per-block"),
+        ([str(SMALL), "--prefill-rate", "0"], "--prefill-rate is 0.0; allowed: more than 0"),
+        ([str(SMALL), "--real"], "--real needs --bytes-per-block"),
+        (
+            [str(SMALL), "--real", "--bytes-per-block", "12"],
+            "--bytes-per-block is '12'; allowed with --real: multiples of 8",
+        ),
     ],
 )
 def test_a_wrong_argument_is_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("simulate", "replay_real"):
+        monkeypatch.setattr(replay, name, lambda *_, **__: pytest.fail("must not begin"))
     assert main(["replay", *argv]) == 1
     assert message in capsys.readouterr().err

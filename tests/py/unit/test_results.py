@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvtier.cli import machine
-from kvtier.cli.results import Report, Result, measured, problems, results_table
+from kvtier.cli.results import Report, Result, check_json, measured, problems, results_table
 
 
 def read(path: Path) -> Any:
@@ -85,6 +86,21 @@ def test_a_missing_folder_shows_before_anything_runs(tmp_path: Path) -> None:
         Report("demo", str(tmp_path / "no" / "x.json")),
     ):
         pytest.fail("must not run")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("no/x.json", FileNotFoundError), (".", IsADirectoryError), ("read-only/x.json", PermissionError)],
+)
+def test_a_file_that_cannot_be_written_is_known_before(
+    tmp_path: Path, name: str, error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "read-only").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "read-only")  # root may write
+    with pytest.raises(error, match=f"--json {tmp_path / name}: "):
+        check_json(str(tmp_path / name))
+    for good in (None, "-", str(tmp_path / "x.json"), "x.json"):
+        check_json(good)
 
 
 def test_problems_are_found() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.cli import main
+from kvtier.cli import main, size
 from kvtier.cli.shapes import find
 from kvtier.cli.size import (
     Point,
@@ -148,9 +148,13 @@ def test_capacities_need_not_be_given(tmp_path: Path) -> None:
     [
         (["--host", "1KiB"], "--host has '1KiB'; allowed: at least one block"),
         (["--model", "gpt-9"], "shape is 'gpt-9'; allowed"),
-        (["--prefill-tflops", "0"], "--prefill-tflops is 0.0; allowed: more than 0"),
+        (["--prefill-tflops", "0"], "--prefill-tflops is 0.0; allowed: more than 0 and less than 1e9"),
+        (["--host-gbps", "1e10"], "--host-gbps is 10000000000.0; allowed: more than 0 and less than 1e9"),
         (["--target-hit-rate", "40"], "--target-hit-rate is 40.0; allowed: 0 to 1"),
-        (["--policy", "best"], "policy is 'best'; allowed"),
+        (["--target-ttft", "-1"], "--target-ttft is -1.0; allowed: 0 to 1e9, in seconds"),
+        (["--policy", "best"], "--policy is 'best'; allowed"),
+        (["--ranks", "0"], "ranks is 0; allowed: an integer from 1 to"),
+        (["--block-tokens", "0"], "--block-tokens is 0; allowed: an integer from 1 to"),
     ],
 )
 def test_bad_values_are_named(
@@ -160,10 +164,34 @@ def test_bad_values_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_figure_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--plot", "x.txt", "allowed: a file ending in .png"),
+        ("--plot", "no/x.png", "there is no such folder"),
+        ("--json", "no/x.json", "there is no such folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_known_before(
+    tmp_path: Path,
+    option: str,
+    name: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(size, "simulate", lambda *_: pytest.fail("must not begin"))
+    assert main(["size", written(tmp_path), "--model", "tiny", option, str(tmp_path / name)]) == 1
+    said = capsys.readouterr().err
+    assert f"kvtier size: {option} " in said
+    assert message in said
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_figure_is_drawn_as_its_name_says(tmp_path: Path, suffix: str, begin: bytes) -> None:
     pytest.importorskip("matplotlib")
-    file = tmp_path / "size.png"
+    file = tmp_path / f"size{suffix}"
     assert (
         main(["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--plot", str(file)]) == 0
     )
-    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.read_bytes().startswith(begin)

@@ -194,6 +194,24 @@ def test_verify_of_what_is_no_disk_is_status_2(
     assert what != "missing" or not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "status"), [(["verify"], 2), (["inspect"], 1), (["purge", "--namespace", "a"], 1)]
+)
+def test_a_json_file_without_a_folder_is_known_before_anything_is_done(
+    command: list[str],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stores, command[0], lambda *_, **__: pytest.fail("must not begin"))
+    out = tmp_path / "no" / "x.json"
+    assert main([*command, str(tmp_path), "--json", str(out)]) == status
+    printed = capsys.readouterr()
+    assert printed.err == f"kvtier {command[0]}: --json {out}: there is no such folder\n"
+    assert printed.out == ""
+
+
 # --- inspect ------------------------------------------------------------------------------------------
 
 
@@ -443,5 +461,20 @@ def test_doctor_says_what_the_disk_tier_finds(tmp_path: Path, capsys: pytest.Cap
     for name in ("disk queue", "disk files", "disk file system", "disk memlock", "catalog helper"):
         assert f" {name}: " in said
     assert list(tmp_path.iterdir()) == []
-    assert main(["doctor", "--disk", str(tmp_path / "no" / "such")]) == 1
-    assert "FAILED disk: " in capsys.readouterr().out
+    (tmp_path / "file").write_text("mine")
+    assert main(["doctor", "--disk", str(tmp_path / "file")]) == 1
+    assert f"FAILED disk: {tmp_path / 'file'}: " in capsys.readouterr().out
+
+
+def test_doctor_makes_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "no" / "such"
+    assert main(["doctor", "--disk", str(missing)]) == 1
+    assert f"FAILED disk: {missing} is not there\n" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_wants_a_disk_for_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--key", "env:KEY"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "kvtier doctor: --key needs --disk DIR, whose blocks it reads\n"
+    assert printed.out == ""
