@@ -1,10 +1,14 @@
 // root_key() and chain_keys(): buffers in, one array out, no copy of either.
 #include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "common.h"
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/core/key_chain.h"
+#include "kvtier/core/layout.h"
 
 namespace kvtier::bindings {
 namespace {
@@ -41,6 +45,52 @@ KeyArray chain(const py::bytes& parent, const TokenArray& tokens, std::uint32_t 
   const py::capsule owner(keys.get(), [](void* p) { delete static_cast<std::vector<BlockKey>*>(p); });
   static_cast<void>(keys.release());
   return KeyArray({count, static_cast<py::ssize_t>(kKeyBytes)}, data, owner);
+}
+
+// Memory of one request's keys, rounded up to whole huge pages. Under the GIL.
+class KeyMemory {
+ public:
+  explicit KeyMemory(std::size_t bytes) : bytes_(round_up(bytes, internal::kHugeArrayBytes)) {
+    if (spare_begin_ != nullptr && spare_bytes_ >= bytes_) {
+      begin_ = std::exchange(spare_begin_, nullptr);
+      bytes_ = spare_bytes_;
+    } else {
+      begin_ = internal::map_huge(bytes_);
+    }
+  }
+  // What one request leaves is kept for the next: fresh pages for 65,536 keys cost a tenth of their lookup.
+  ~KeyMemory() {
+    const bool keeps = bytes_ <= kMostKeptBytes && (spare_begin_ == nullptr || spare_bytes_ < bytes_);
+    if (keeps) {
+      std::swap(begin_, spare_begin_);
+      std::swap(bytes_, spare_bytes_);
+    }
+    if (begin_ != nullptr) internal::unmap_huge(begin_, bytes_);
+  }
+  KeyMemory(const KeyMemory&) = delete;
+  KeyMemory& operator=(const KeyMemory&) = delete;
+
+  void* begin() const { return begin_; }
+
+ private:
+  static constexpr std::size_t kMostKeptBytes = std::size_t{16} << 20;
+  static inline void* spare_begin_ = nullptr;
+  static inline std::size_t spare_bytes_ = 0;
+
+  void* begin_ = nullptr;
+  std::size_t bytes_;
+};
+
+KeyArray empty_keys(std::size_t count) {
+  const auto rows = static_cast<py::ssize_t>(count);
+  const auto columns = static_cast<py::ssize_t>(kKeyBytes);
+  if (count > std::size_t{1} << 32) throw StatusError{Status::invalid_argument("count: more than 2^32")};
+  if (count * kKeyBytes < internal::kHugeArrayBytes / 4) return KeyArray({rows, columns});
+  auto memory = std::make_unique<KeyMemory>(count * kKeyBytes);
+  const auto* data = static_cast<const std::uint8_t*>(memory->begin());
+  const py::capsule owner(memory.get(), [](void* p) { delete static_cast<KeyMemory*>(p); });
+  static_cast<void>(memory.release());
+  return KeyArray({rows, columns}, data, owner);
 }
 
 // Row i of `keys` is hashes[first + i * step], filled up with zeros, exclusive or `root`. Reads the objects
@@ -89,6 +139,7 @@ void bind_keys(py::module_& m) {
   m.def("root_key", &root, py::arg("fields"), "Key that stands for namespace, model and layout.");
   m.def("chain_keys", &chain, py::arg("parent"), py::arg("tokens").noconvert(), py::arg("block_tokens"),
         py::arg("extras"), "Keys [n, 32] of the whole blocks of int32 tokens. Releases the GIL.");
+  m.def("empty_keys", &empty_keys, py::arg("count"), "Keys [count, 32] of which each holds anything.");
   m.def("mix_hashes", &mix_hashes, py::arg("hashes"), py::arg("first"), py::arg("step"), py::arg("root"),
         py::arg("keys").noconvert(),
         "Fills keys [n, 32] with hashes[first::step], each exclusive or the root. Keeps the GIL.");

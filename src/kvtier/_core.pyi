@@ -47,6 +47,7 @@ __all__: list[str] = [
     "cuda_device",
     "cuda_facts",
     "cuda_ordinal_of",
+    "empty_keys",
     "eviction_policies",
     "fault_calls",
     "faulty_device",
@@ -735,6 +736,11 @@ def cuda_facts() -> dict:
     """
 
 def cuda_ordinal_of(memory: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def empty_keys(count: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
+    """
+    Keys [count, 32] of which each holds anything.
+    """
+
 def eviction_policies() -> list[tuple[str, bool]]:
     """
     Names of the eviction policies and whether they run leaf first, the default first.

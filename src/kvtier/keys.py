@@ -75,6 +75,14 @@ def block_keys(
     return _core.chain_keys(first, tokens, config.block_tokens, spans)
 
 
+def empty_keys(count: int) -> Keys:
+    """Memory for `count` keys, uint8 [count, 32]; what stands there is anything.
+
+    As np.empty(), but that large arrays come from what the last one has left, without new pages.
+    """
+    return _core.empty_keys(count)
+
+
 def mix_hashes(hashes: Sequence[bytes], first: int, step: int, root: bytes, keys: Keys) -> None:
     """Makes keys of a framework's own block hashes: each is combined (exclusive or) with a root.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvtier import Config, ConfigError, KeyExtra, KVLayout, block_keys
-from kvtier.keys import mix_hashes, root_key
+from kvtier.keys import empty_keys, mix_hashes, root_key
 
 LAYOUT = KVLayout(1, 1, 4, "float16", 16)
 CONFIG = Config(groups=[LAYOUT], host="1MiB", model="m@1")
@@ -161,6 +161,24 @@ def test_hashes_of_a_framework_become_keys() -> None:
     mix_hashes(tuple(hash_[:20] for hash_ in given), 1, 2, root, keys)
     assert [row.tobytes() for row in keys] == [row[:20] + root[20:] for row in expected]
     mix_hashes([], 0, 1, root, keys[:0])
+
+
+def test_memory_of_keys_is_used_again_only_once_nobody_sees_it() -> None:
+    """Requests keep views of parts of it."""
+    first = empty_keys(65536)
+    assert first.shape == (65536, 32)
+    assert first.flags.c_contiguous and first.flags.writeable
+    first[:] = 1
+    address, view = first.ctypes.data, first[10:20]
+    del first
+    second = empty_keys(65536)
+    assert second.ctypes.data != address
+    second[:] = 2
+    assert (view == 1).all()
+    del view
+    third = empty_keys(60000)
+    assert third.ctypes.data == address
+    assert empty_keys(0).shape == (0, 32)
 
 
 @pytest.mark.parametrize(

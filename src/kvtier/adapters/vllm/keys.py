@@ -8,9 +8,7 @@ different keys; for two roots equal keys would need two hashes whose difference 
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from kvtier.keys import KEY_BYTES, Keys, mix_hashes
+from kvtier.keys import Keys, empty_keys, mix_hashes
 
 
 class BlockKeys:
@@ -25,7 +23,7 @@ class BlockKeys:
         """
         self._root = root
         self._each = hashes_per_block
-        self._keys: Keys = np.empty((0, KEY_BYTES), np.uint8)
+        self._keys: Keys = empty_keys(0)
         self._count = 0
         self._last = b""  # hash of the last block taken
 
@@ -53,7 +51,7 @@ class BlockKeys:
     def _append(self, hashes: Sequence[bytes], end: int) -> None:
         """Takes over the keys of blocks up to `end`."""
         if end > len(self._keys):
-            grown = np.empty((max(end, 2 * len(self._keys)), KEY_BYTES), np.uint8)
+            grown = empty_keys(max(end, 2 * len(self._keys)))
             grown[: self._count] = self._keys[: self._count]
             self._keys = grown
         each = self._each
