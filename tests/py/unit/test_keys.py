@@ -167,7 +167,8 @@ def test_memory_of_keys_is_used_again_only_once_nobody_sees_it() -> None:
     """Requests keep views of parts of it."""
     first = empty_keys(65536)
     assert first.shape == (65536, 32)
-    assert first.flags.c_contiguous and first.flags.writeable
+    assert first.flags.c_contiguous
+    assert first.flags.writeable
     first[:] = 1
     address, view = first.ctypes.data, first[10:20]
     del first
