@@ -69,35 +69,57 @@ Status EngineImpl::wait_for_scans() {
 
 Status EngineImpl::wipe_and_wait(DiskVictims victims) {
   struct Wait {
-    std::size_t left = 0;  // volumes
+    std::size_t left = 0;  // for each volume, the wipes and the barrier
     Status failure;
   };
-  const auto wait = std::make_shared<Wait>();
-  wait->left = victims.size();
-  for (std::uint32_t volume = 0; volume < victims.size(); ++volume) {
-    std::vector<OwedWipe> wipes;
-    std::vector<SlotPlace> places;
-    {
-      // With what is owed from before: it may hold what is dropped.
-      MutexLock lock(mutex_);
-      wipes.swap(disk_->volumes[volume].owed_wipes);
-      disk_->doomed += static_cast<std::uint32_t>(wipes.size());
-      for (const EntryId id : victims[volume]) wipes.push_back(owed_of(id, /*pinned=*/true));
-    }
-    places.reserve(wipes.size());
-    for (const OwedWipe& wipe : wipes) places.push_back(wipe.place);
-    disk_->volumes[volume].store->wipe(std::move(places),
-                                       [this, wait, volume, wipes = std::move(wipes)](const Status& status) {
-                                         contained([&] {
-                                           MutexLock lock(mutex_);
-                                           for (const OwedWipe& wipe : wipes) end_wipe(volume, wipe, status);
-                                           if (!status && wait->failure) wait->failure = status;
-                                           --wait->left;
-                                           idle_.notify_all();
-                                         });
-                                       });
-  }
   const auto deadline = std::chrono::steady_clock::now() + kWipePatience;
+  const auto wait = std::make_shared<Wait>();
+  wait->left = 2 * victims.size();
+  std::vector<std::vector<OwedWipe>> wipes(victims.size());
+  {
+    MutexLock lock(mutex_);
+    // A write that is to go over a dropped block's slot comes before the barrier.
+    const std::uint64_t up_to = disk_->submissions;
+    while (!disk_->submitting.empty() && *disk_->submitting.begin() <= up_to && wait->failure) {
+      if (!idle_.wait_until(lock, deadline)) wait->failure = Status::timeout("a write is not submitted yet");
+    }
+    for (std::uint32_t volume = 0; volume < victims.size(); ++volume) {
+      // With what is owed from before: it may hold what is dropped.
+      wipes[volume].swap(disk_->volumes[volume].owed_wipes);
+      disk_->doomed += static_cast<std::uint32_t>(wipes[volume].size());
+      for (const EntryId id : victims[volume]) wipes[volume].push_back(owed_of(id, /*pinned=*/true));
+    }
+  }
+  for (std::uint32_t volume = 0; volume < victims.size(); ++volume) {
+    SlotStore& store = *disk_->volumes[volume].store;
+    const auto note = [this, wait](const Status& status) KVTIER_REQUIRES(mutex_) {
+      if (!status && wait->failure) wait->failure = status;
+      --wait->left;
+      idle_.notify_all();
+    };
+    std::vector<SlotPlace> places;
+    places.reserve(wipes[volume].size());
+    for (const OwedWipe& wipe : wipes[volume]) places.push_back(wipe.place);
+    if (places.empty()) {
+      MutexLock lock(mutex_);
+      note(Status::ok());
+    } else {
+      store.wipe(std::move(places),
+                 [this, note, volume, mine = std::move(wipes[volume])](const Status& status) {
+                   contained([&] {
+                     MutexLock lock(mutex_);
+                     for (const OwedWipe& wipe : mine) end_wipe(volume, wipe, status);
+                     note(status);
+                   });
+                 });
+    }
+    store.wipe({}, [this, note](const Status& status) {
+      contained([&] {
+        MutexLock lock(mutex_);
+        note(status);
+      });
+    });
+  }
   MutexLock lock(mutex_);
   while (wait->left > 0 || disk_->doomed > 0) {
     if (!idle_.wait_until(lock, deadline) && (wait->left > 0 || disk_->doomed > 0)) {

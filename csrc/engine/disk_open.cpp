@@ -217,7 +217,7 @@ Status EngineImpl::open_disks() {
       takes_found_ = early.empty();
     }
     if (early.empty()) break;
-    for (const Found& found : early) adopt_found(found);
+    for (const Found& each : early) adopt_blocks(each.volume, {&each.block, 1}, each.write_back);
   }
   return Status::ok();
 }
@@ -247,26 +247,22 @@ std::function<void(const Status&)> EngineImpl::on_found(std::uint32_t volume, co
     now = takes_found_;
     if (!now) found_early_.push_back(found);
   }
-  if (now) adopt_found(found);
+  if (now) adopt_blocks(volume, {&block, 1}, found.write_back);
   return [this, write_back = found.write_back](const Status& status) {
     contained([&] { on_found_durable(write_back, status); });
   };
 }
 
-void EngineImpl::adopt_found(const Found& found) {
-  adopt_blocks(found.volume, {&found.block, 1});
-  MutexLock lock(mutex_);
-  WriteBack& write_back = *found.write_back;
-  const CatalogRecord& block = found.block;
-  Entry* entry = disk_->index.index().find(block.block.key, block.block.group);
-  if (entry == nullptr || entry->volume != found.volume || entry->slot != block.place.slot) return;
-  write_back.disk = disk_->index.index().id(*entry);
-  write_back.disk_generation = entry->generation;
-  if (write_back.step == WriteBack::Step::written) {
-    disk_->found[raw(write_back.disk)] = found.write_back;
-    ++disk_->volumes[found.volume].undurable;
-  } else if (write_back.failed) {
-    lose_undurable(write_back);
+void EngineImpl::note_found(const std::shared_ptr<WriteBack>& found, Entry& entry) {
+  found->disk = disk_->index.index().id(entry);
+  found->disk_generation = entry.generation;
+  if (found->step == WriteBack::Step::written) {
+    disk_->found[raw(found->disk)] = found;
+    DiskTier::Volume& volume = disk_->volumes[found->volume];
+    ++volume.undurable;
+    volume.flush_failed = false;
+  } else if (found->failed) {
+    lose_undurable(*found);
   }
 }
 
@@ -275,7 +271,7 @@ void EngineImpl::on_found_durable(const std::shared_ptr<WriteBack>& found, const
   {
     MutexLock lock(mutex_);
     found->failed = !status;
-    if (found->disk_generation == 0) {      // the engine is being opened (adopt_found() looks then), or it is
+    if (found->disk_generation == 0) {      // the engine is being opened (note_found() looks then), or it is
       found->step = WriteBack::Step::over;  // a copy that nobody wants
       return;
     }
@@ -310,8 +306,9 @@ void EngineImpl::link_restored(std::span<const CatalogRecord> blocks, std::span<
   }
 }
 
-// Blocks found at open() or by the scan after an unclean end, least recently used first.
-void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) {
+// Blocks found at open(), least recently used first; or one that the scan after an unclean end has `found`.
+void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks,
+                              const std::shared_ptr<WriteBack>& found) {
   std::vector<OwedWipe> unwanted;
   {
     MutexLock lock(mutex_);
@@ -340,6 +337,7 @@ void EngineImpl::adopt_blocks(std::uint32_t volume, std::span<const CatalogRecor
       }
     }
     link_restored(blocks, entries);
+    if (found && entries.front() != nullptr) note_found(found, *entries.front());
   }
   for (const OwedWipe& wipe : unwanted) wipe_doomed(volume, wipe);
 }

@@ -146,6 +146,9 @@ struct DiskTier {
   std::unordered_map<std::uint32_t, std::shared_ptr<Promotion>> promotions;  // by raw host EntryId
   std::unordered_set<std::uint32_t> held;  // raw host EntryIds, pinned: of writes that were given up
   std::uint32_t writing = 0;
+  // Writes whose slots are reserved and that the stores have not been given yet, by the number of the round.
+  std::set<std::uint64_t> submitting;
+  std::uint64_t submissions = 0;
   std::uint32_t doomed = 0;                // slots whose wipe is under way, or comes with a write's end
   std::set<std::uint64_t> tracked_stores;  // numbers of those whose durable moment is not settled
   std::uint32_t next_volume = 0;

@@ -177,16 +177,22 @@ void EngineImpl::pump_write_backs() {
     std::vector<DiskWrite> writes;
     Settled settled;
     std::optional<SavedBudget> budget;
+    std::uint64_t number = 0;
     {
       MutexLock lock(mutex_);
       more = !closed_;
       for (std::size_t n = 0; more && n < kWritesPerHold; ++n) more = next_write(writes, settled);
+      if (!writes.empty()) disk_->submitting.insert(number = ++disk_->submissions);
       budget = disk_->budget.to_save(std::time(nullptr));
     }
     if (budget) save_budget(*budget);
     settle_durable(settled);
+    if (writes.empty()) continue;
     // A store that is out of service calls back in here, hence the mutex is free.
     for (DiskWrite& each : writes) disk_->volumes[each.volume].store->write(std::move(each.write));
+    MutexLock lock(mutex_);
+    disk_->submitting.erase(number);
+    idle_.notify_all();
   }
 }
 
@@ -231,6 +237,11 @@ bool EngineImpl::next_write(std::vector<DiskWrite>& writes, Settled& settled) {
     if (there->state == SlotState::ready && !disk.undurable_at(disk.index.index().id(*there))) {
       end_write_back(*write_back, /*durable=*/true, &EngineStats::disk_durable, Status::ok(), settled);
       return true;
+    }
+    if (const auto undurable = disk.undurable_at(disk.index.index().id(*there))) {
+      undurable->trackers.insert(undurable->trackers.end(), write_back->trackers.begin(),
+                                 write_back->trackers.end());
+      write_back->trackers.clear();  // they wait for that one
     }
     return decline(&EngineStats::disk_gone);
   }
@@ -366,8 +377,7 @@ void EngineImpl::wipe_what_is_owed() {
     std::vector<OwedWipe> owed;
     {
       MutexLock lock(mutex_);
-      if (volume.owed_wipes.empty() || !volume.store->can_write() || volume.store->stats().unanswered > 0)
-        continue;
+      if (volume.owed_wipes.empty() || !volume.store->can_write()) continue;
       owed.swap(volume.owed_wipes);
       disk_->doomed += static_cast<std::uint32_t>(owed.size());
     }

@@ -262,10 +262,11 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // Disk tier: opening and closing (disk_open.cpp).
   Status open_disks();
   SlotStoreOptions store_options(std::size_t disk);
-  void adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks) KVTIER_EXCLUDES(mutex_);
+  void adopt_blocks(std::uint32_t volume, std::span<const CatalogRecord> blocks,
+                    const std::shared_ptr<WriteBack>& found = nullptr) KVTIER_EXCLUDES(mutex_);
   std::function<void(const Status&)> on_found(std::uint32_t volume, const CatalogRecord& block)
       KVTIER_EXCLUDES(mutex_);
-  void adopt_found(const Found& found) KVTIER_EXCLUDES(mutex_);
+  void note_found(const std::shared_ptr<WriteBack>& found, Entry& entry) KVTIER_REQUIRES(mutex_);
   void on_found_durable(const std::shared_ptr<WriteBack>& found, const Status& status)
       KVTIER_EXCLUDES(mutex_);
   Entry* restore_block(std::uint32_t volume, const CatalogRecord& block) KVTIER_REQUIRES(mutex_);

@@ -28,15 +28,14 @@ void SlotTable::clear() {
   for (std::vector<SlotState>& slots : classes_) std::ranges::fill(slots, SlotState{});
   std::ranges::fill(used_, 0U);
   tags_.clear();
-  uncatalogued_ = doubtful_ = 0;
+  uncatalogued_ = 0;
 }
 
 void SlotTable::set_content(const SlotPlace& place, SlotContent content) {
   SlotState& state = at(place);
   uncatalogued_ -= is_uncatalogued(state.content) ? 1 : 0;
   uncatalogued_ += is_uncatalogued(content) ? 1 : 0;
-  doubtful_ -= state.content == SlotContent::doubtful ? 1 : 0;
-  doubtful_ += content == SlotContent::doubtful ? 1 : 0;
+  doubts_ += content == SlotContent::doubtful ? 1 : 0;
   used_[place.class_index] -= state.content != SlotContent::unknown ? 1 : 0;
   used_[place.class_index] += content != SlotContent::unknown ? 1 : 0;
   state.content = content;

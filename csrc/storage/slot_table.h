@@ -74,7 +74,8 @@ class SlotTable {
   std::vector<CatalogRecord> durable_records() const;
   // Whether some slot holds, or may hold, what the catalog does not know.
   bool has_uncatalogued() const { return uncatalogued_ > 0; }
-  bool has_doubtful() const { return doubtful_ > 0; }
+  // How often a slot has become doubtful.
+  std::uint64_t num_doubts() const { return doubts_; }
 
   // Time of last use, Unix seconds. Any thread.
   void note_use(const SlotPlace& place, std::int64_t now_s) KVTIER_EXCLUDES(mutex_);
@@ -94,7 +95,7 @@ class SlotTable {
   std::vector<std::uint32_t> used_;  // by class: slots whose content is not `unknown`
   std::vector<NamespaceTag> tags_;   // few: one a tenant
   std::uint64_t uncatalogued_ = 0;   // slots that are writing, written or doubtful
-  std::uint64_t doubtful_ = 0;       // of them
+  std::uint64_t doubts_ = 0;
 
   mutable Mutex mutex_;
   std::vector<Uses> uses_ KVTIER_GUARDED_BY(mutex_);

@@ -33,6 +33,7 @@ void StoreCore::barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatu
   for (const SlotPlace& place : places) KVTIER_CHECK(is_usable(place));
   auto barrier = std::make_shared<Barrier>();
   barrier->waits_for_scan = kind == BarrierKind::wipe;
+  barrier->alone = !places.empty();
   barrier->to_wipe.assign(places.begin(), places.end());
   barrier->on_done = std::move(on_done);
   Status refused;
@@ -45,8 +46,11 @@ void StoreCore::barrier(BarrierKind kind, std::vector<SlotPlace> places, OnStatu
       for (const SlotPlace& place : places) claim(place, lock);
       barrier->id = jobs_.next_id();
       messages_.emplace_back([this, barrier] {
-        // What was overwritten or dropped may still come to the drive.
-        if (barrier->waits_for_scan && held_slots_ > 0) {
+        if (barrier->waits_for_scan && health_.service() != Service::in_service) {  // since the call
+          barrier->status = Status::io("the store " + name_ + " is out of service: " + health_.reason());
+          barrier->to_wipe.clear();
+        } else if (barrier->waits_for_scan && !barrier->alone && held_slots_ > 0) {
+          // What was overwritten or dropped may still come to the drive.
           barrier->status = Status::io("the drive of " + name_ + " may still write to " +
                                        std::to_string(held_slots_) + " slots, for requests not answered yet");
         }
@@ -115,7 +119,7 @@ void StoreCore::settle_wipe(Op& op, int error) {
   if (own) {
     --own_wipes_in_flight_;
     release_slot(op.place);
-    if (!status) fail_wipes(status);
+    if (!status) fail_barriers(status);
   } else {
     --op.barrier->wipes_in_flight;
     if (op.barrier->status) op.barrier->status = status;
@@ -133,7 +137,9 @@ void StoreCore::sweep() {
     wanted = wanted || (barrier->waits_for_scan && !barrier->swept);
     barrier->swept = true;
   }
-  if (!wanted || !table_.has_doubtful()) return;
+  const std::uint64_t doubts = table_.num_doubts() + released_doubts_;
+  if (!wanted || doubts == swept_doubts_) return;
+  swept_doubts_ = doubts;
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     for (std::uint32_t slot = 0; slot < table_.num_slots(c); ++slot) {
       const SlotPlace place{c, SlotId{slot}};
@@ -152,10 +158,17 @@ void StoreCore::fail_wipes(const Status& status) {
   }
 }
 
+// Wipes that promise more than their own slots.
+void StoreCore::fail_barriers(const Status& status) {
+  for (const auto& barrier : barriers_) {
+    if (barrier->waits_for_scan && !barrier->alone && barrier->status) barrier->status = status;
+  }
+}
+
 void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
   const auto fail = [&](const auto& barriers) {
     for (const auto& barrier : barriers) {
-      if (barrier->id > write && barrier->status) barrier->status = status;
+      if (barrier->id > write && !barrier->alone && barrier->status) barrier->status = status;
     }
   };
   fail(barriers_);
@@ -164,8 +177,9 @@ void StoreCore::fail_barriers_after(StoreJob write, const Status& status) {
 
 bool StoreCore::is_ready(const Barrier& barrier) const {
   if (!barrier.to_wipe.empty() || barrier.wipes_in_flight > 0) return false;
-  if (barrier.waits_for_scan && (!barrier.swept || !own_wipes_.empty() || own_wipes_in_flight_ > 0)) {
-    return false;
+  if (barrier.waits_for_scan) {
+    const bool probes_slot = probe_ != nullptr && probe_->has_slot;
+    if (!barrier.swept || !own_wipes_.empty() || own_wipes_in_flight_ > 0 || probes_slot) return false;
   }
   MutexLock lock(mutex_);
   return !jobs_.has_open_write_before(barrier.id);
@@ -211,6 +225,7 @@ void StoreCore::start_batch_if_due(TimePoint now) {
     if (dirty_[c] && ordering_enabled(OrderingPoint::disk_sync_before_commit)) batch->to_sync.push_back(c);
     dirty_[c] = false;
   }
+  batch->has_synced = !batch->to_sync.empty();
   batch_ = std::move(batch);
   if (batch_->to_sync.empty()) commit_batch();
 }
@@ -298,6 +313,8 @@ void StoreCore::disown(std::vector<Written>& writes, std::vector<CatalogChange>&
 // The files are synced, or have failed to be.
 void StoreCore::drop_unsynced() {
   Batch& batch = *batch_;
+  // One that is not answered may fail yet, and was told nothing of what came after it.
+  if (batch.sync_status && batch.has_synced && unanswered_syncs_ > 0) batch.sync_status = after_failed_sync();
   if (batch.sync_status) return;
   disown(batch.writes, batch.changes, batch.sync_status);
   for (const auto& barrier : batch.barriers) {
@@ -354,6 +371,7 @@ void StoreCore::reset_catalog() {
 
 void StoreCore::catalog_was_reset(const Status& reset, const Status& marked) {
   if (batch_ == nullptr) return;
+  if (reset.native_code() == EIO || marked.native_code() == EIO) disown_unsynced();
   catalog_lost_ = !reset;
   catalog_retry_at_ = TimePoint::clock::now() + kCatalogRetry;
   set_catalog_health(reset ? "ok" : "there is no catalog until it can be made again: " + reset.message());

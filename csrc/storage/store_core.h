@@ -107,6 +107,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     std::deque<SlotPlace> to_wipe;
     std::size_t wipes_in_flight = 0;
     bool waits_for_scan = false;  // a wipe: for the store's own wipes too
+    bool alone = false;           // it promises nothing but its own slots
     bool swept = false;           // these include what was doubtful then
     Status status;                // the first failure
     OnStatus on_done;
@@ -143,6 +144,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
     std::vector<CatalogChange> changes;
     std::deque<std::uint32_t> to_sync;  // classes
     std::size_t syncs_in_flight = 0;
+    bool has_synced = false;
     Status sync_status;  // the first failure
     bool is_syncing() const { return !to_sync.empty() || syncs_in_flight > 0; }
   };
@@ -230,6 +232,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void end_read(const ReadJob& job, const ReadOutcome& outcome, std::uint64_t bytes) KVTIER_EXCLUDES(mutex_);
   bool start_write() KVTIER_EXCLUDES(mutex_);
   bool begin_writing();
+  void note_side_sync(const Status& status);
   void settle_write(Op& op, int error);
   void fail_write(const WriteJob& job, const Status& status) KVTIER_EXCLUDES(mutex_);
   void fail_queued_jobs(const Status& status) KVTIER_EXCLUDES(mutex_);
@@ -251,6 +254,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   void settle_wipe(Op& op, int error);
   void sweep();
   void fail_wipes(const Status& status);
+  void fail_barriers(const Status& status);
   void fail_barriers_after(StoreJob write, const Status& status);
   bool is_ready(const Barrier& barrier) const KVTIER_EXCLUDES(mutex_);
   void forget(const SlotPlace& place);
@@ -377,6 +381,8 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
   std::deque<std::shared_ptr<Barrier>> barriers_;
   std::deque<SlotPlace> own_wipes_;
   std::uint32_t own_wipes_in_flight_ = 0;
+  std::uint64_t released_doubts_ = 0;  // slots that were doubtful when the store was done with them
+  std::uint64_t swept_doubts_ = 0;     // as of the last sweep
   std::unique_ptr<Batch> batch_;
   bool catalog_lost_ = false;
   TimePoint catalog_retry_at_{};
@@ -397,6 +403,7 @@ class StoreCore : public std::enable_shared_from_this<StoreCore> {
 
   StoreHealth health_;
   std::unique_ptr<Probe> probe_;
+  std::optional<SlotPlace> probe_failed_at_;
   AlignedBuffer probe_buffer_;
 
   Worker committer_;

@@ -90,6 +90,7 @@ void StoreCore::grow_if_due(TimePoint now) {
 
 void StoreCore::grown(std::uint32_t class_index, std::uint32_t slots, const Status& status) {
   growing_ = false;
+  note_side_sync(status);
   if (!status) return growth_stopped(status);
   const std::uint64_t stride = options_.classes[class_index].slot_stride_bytes;
   segment_ = std::make_unique<Segment>();

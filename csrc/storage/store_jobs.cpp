@@ -243,11 +243,17 @@ bool StoreCore::begin_writing() {
       if (status) {
         superblock_ = begun;
       } else {
+        note_side_sync(status);
         write_trouble(status);
       }
     });
   });
   return false;
+}
+
+// Of what is synced beside the slots: the drive's cache is one, and may be told of as lost there.
+void StoreCore::note_side_sync(const Status& status) {
+  if (status.native_code() == EIO) sync_failed();
 }
 
 bool StoreCore::start_write() {
@@ -383,6 +389,7 @@ void StoreCore::fail_queued_jobs(const Status& status) {
 // The store is done with a slot that it wrote to itself.
 void StoreCore::release_slot(const SlotPlace& place) {
   table_.at(place).busy = false;
+  if (table_.at(place).content == SlotContent::doubtful) ++released_doubts_;
   for (auto job = deferred_.begin(); job != deferred_.end(); ++job) {
     if (job->write.place != place) continue;
     MutexLock lock(mutex_);

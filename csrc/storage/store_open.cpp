@@ -356,7 +356,8 @@ std::optional<SavedBudget> StoreCore::read_budget() {
 void StoreCore::save_budget(const SavedBudget& budget) {
   if (!keeps_budget_) return;
   committer_.run([this, bytes = encode_budget(budget)] {
-    static_cast<void>(lease_->directory().replace_file(kBudgetFile, bytes));
+    const Status saved = lease_->directory().replace_file(kBudgetFile, bytes);
+    if (!saved) post([this, saved] { note_side_sync(saved); });
   });
 }
 

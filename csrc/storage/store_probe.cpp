@@ -64,15 +64,20 @@ void StoreCore::probe_if_due(TimePoint now) {
 // and what holds nothing is not read.
 std::optional<SlotPlace> StoreCore::probe_place() const {
   std::optional<SlotPlace> blank;
+  std::optional<SlotPlace> failed;  // the last time: one bad spot is not a bad drive
   for (std::uint32_t c = 0; c < files_.size(); ++c) {
     for (std::uint32_t slot = 0; slot < table_.num_slots(c); ++slot) {
       const SlotState& state = table_.at({c, SlotId{slot}});
       if (state.busy || state.generation != Generation{0}) continue;
+      if (probe_failed_at_ == SlotPlace{c, SlotId{slot}}) {
+        failed = probe_failed_at_;
+        continue;
+      }
       if (state.content == SlotContent::doubtful) return SlotPlace{c, SlotId{slot}};
       if (state.content == SlotContent::unknown && scan_done_.load() && !blank) blank = {c, SlotId{slot}};
     }
   }
-  return blank;
+  return blank ? blank : failed;
 }
 
 bool StoreCore::start_probe() {
@@ -103,15 +108,23 @@ void StoreCore::settle_probe(int error) {
   }
   const std::unique_ptr<Probe> probe = std::move(probe_);
   if (error != 0 && probe->stage == Probe::Stage::sync) sync_failed();
+  Status failed;
+  if (error != 0) {
+    failed = io_failure("trying", place, error);
+    if (probe->has_slot) fail_barriers(failed);  // who waits to wipe has left this one to us
+    probe_failed_at_ = place;
+  } else if (unanswered_syncs_ > 0) {  // given up since the probe began
+    failed = Status::timeout("a sync in " + name_ + " is not answered yet");
+  }
   if (probe->wrote && error == 0 && probe->failed_syncs == failed_syncs_) {
     table_.set_content(place, SlotContent::unknown);
     forget(place);
   }
   const Service before = health_.service();
-  if (error == 0) {
+  if (failed) {
     health_.probe_worked(now);
   } else {
-    health_.probe_failed(io_failure("trying", place, error), now);
+    health_.probe_failed(failed, now);
   }
   publish_health(before);
   if (probe->has_slot) release_slot(place);

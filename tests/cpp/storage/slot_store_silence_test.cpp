@@ -1,6 +1,8 @@
 // Drives that do not answer, and queues that break: who waits is told, and what the drive has stays its own.
 #include <gtest/gtest.h>
 
+#include <optional>
+
 #include "storage/gate_queue.h"
 #include "storage/store_world.h"
 
@@ -118,6 +120,37 @@ TEST_F(SlotStoreSilence, a_store_stays_out_of_service_while_a_sync_is_unanswered
   write_durably(*store, 9, {9, 1});
 }
 
+// Here the probe has begun before the sync is given up.
+TEST_F(SlotStoreSilence, a_probe_that_has_begun_does_not_bring_a_store_back_beside_an_unanswered_sync) {
+  open_with(milliseconds(100));
+  const auto silent = start_write(*store, 9, {9, 1});
+  ::usleep(50'000);
+  const auto write = start_write(*store, 8, {8, 1});
+  const auto is_write = [](const IoRequest& request) { return is_slot(request, 8); };
+  wait_until([&] {
+    gate->pass(is_write);
+    return write->written.is_told();
+  });
+  std::optional<std::uint64_t> sync;
+  wait_until([&] {
+    for (const IoRequest& request : gate->seen()) {
+      if (is_sync(request)) sync = request.tag;
+    }
+    return sync.has_value();
+  });
+  const auto unanswered = [&](const IoRequest& request) {
+    return is_slot(request, 9) || (is_sync(request) && request.tag == *sync);
+  };
+  for (int i = 0; i < 150; ++i) {
+    gate->pass([&](const IoRequest& request) { return !unanswered(request); });
+    ::usleep(2000);
+    ASSERT_FALSE(store->can_write() && write->durable.is_told()) << i;
+  }
+  EXPECT_FALSE(write->durable.wait());
+  answer_and_wait_for_service();
+  EXPECT_TRUE(silent->let_go.wait());
+}
+
 TEST_F(SlotStoreSilence, a_wipe_without_an_answer_fails_and_can_be_had_later) {
   open_with(milliseconds(30));
   const auto wipe = start_wipe(*store, {2});
@@ -166,7 +199,10 @@ TEST_F(SlotStoreSilence, back_in_service_the_slot_of_a_late_write_is_left_alone_
   EXPECT_EQ(wipe->wait().code(), StatusCode::io);
   const auto elsewhere = start_wipe(*store, {2});
   pass_others(elsewhere);
-  EXPECT_EQ(elsewhere->wait().code(), StatusCode::io) << "what was dropped may still come to the drive";
+  EXPECT_TRUE(elsewhere->wait());
+  const auto barrier = start_wipe(*store, {});
+  pass_others(barrier);
+  EXPECT_EQ(barrier->wait().code(), StatusCode::io) << "what was dropped may still come to the drive";
   answer_and_wait_for_service();
   EXPECT_TRUE(late->let_go.wait());
   EXPECT_TRUE(start_wipe(*store, {8})->wait());

@@ -171,10 +171,10 @@ class SlotStore {
   virtual StoreJob write(SlotWrite write) = 0;
   virtual StoreJob read(SlotRead read) = 0;
   // Overwrites the headers with zeros, syncs, and forgets the slots in the catalog; on_done(ok) when all that
-  // is durable, and, as a barrier, every write that was queued before it is too, and every other slot of
-  // which nobody knows what it holds (a write, wipe or read of it failed) is wiped. An empty list is the
-  // barrier alone. While the drive has writes that were given up it is not done, but io, as these may still
-  // land; a wipe that failed may be done later.
+  // is durable. An empty list is a barrier: on_done(ok) when every write that was queued before it is durable
+  // too, and every slot of which nobody knows what it holds (a write, wipe or read of it failed) is wiped.
+  // While the drive has writes that were given up a barrier is not done, but io, as these may still land; a
+  // wipe that failed may be done later.
   virtual void wipe(std::vector<SlotPlace> places, std::function<void(const Status& status)> on_done) = 0;
   // The block in `place` was used: written to the catalog with some later commit.
   virtual void note_use(SlotPlace place) = 0;
