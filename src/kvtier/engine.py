@@ -211,7 +211,7 @@ class Engine:
         self._drives = [disk.path for disk in drives]
         try:
             if epoch := find_epoch(config, [(disk.path, disk.opened_from == "fresh") for disk in drives]):
-                self._move_to(epoch)
+                self._move_to(epoch, next_start=epoch)
         except KVTierError:
             self._native.close(_EXIT_PATIENCE_SECONDS)
             raise
@@ -387,7 +387,7 @@ class Engine:
             ConfigError: Not keys, or not a number of seconds.
             ClosedError: The engine is closed.
         """
-        native = self._native.prefetch(key_array(keys), checked_timeout(deadline))
+        native = self._native.prefetch(key_array(keys), checked_timeout(deadline, "deadline"))
         return Prefetch(self._native, native, _core.Moment.ready, len(self.config.groups))
 
     def expect(self, keys: Any) -> Expected:
@@ -433,7 +433,8 @@ class Engine:
             StorageError: The blocks are gone from memory, but a drive did not confirm it.
         """
         if (keys is None) == (namespace is None):
-            raise ConfigError("drop() takes either keys or namespace")
+            given = "neither keys nor namespace" if keys is None else "both keys and namespace"
+            raise ConfigError(f"drop() is given {given}; allowed: one of the two")
         if namespace is not None:
             return self._native.drop_namespace(check_namespace(namespace))
         return self._native.drop(key_array(keys))
@@ -441,17 +442,20 @@ class Engine:
     def reset(self, weights_version: str | None = None) -> None:
         """Says that the model's weights have changed: no call finds what was stored before it.
 
-        Moves to a new epoch, which keys are mixed with from now on, and makes it durable on every drive: a
+        Moves to a new epoch, which keys are mixed with from now on, and makes durable on every drive that a
         restart finds nothing of before either. Blocks of before are not wiped (drop() does that); they make
         room as what is used least. Stores that are running end under the old epoch, running loads finish.
+
+        Without a name what is stored from now on is served as long as this engine lives, and is not found
+        after a restart: that may well begin with other weights, those of the model's files.
 
         Engines of the same model that share a directory each have to be reset; the last one's epoch is that
         of the next start. Never waits for copies; waits for the drives (a sync each), with the GIL.
 
         Args:
             weights_version: Names the weights from now on. Whoever resets to the same name again, in this
-                process or after a restart, finds what was stored under it. None is a random epoch, which
-                nobody comes back to.
+                process or after a restart, finds what was stored under it; a restart begins with it. None
+                for weights that nobody comes back to.
 
         Raises:
             ConfigError: Not a str, or an empty one.
@@ -463,11 +467,12 @@ class Engine:
             raise ConfigError(
                 f"weights_version is {weights_version!r}; allowed: None or a str that is not empty"
             )
-        self._move_to(random_epoch() if weights_version is None else named_epoch(weights_version))
+        epoch = random_epoch() if weights_version is None else named_epoch(weights_version)
+        self._move_to(epoch, next_start=random_epoch() if weights_version is None else epoch)
 
-    def _move_to(self, epoch: bytes) -> None:
+    def _move_to(self, epoch: bytes, *, next_start: bytes) -> None:
         self._native.set_epoch(epoch)  # first: whatever happens, nothing of before is served
-        save_epoch(self.config, epoch, self._drives)
+        save_epoch(self.config, next_start, self._drives)
 
     def poll(self) -> int:
         """Ends leases whose time is over. Never waits; nothing needs it to make progress.

@@ -31,7 +31,7 @@ def named_epoch(weights_version: str) -> bytes:
 
 
 def find_epoch(config: Config, drives: Iterable[tuple[str, bool]]) -> bytes:
-    """Returns the epoch that the last reset moved to, on any drive; empty before the first.
+    """Returns the epoch that the last reset left for this start, on any drive; empty before the first.
 
     Drives that disagree (one was away at the reset), or a file that is damaged or cannot be read, give a
     random epoch: nothing of before is found on any of them.

@@ -4,8 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import BLOCK, prompt, same, serving
 from test_identity import damage
+from vllm.config import VllmConfig
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+
+from kvtier.adapters.vllm.groups import group_spec, plan_cache
+from kvtier.errors import UnsupportedError
 
 PROMPTS = [prompt(seed, 400 + 50 * seed) for seed in range(3)]
 
@@ -68,6 +75,32 @@ def test_a_model_with_other_state_is_declined_and_served(
         (second,) = server.generate(PROMPTS[:1])
         assert second.cached == 0
         assert second.tokens == first.tokens
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+@pytest.mark.parametrize(("sizes", "kept"), [((576, 576), True), ((576, 128), False)])
+def test_both_sides_decide_alike_on_layers_that_have_a_spec_each(
+    layout: str, sizes: tuple[int, ...], kept: bool
+) -> None:
+    """vLLM tells its scheduler of the first layer alone."""
+    config = VllmConfig()
+    config.cache_config.kv_cache_layout = layout
+    specs = {
+        f"layer {n}": MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=size, dtype=torch.bfloat16)
+        for n, size in enumerate(sizes)
+    }
+    group = KVCacheGroupSpec(list(specs), UniformTypeKVCacheSpecs.from_specs(specs))
+    worker = kv_cache_utils.get_kv_cache_config_from_groups(config, [group], 1 << 24)
+    scheduler = kv_cache_utils.generate_scheduler_kv_cache_config([worker])
+    assert isinstance(worker.kv_cache_groups[0].kv_cache_spec, UniformTypeKVCacheSpecs)
+    assert scheduler.kv_cache_groups[0].kv_cache_spec == specs["layer 0"]
+    if kept:
+        assert plan_cache(worker, 1) == plan_cache(scheduler, 1)
+        assert group_spec(worker.kv_cache_groups[0]) == group_spec(scheduler.kv_cache_groups[0])
+        return
+    for side in (worker, scheduler):
+        with pytest.raises(UnsupportedError, match="layers whose pages differ in size or kind"):
+            plan_cache(side, 1)
 
 
 def test_as_a_child_of_multi_connector(llama: Path) -> None:

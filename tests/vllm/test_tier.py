@@ -17,7 +17,7 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 
 from kvtier.adapters.vllm_tier import KVTierSecondaryTier
 from kvtier.cli.vllm_server import forget_offloaded_memory
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, StorageError
 
 PROMPTS = [prompt(seed, 300 + 50 * seed) for seed in range(3)]
 HITS = [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
@@ -76,6 +76,20 @@ def test_the_second_life_restores_what_the_first_computed(
         assert not tier._jobs
 
 
+def test_a_reset_of_vllms_reaches_the_drive(llama: Path, tmp_path: Path, computed: list[Result]) -> None:
+    """As after an update of the weights. vLLM's manager says so to a tier by no more than a drain_jobs()."""
+    with offloading(llama, tmp_path / "disk") as (server, tier):
+        for _ in range(2):
+            found = server.generate(PROMPTS)
+            assert ([r.cached for r in found], same(found, computed)) == ([0] * 3, [True] * 3)
+            server.drain()
+            assert tier._engine.flush(60).dropped == 0
+            assert server.llm.reset_prefix_cache(reset_connector=True)
+        stored = tier._engine.stats().lookup_hits_disk
+        assert [r.cached for r in server.generate(PROMPTS)] == [0] * 3
+        assert tier._engine.stats().lookup_hits_disk == stored
+
+
 def test_a_bit_flipped_in_every_tenth_chunk_is_computed_again(
     llama: Path, tmp_path: Path, computed: list[Result]
 ) -> None:
@@ -122,7 +136,7 @@ class Memory:
         self._next += 1
         job = TransferJob(self._next, keys, np.asarray(chunks), load, CONTEXT)
         (self.tier.submit_load if load else self.tier.submit_store)(job)
-        self.tier.drain_jobs()
+        self.tier._drain()
         (result,) = self.tier.get_finished_jobs()
         assert result.job_id == self._next
         return result
@@ -190,8 +204,45 @@ def test_a_second_life_finds_what_the_first_kept_and_another_model_does_not(
     second.tier.shutdown()
 
 
+def test_a_reset_forgets_what_was_stored_and_loses_no_result(tmp_path: Path, llama: Path) -> None:
+    first = Memory(tmp_path, llama)
+    first.run(KEYS[:2], [0, 1], load=False)
+    job = TransferJob(9, KEYS[2:4], np.asarray([2, 3]), False, CONTEXT)
+    first.tier.submit_store(job)  # it may be running
+    first.tier.drain_jobs()
+    (result,) = first.tier.get_finished_jobs()
+    assert (result.job_id, result.success) == (9, True)
+    assert {first.tier.lookup(key, CONTEXT) for key in KEYS} == {LookupResult.MISS}
+    rows = fill_rows(first)
+    first.run(KEYS[:1], [5], load=False)  # of the new weights
+    assert first.run(KEYS[:1], [6], load=True).success
+    assert (first.rows[6] == rows[5]).all()
+    first.tier.shutdown()
+    second = Memory(tmp_path, llama)
+    assert {second.tier.lookup(key, CONTEXT) for key in KEYS} == {LookupResult.MISS}
+    second.run(KEYS[:1], [0], load=False)
+    second.tier.shutdown()
+    third = Memory(tmp_path, llama)  # a shutdown is no reset
+    assert third.tier.lookup(KEYS[0], CONTEXT) == LookupResult.HIT
+    third.tier.shutdown()
+
+
+def test_a_drive_that_takes_no_reset_keeps_vllm_from_none(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise StorageError(5, "the drive")
+
+    memory.run(KEYS[:1], [0], load=False)
+    monkeypatch.setattr("kvtier.engine.save_epoch", refused)
+    memory.tier.drain_jobs()
+    assert memory.tier.lookup(KEYS[0], CONTEXT) == LookupResult.MISS
+
+
 def test_a_configuration_that_names_no_drive_or_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="disk is missing; allowed: a list"):
         Memory(tmp_path, tmp_path, disk=None)
     with pytest.raises(ConfigError, match="identity is missing; allowed for 'org/model'"):
         Memory(tmp_path, Path("org/model"))
+    with pytest.raises(ConfigError, match=r"identity is missing; .* no local folder with weights"):
+        Memory(tmp_path, tmp_path)  # a folder with a config at most, whose weights are elsewhere

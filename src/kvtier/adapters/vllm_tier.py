@@ -3,7 +3,8 @@
 In kv_connector_extra_config of vLLM's OffloadingConnector, whose spec_name is "TieringOffloadingSpec":
 
     "secondary_tiers": [{"type": "KVTierSecondaryTier", "module_path": "kvtier.adapters.vllm_tier",
-                         "disk": [{"path": "/mnt/nvme0/kvtier", "capacity": "1TiB"}]}]
+                         "disk": [{"path": "/mnt/nvme0/kvtier", "capacity": "1TiB"}],
+                         "identity": "weights revision 0e9e39f"}]
 
 vLLM keeps its own host memory and asks this tier for what is not in there. What is read is proved by its
 checksum first: a chunk that is not sound fails its load, and vLLM computes it. For vLLM 0.32 and later; see
@@ -33,7 +34,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
-from kvtier.adapters.vllm.identity import weights_identity
+from kvtier.adapters.vllm.identity import has_weights, weights_identity
 from kvtier.adapters.vllm.options import parse_disk
 from kvtier.config import Config, Disk
 from kvtier.engine import BlockOutcome, BlockState, open_engine
@@ -81,8 +82,9 @@ class KVTierSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
             tier_type: vLLM's name of this tier.
             disk: As the connector's: [{"path": ..., "capacity": ...}].
             host: Host memory that reads and writes pass through.
-            identity: Names what vLLM does not tell a tier: the weights' revision (not needed for a local
-                folder), hf_overrides, quantisation. Servers that differ in them must differ in it.
+            identity: Names what vLLM does not tell a tier: the weights' commit (not needed for a local
+                folder that holds them), adapters' weights, and every option that changes what the model
+                computes. Servers that differ in them must differ in it; docs/vllm.md has the list.
             backpressure_detector: vLLM's.
 
         Raises:
@@ -153,7 +155,18 @@ class KVTierSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
             self._engine.touch(rows)
 
     def drain_jobs(self) -> None:
-        """See SecondaryTierManager."""
+        """See SecondaryTierManager. vLLM calls it to reset its caches, and for nothing else.
+
+        Nothing that was stored before is found any more. It tells a tier no more than this of a reset, as
+        after an update of the weights; and what raises here would leave vLLM's own memory as it was.
+        """
+        self._drain()
+        try:
+            self._engine.reset()
+        except KVTierError as error:
+            _log.error("what was stored before the reset may be found again after a restart: %s", error)
+
+    def _drain(self) -> None:
         for job in self._jobs.values():
             with contextlib.suppress(KVTierError):  # what failed is told by its result
                 job.ticket.wait()
@@ -162,7 +175,7 @@ class KVTierSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
         """Waits some seconds at most for what runs, makes it durable, and lets go of vLLM's memory."""
         if self._engine.closed:
             return
-        self.drain_jobs()
+        self._drain()
         self._pages.detach(_CLOSE_SECONDS)
         self._engine.close(_CLOSE_SECONDS)
 
@@ -213,10 +226,10 @@ class KVTierSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
 def _identity(config: Any, given: str | None) -> str:
     """Names model, weights and everything that vLLM tells a tier of what a chunk's bytes mean."""
     name = str(config.model.name)
-    if not Path(name).exists() and given is None:
+    if given is None and not (Path(name).exists() and has_weights(name)):
         raise ConfigError(
-            f"identity is missing; allowed for {name!r}, which is no local folder: "
-            "a string that names the weights' revision"
+            f"identity is missing; allowed for {name!r}, which is no local folder with weights: "
+            "a string that names the weights' commit"
         )
     facts: Mapping[str, Any] = {
         "model": asdict(config.model),

@@ -75,6 +75,15 @@ class Keeper:
         """Names this keeper among all that serve or served the directory."""
         return self._server.epoch
 
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has a worker, as far as the keeper has heard. Takes a microsecond.
+
+        store() and load() ask the kernel: that a worker has ended is heard a moment later.
+        """
+        with self._changed:
+            return self._server.complete
+
     def workers(self) -> list[int | None]:
         """For each rank the process that joined as it, None for those still missing."""
         with self._changed:

@@ -61,6 +61,7 @@ class RankServer:
         epoch: Names this life of the keeper, 16 bytes.
         changed: Guards everything here and whatever its owner adds; notified after every change.
         members: The processes that are ranks, by rank.
+        complete: Whether every rank has one that can be reached, as far as was heard; see missing().
         closing: Set by the owner: nobody may join any more.
     """
 
@@ -81,6 +82,7 @@ class RankServer:
         self.epoch = secrets.token_bytes(16)
         self.changed = threading.Condition()
         self.members: dict[int, Member] = {}
+        self.complete = False
         self.closing = False
         self._config = config
         self._fingerprint = root_key(config).hex()
@@ -230,6 +232,7 @@ class RankServer:
             connection.close()
             return
         self.members[member.rank] = member
+        self._count()
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(member))
         self._selector.register(member.pidfd, selectors.EVENT_READ, lambda: self._bury(member))
         self.changed.notify_all()
@@ -318,8 +321,13 @@ class RankServer:
     def _disconnect(self, member: Member) -> None:
         if member.connected:
             member.connected = False
+            self._count()
             self._selector.unregister(member.connection)
             member.connection.close()
+
+    def _count(self) -> None:
+        reached = sum(member.connected for member in self.members.values())
+        self.complete = reached == self._config.world_size
 
     def _forget(self, member: Member) -> None:
         self._disconnect(member)

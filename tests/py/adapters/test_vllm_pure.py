@@ -1,5 +1,6 @@
 """The connector without vLLM: options, keys, groups, identity, the recompute clock, the import."""
 
+import json
 import math
 import os
 import subprocess
@@ -19,11 +20,13 @@ from kvtier.adapters.vllm.groups import plan_cache
 from kvtier.adapters.vllm.identity import (
     LoRAIdentity,
     check_persistent,
+    computed_as,
     files_digest,
     model_identity,
     weights_identity,
 )
 from kvtier.adapters.vllm.keys import BlockKeys
+from kvtier.adapters.vllm.loads import is_idle
 from kvtier.adapters.vllm.options import parse_options, parse_request_options
 from kvtier.adapters.vllm.recompute import RecomputeClock
 
@@ -82,6 +85,7 @@ def test_options_of_the_documented_flag() -> None:
         ({"host": 1, "load": "never"}, 'load is \'never\'; allowed: "auto" or "always"'),
         ({"host": 1, "copy_threads": 0}, "copy_threads is 0; allowed"),
         ({"host": 1, "directory": ""}, "directory is ''; allowed: a path"),
+        ({"host": 1, "client_priority": "no"}, "client_priority is 'no'; allowed: true or false"),
         ({"host": 1, "disk": "/mnt"}, "disk is '/mnt'; allowed: a list of"),
         ({"host": 1, "disk": [{"path": "/mnt"}]}, r"disk\[0\] is .*; allowed"),
         ({"host": 1, "disk": [{"path": "mnt", "capacity": 1}]}, r"disk\[0\]: path is 'mnt'; allowed: an abs"),
@@ -126,6 +130,23 @@ def test_request_options() -> None:
 def test_bad_request_options_are_named(values: Any, message: str) -> None:
     with pytest.raises(kvtier.ConfigError, match=message):
         parse_request_options({"kvtier": values})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "x" * 10**6,
+        {"y" * 10**6: 1},
+        {"tiers": ["z" * 10**6]},
+        {"namespace": list(range(10**5))},
+        {"max_load_tokens": "9" * 10**6},
+        {"pin": ["0"] * 10**5},
+    ],
+)
+def test_what_a_client_sent_is_not_repeated_at_length(values: Any) -> None:
+    with pytest.raises(kvtier.ConfigError, match=r"(?s)^.{0,200} [.]{3} .*allowed: ") as caught:
+        parse_request_options({"kvtier": values})
+    assert len(str(caught.value)) < 410
 
 
 # --- threads ---
@@ -261,14 +282,14 @@ class CacheConfig:
     kv_cache_layout: str | None = "LBHNC"
     hash_block_size: int | None = None
     kv_tp_replicas: int = 1
-    other: dict[str, Any] = field(default_factory=dict)
+    kv_cache_tensors: list[Any] = field(default_factory=list)
 
 
 def test_one_group_of_full_attention() -> None:
     plan = plan_cache(CacheConfig([Group(FullAttentionSpec(32, 32 * 512), ["a", "b", "c"])]), 1)
     (group,) = plan.groups
     assert (plan.block_tokens, plan.hash_tokens, plan.volatile_blocks) == (32, 32, 0)
-    assert group.layers == (("a", 16384), ("b", 16384), ("c", 16384))
+    assert group.layers == ("a", "b", "c")
     assert (group.layout.num_layers, group.layout.page_bytes(0), group.layout.window_tokens) == (
         3,
         16384,
@@ -292,13 +313,39 @@ def test_windows_and_drafters() -> None:
     assert (plan.hash_tokens, plan.volatile_blocks) == (16, 1)
 
 
-def test_layers_with_pages_of_several_sizes_are_cut_into_equal_ones() -> None:
+def both_sides(specs: dict[str, Any], **changes: Any) -> list[CacheConfig]:
+    """Of one group: what vLLM gives a worker, a spec for each layer; and its scheduler, the first of them."""
+    by_spec: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        by_spec.setdefault(repr(spec), []).append(name)
+    tensors = [SimpleNamespace(layers=layers) for layers in by_spec.values()]
+    block_size = next(iter(specs.values())).block_size
+    each: list[Any] = [UniformTypeKVCacheSpecs(block_size, specs), next(iter(specs.values()))]
+    return [CacheConfig([Group(spec, list(specs))], kv_cache_tensors=tensors, **changes) for spec in each]
+
+
+def test_layers_whose_pages_differ_are_declined_by_workers_and_scheduler_alike() -> None:
     specs = {"latent": MLAAttentionSpec(16, 16 * 96), "index": MLAAttentionSpec(16, 16 * 32)}
-    group = Group(UniformTypeKVCacheSpecs(16, specs), ["latent", "index"])
-    plan = plan_cache(CacheConfig([group], kv_tp_replicas=2), 2)
+    said = []
+    for config in both_sides(specs):
+        with pytest.raises(
+            kvtier.UnsupportedError, match=r"group 0 .MLA.* pages differ in size or kind"
+        ) as no:
+            plan_cache(config, 1)
+        said.append(str(no.value))
+    assert said[0] == said[1]
+
+
+def test_layers_that_are_alike_are_kept_whether_each_has_a_spec_or_all_have_one(weights: Path) -> None:
+    specs = {name: MLAAttentionSpec(16, 16 * 96) for name in ("a", "b")}
+    worker, scheduler = both_sides(specs, kv_tp_replicas=2)
+    plan = plan_cache(worker, 2)
+    assert plan == plan_cache(scheduler, 2)
     layout = plan.groups[0].layout
-    assert (layout.num_layers, layout.page_bytes(0), layout.replicated) == (4, 512, True)
-    assert plan.groups[0].unit_bytes == 512
+    assert (layout.num_layers, layout.page_bytes(0), layout.replicated) == (2, 16 * 96, True)
+    config = vllm_config(weights)
+    names = {model_identity(config, each, "0.32.0", "cpu") for each in (worker, scheduler)}
+    assert len(names) == 1  # else no worker could join
 
 
 def test_groups_whose_pages_differ_share_the_larger_block() -> None:
@@ -343,15 +390,28 @@ def test_what_cannot_be_restored_is_named(config: CacheConfig, message: str) -> 
 # --- identity ---
 
 
-def vllm_config(model: Path, **changes: Any) -> Any:
+class HFConfig:
+    """As transformers': the text is of its attributes."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def to_json_string(self) -> str:
+        return json.dumps({name: value for name, value in vars(self).items() if name != "_commit_hash"})
+
+
+def vllm_config(model: Path | str, **changes: Any) -> Any:
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             model=str(model),
             revision=None,
             seed=0,
-            hf_overrides={},
+            hf_config=HFConfig(),
             dtype="torch.bfloat16",
             quantization=None,
+            max_model_len=4096,
+            original_max_model_len=4096,
+            multimodal_config=SimpleNamespace(mm_processor_kwargs=None, video_pruning_rate=None),
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="sha256_cbor"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
@@ -365,9 +425,12 @@ def vllm_config(model: Path, **changes: Any) -> Any:
     return config
 
 
-def identity(model: Path, *, backend: str = "cpu AVX512", version: str = "0.32.0", **changes: Any) -> str:
+def identity(
+    model: Path | str, *, backend: str = "cpu AVX512", version: str = "0.32.0", **changes: Any
+) -> tuple[str, bytes]:
     cache = CacheConfig([Group(FullAttentionSpec(16, 64), ["a"])])
-    return model_identity(vllm_config(model, **changes), cache, version, backend)
+    config = vllm_config(model, **changes)
+    return model_identity(config, cache, version, backend), computed_as(config)
 
 
 @pytest.fixture
@@ -386,7 +449,15 @@ def test_everything_that_changes_the_bytes_changes_the_identity(weights: Path) -
         identity(weights, version="0.33.0"),
         identity(weights, model_config__dtype="torch.float16"),
         identity(weights, model_config__quantization="fp8"),
-        identity(weights, model_config__hf_overrides={"rope_theta": 1}),
+        identity(weights, model_config__hf_config=HFConfig(rope_theta=1)),  # by whatever override
+        identity(weights, model_config__max_model_len=8192),
+        identity(weights, model_config__original_max_model_len=-1),
+        identity(weights, model_config__code_revision="0e9e39f"),
+        identity(weights, model_config__override_generation_config={"attn_temperature_tuning": True}),
+        identity(weights, model_config__quantization_config={"linear": "fp8"}),
+        identity(weights, model_config__multimodal_config=SimpleNamespace(mm_processor_kwargs={"crops": 4})),
+        identity(weights, model_config__multimodal_config=SimpleNamespace(video_pruning_rate=0.5)),
+        identity(weights, load_config__model_loader_extra_config={"pattern": "*.one"}),
         identity(weights, cache_config__cache_dtype="fp8"),
         identity(weights, cache_config__prefix_caching_hash_algo="xxhash"),
         identity(weights, parallel_config__tensor_parallel_size=2),
@@ -403,11 +474,77 @@ def test_everything_that_changes_the_bytes_changes_the_identity(weights: Path) -
     assert identity(weights) != changed[0]
 
 
-def test_hub_models_are_named_by_revision(tmp_path: Path) -> None:
+def test_a_length_that_was_fitted_to_the_memory_is_not_that_of_another_start(weights: Path) -> None:
+    """By then the model is built, with the length of before: two starts may fit another one."""
+    fitted = {"model_config__original_max_model_len": -1}
+    assert identity(weights, model_config__max_model_len=4096, **fitted) == identity(
+        weights, model_config__max_model_len=2048, **fitted
+    )
+
+
+def test_workers_whose_model_has_rewritten_its_config_join_all_the_same(weights: Path) -> None:
+    (scheduler, numbers), (worker, others) = (
+        identity(weights, model_config__hf_config=HFConfig(**rewritten))
+        for rewritten in ({}, {"attn_temperature_tuning": True})
+    )
+    assert scheduler == worker
+    assert numbers != others
+
+
+def test_an_override_that_is_a_function_counts_by_what_it_does(weights: Path) -> None:
+    functions = [lambda config: config for _ in range(2)]  # as in two processes: elsewhere in memory
+    first, second = (identity(weights, model_config__hf_overrides=each) for each in functions)
+    assert first == second
+
+
+def test_a_config_that_is_no_json_is_found_by_nobody_else(
+    weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = {"model_config__hf_config": HFConfig(strange=object())}
+    assert identity(weights, **strange) != identity(weights, **strange)
+    assert "after a restart nothing is found" in caplog.text
+
+
+class Resolved(str):
+    """huggingface_hub's ResolvedRevision: what was asked for, and the commit that it was then."""
+
+    resolved: str
+
+    def __new__(cls, asked: str, commit: str) -> "Resolved":
+        made = super().__new__(cls, asked)
+        made.resolved = commit
+        return made
+
+
+ONE, OTHER = "1a" * 20, "2b" * 20
+
+
+def test_hub_models_are_named_by_commit(tmp_path: Path) -> None:
+    def of(revision: str | None, **more: Any) -> tuple[str, bytes]:
+        return identity("org/model", model_config__revision=revision, **more)
+
+    assert of(Resolved("main", ONE)) == of(ONE) == of(Resolved("v1", ONE))
+    assert of(Resolved("main", ONE)) != of(Resolved("main", OTHER))
+    by_config = {"model_config__hf_config": HFConfig(_commit_hash=ONE)}
+    assert of("main", **by_config) == of(None, **by_config) == of(ONE)
+    assert of(OTHER, **by_config) == of(OTHER)
+    assert of("main", **by_config, model_config__hf_config_path="org/other") != of(ONE)
+    check_persistent(vllm_config("org/model", model_config__revision=Resolved("main", ONE)))
+    check_persistent(vllm_config("org/model", model_config__revision="main", **by_config))
+    for revision in (None, "main", "v1", ONE[:7], ONE.upper(), Resolved("main", "main")):
+        with pytest.raises(
+            kvtier.ConfigError,
+            match=r"revision of 'org/model' is .*; allowed with a disk tier: a commit",
+        ):
+            check_persistent(vllm_config("org/model", model_config__revision=revision))
     assert weights_identity("meta-llama/Llama-3.1-8B", "0e9e39f") == "revision 0e9e39f"
     snapshot = tmp_path / "snapshots" / ("ab" * 20)
     snapshot.mkdir(parents=True)
     assert weights_identity(str(snapshot), None) == f"snapshot {'ab' * 20}"
+
+
+def lora(name: str, path: Path | str, number: int = 1) -> Any:
+    return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number)
 
 
 def test_adapters_are_named_by_their_weights(tmp_path: Path) -> None:
@@ -415,38 +552,68 @@ def test_adapters_are_named_by_their_weights(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(content)
-        return SimpleNamespace(lora_name="sql", lora_path=str(folder))
+        return lora("sql", folder)
 
-    loras = LoRAIdentity()
     one, other = adapter_at("one", b"1" * 100), adapter_at("other", b"2" * 100)
+    loras = LoRAIdentity()
     assert loras.of(None) == b""
     assert loras.of(one) == loras.of(one) == LoRAIdentity().of(one)
     assert loras.of(one) != loras.of(other)
-    assert loras.of(SimpleNamespace(lora_name="hub", lora_path="org/hub")) == b"lora\0hub\0org/hub"
 
 
-def test_an_adapter_that_is_overwritten_in_place_is_another_one(tmp_path: Path) -> None:
+def test_an_adapter_of_a_hub_is_another_one_in_every_process() -> None:
+    """Of what vLLM fetches for it nothing is known."""
+    hub, loras = lora("hub", "org/hub"), LoRAIdentity()
+    assert loras.of(hub) == loras.of(hub)
+    assert loras.of(hub) != loras.of(lora("hub", "org/hub", 2))
+    assert loras.of(hub) != LoRAIdentity().of(hub)
+
+
+def test_an_adapter_that_is_overwritten_in_place_is_not_cached_until_it_is_loaded_as_another(
+    tmp_path: Path,
+) -> None:
+    """vLLM goes on with what it has loaded. This test once wanted the files' new name for the old weights."""
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"1" * 100)
-    folder = tmp_path.stat()
-    sql = SimpleNamespace(lora_name="sql", lora_path=str(tmp_path))
+    folder, times, data = tmp_path.stat(), file.stat(), file.read_bytes()
     loras = LoRAIdentity()
-    before = loras.of(sql)
+    before = loras.of(lora("sql", tmp_path))
     with file.open("r+b") as handle:
         handle.write(b"2" * 100)
-    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+    os.utime(file, ns=(1, times.st_mtime_ns + 1))
     assert tmp_path.stat().st_mtime_ns == folder.st_mtime_ns
-    assert loras.of(sql) != before
-    assert loras.of(sql) == LoRAIdentity().of(sql)
+    for _ in range(2):
+        with pytest.raises(kvtier.UnsupportedError, match=r"'sql' .* have changed .* number 1; allowed"):
+            loras.of(lora("sql", tmp_path))
+    after = loras.of(lora("sql", tmp_path, 2))
+    assert after == loras.of(lora("sql", tmp_path, 2)) != before
+    file.write_bytes(data)
+    os.utime(file, ns=(1, times.st_mtime_ns))
+    for number in (1, 2):  # meanwhile vLLM may have read the others
+        with pytest.raises(kvtier.UnsupportedError):
+            loras.of(lora("sql", tmp_path, number))
+    assert LoRAIdentity().of(lora("sql", tmp_path, 3)) == before
+
+
+def test_an_adapter_that_is_younger_than_the_server_is_its_own_until_the_next_start(tmp_path: Path) -> None:
+    """vLLM may have loaded it long before the first request, and its files may have changed since."""
+    loras = LoRAIdentity()
+    loras._began_ns -= 10**9
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1" * 100)
+    young = loras.of(lora("sql", tmp_path))
+    assert young == loras.of(lora("sql", tmp_path))
+    assert young != loras.of(lora("sql", tmp_path, 2))
+    started_again = LoRAIdentity()
+    started_again._began_ns += 10**9
+    assert started_again.of(lora("sql", tmp_path)) == started_again.of(lora("sql", tmp_path, 2)) != young
 
 
 def test_an_adapter_that_cannot_be_read_has_no_identity(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").symlink_to("/proc/self/mem")  # EIO, for root too
     with pytest.raises(OSError, match="Input/output error"):
-        LoRAIdentity().of(SimpleNamespace(lora_name="sql", lora_path=str(tmp_path)))
+        LoRAIdentity().of(lora("sql", tmp_path))
     for path in (str(tmp_path / "nothing"), "org/hub", "a\0b"):
-        of_path = LoRAIdentity().of(SimpleNamespace(lora_name="sql", lora_path=path))
-        assert of_path == f"lora\0sql\0{path}".encode()
+        assert LoRAIdentity().of(lora("sql", path)).startswith(f"lora\0sql\0{path}\0".encode())
 
 
 def test_no_more_adapters_are_remembered_than_there_is_room_for(
@@ -456,7 +623,7 @@ def test_no_more_adapters_are_remembered_than_there_is_room_for(
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(b"1")
     loras = LoRAIdentity()
-    found = [loras.of(SimpleNamespace(lora_name=name, lora_path=str(file))) for name in "abcab"]
+    found = [loras.of(lora(name, file)) for name in "abcab"]
     assert found[3:] == found[:2]
     assert len(loras._known) == 2
 
@@ -475,6 +642,31 @@ def test_a_disk_needs_weights_with_identity_and_safe_hashes(weights: Path) -> No
         check_persistent(vllm_config(weights, load_config__load_format="dummy"))
     with pytest.raises(kvtier.ConfigError, match="prefix_caching_hash_algo is 'xxhash'; allowed"):
         check_persistent(vllm_config(weights, cache_config__prefix_caching_hash_algo="xxhash"))
+
+
+def test_a_disk_takes_no_weights_that_are_in_no_digest(weights: Path, tmp_path: Path) -> None:
+    for load_format in ("tensorizer", "ipc_cache", "mine"):
+        with pytest.raises(
+            kvtier.ConfigError, match=f'load_format is "{load_format}"; allowed .*safetensors'
+        ):
+            check_persistent(vllm_config(weights, load_config__load_format=load_format))
+    with pytest.raises(kvtier.ConfigError, match="the weights are at 's3://bucket/model'; allowed"):
+        check_persistent(vllm_config(weights, model_config__model_weights="s3://bucket/model"))
+    (tmp_path / "config.json").write_text("{}")  # as vLLM pulls it from an object store
+    with pytest.raises(kvtier.ConfigError, match=r"there are no weights in .*; allowed"):
+        check_persistent(vllm_config(tmp_path))
+    check_persistent(vllm_config(weights / "model.safetensors"))
+
+
+# --- steps ---
+
+
+def test_a_step_is_idle_when_it_computes_nothing_whichever_runner_says_so() -> None:
+    computing, empty = SimpleNamespace(attn_metadata={}), SimpleNamespace(attn_metadata=None)
+    assert not is_idle(computing, {})  # the first runner, in its forward pass
+    assert is_idle(empty, {})  # either, in a step without one
+    # The second one after its forward pass.
+    assert not is_idle(empty, {"scheduler_output": object(), "num_tokens": 3})
 
 
 # --- clocks and counters ---

@@ -66,6 +66,9 @@ class KeeperDriver:
     def workers(self, **_: Any) -> Any:
         return self.keeper.workers()
 
+    def complete(self, **_: Any) -> Any:
+        return self.keeper.complete
+
     def wait_for_workers(self, **_: Any) -> Any:
         self.keeper.wait_for_workers(30)
 

@@ -156,6 +156,7 @@ def load_and_check(keeper: Process, workers: list[Process], prompt: int, blocks:
 def test_every_rank_gets_back_its_own_bytes(trio: tuple[Process, Process, Process], tmp_path: Path) -> None:
     keeper, first, second = trio
     assert keeper("workers") == [first.pid, second.pid]
+    assert keeper("complete")
     store(keeper, [first, second], 1, 6)
     store(keeper, [first, second], 2, 6, group=1)
     load_and_check(keeper, [first, second], 1, 6)
@@ -251,6 +252,7 @@ def test_closed_socket_gives_up_nothing_of_a_worker_that_lives(
     first("execute", instruction=order["instruction"], at=0)
     second("hang_up")
     eventually(lambda: keeper("workers")[1] is None)
+    eventually(lambda: not keeper("complete"))  # it hears of it a moment later
     assert not keeper("done", number=order["number"])
     declined = keeper("order", direction="store", prompt=2, blocks=2)
     assert keeper("result", number=declined["number"])["outcomes"] == [DECLINED] * 2

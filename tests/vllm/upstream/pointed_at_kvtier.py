@@ -114,6 +114,8 @@ def our_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             self.file_mapper.get_file_name = self._file_of
             self._file = root_dir
 
+        drain_jobs = KVTierSecondaryTier._drain  # their tests wait by it; vLLM itself resets by it
+
         def _file_of(self, key: Any) -> str:
             found = self.lookup(key, module._CTX) == LookupResult.HIT
             return self._file if found else f"{self._file}/none"

@@ -16,7 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvtier.adapters.vllm.groups import CachePlan, plan_cache
-from kvtier.adapters.vllm.identity import check_persistent, model_identity
+from kvtier.adapters.vllm.identity import check_persistent, computed_as, model_identity
+from kvtier.adapters.vllm.loads import is_idle
 from kvtier.adapters.vllm.meeting import meeting_place, sweep
 from kvtier.adapters.vllm.metadata import Copy, KVTierMetadata
 from kvtier.adapters.vllm.options import Options, parse_options
@@ -52,7 +53,9 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         try:
             plan = plan_cache(kv_cache_config, tp_size)
         except UnsupportedError as error:
-            _log.warning("kvtier caches nothing of this model: %s", error)
+            # Every worker finds the same: one line is enough.
+            level = logging.WARNING if role == KVConnectorRole.SCHEDULER else logging.DEBUG
+            _log.log(level, "kvtier caches nothing of this model: %s", error)
             return
         config = _engine_config(vllm_config, kv_cache_config, plan, options, tp_size)
         place = meeting_place(options.directory, str(vllm_config.kv_transfer_config.engine_id))
@@ -68,7 +71,13 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         self._event_groups = group_fields(kv_cache_config.kv_cache_groups)
         self._scheduler = SchedulerSide(
-            config, plan, options, directory, events=_wants_events(vllm_config), extra_keys=extra_keys
+            config,
+            plan,
+            options,
+            directory,
+            identity=computed_as(vllm_config),
+            events=_wants_events(vllm_config),
+            extra_keys=extra_keys,
         )
 
     # --- what it is ---
@@ -185,7 +194,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """See WorkerSide.start_loads()."""
         if self._worker is not None:
-            self._idle_step = getattr(forward_context, "attn_metadata", None) is None
+            self._idle_step = is_idle(forward_context, kwargs)
             metadata = self._get_connector_metadata()
             self._worker.start_loads(metadata.loads, metadata.stale)
 
@@ -246,6 +255,7 @@ def _wants_events(vllm_config: Any) -> bool:
 
 
 def _check_parallel(parallel: Any) -> None:
+    """Refuses what is known here; that Ray places ranks on other hosts is not: SchedulerSide warns of it."""
     for name in (
         "pipeline_parallel_size",
         "decode_context_parallel_size",

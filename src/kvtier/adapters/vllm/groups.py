@@ -5,6 +5,7 @@ backend packs K by columns, quantised caches keep scales beside the values). Key
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +27,15 @@ class CacheGroup:
 
     Attributes:
         index: Its index among vLLM's groups.
-        layout: Its pages, as rows of bytes. A layer whose page is larger than that of another stands for
-            several of the layout's layers.
-        layers: (layer name, bytes of its page) in order.
+        layout: Its pages, as rows of bytes.
+        layers: Their names, in order.
         pages_per_block: Pages in one block of kvtier.
     """
 
     index: int
     layout: KVLayout
-    layers: tuple[tuple[str, int], ...]
+    layers: tuple[str, ...]
     pages_per_block: int
-
-    @property
-    def unit_bytes(self) -> int:
-        """Bytes of a page of one of the layout's layers."""
-        return self.layout.page_bytes(0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,9 @@ def plan_cache(kv_cache_config: Any, tp_size: int) -> CachePlan:
     ]
     if not kept:
         raise UnsupportedError("the model has no KV cache")
-    checked = [(index, group, _check_group(index, group)) for index, group in kept]
-    block_tokens = math.lcm(*(int(group.kv_cache_spec.block_size) for _, group in kept))
+    tensors = getattr(kv_cache_config, "kv_cache_tensors", None) or []
+    checked = [(index, group, _check_group(index, group, tensors)) for index, group in kept]
+    block_tokens = math.lcm(*(int(group_spec(group).block_size) for _, group in kept))
     # Unknown to the workers, which need no hashes, until vLLM has resolved it.
     hash_tokens = int(getattr(kv_cache_config, "hash_block_size", None) or block_tokens)
     if block_tokens % hash_tokens:
@@ -103,69 +99,68 @@ def plan_cache(kv_cache_config: Any, tp_size: int) -> CachePlan:
     return CachePlan(groups, block_tokens, hash_tokens, 1 if drafts else 0)
 
 
+def group_spec(group: Any) -> Any:
+    """The spec of all layers of a group, as scheduler and workers know it.
+
+    Where groups of several page sizes are packed side by side, vLLM gives each worker a spec for every layer,
+    and the scheduler the first of them.
+    """
+    each = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return next(iter(each.values())) if each else group.kv_cache_spec
+
+
 def _names(spec: object) -> list[str]:
     return [base.__name__ for base in type(spec).__mro__]
 
 
-def _members(group: Any) -> list[tuple[str, Any]]:
-    """(layer name, its own spec) of a group, whose spec may be one for each layer."""
-    spec = group.kv_cache_spec
-    each = getattr(spec, "kv_cache_specs", None)
-    return [(name, each[name] if each is not None else spec) for name in group.layer_names]
-
-
-def _check_group(index: int, group: Any) -> int | None:
+def _check_group(index: int, group: Any, tensors: Sequence[Any]) -> int | None:
     """Returns the tokens that a sliding window reaches back, None for full attention."""
-    windows: set[int | None] = set()
-    name = f"cache group {index} ({type(group.kv_cache_spec).__name__})"
+    spec = group_spec(group)
+    names = _names(spec)
+    name = f"cache group {index} ({names[0]})"
     if getattr(group, "host_resident", False):
         raise UnsupportedError(f"{name} lies in host memory already; allowed: groups in device memory")
-    for layer, spec in _members(group):
-        names = _names(spec)
-        wanted = (_FULL, _WINDOW)
-        if any(base in names for base in _DECLINED) or not any(base in names for base in wanted):
-            raise UnsupportedError(
-                f"{name}: layer {layer!r} keeps {names[0]}, which kvtier cannot restore yet; allowed: full "
-                "attention, MLA, sliding windows"
-            )
-        if not getattr(spec, "prefix_cacheable", True) or bool(getattr(spec, "prefix_replay_tokens", None)):
-            raise UnsupportedError(f"{name}: vLLM does not cache prefixes of layer {layer!r} by block")
-        if _WINDOW in names:
-            windows.add(int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", None) or 0))
-        else:
-            windows.add(None)
-    if len(windows) != 1:
-        raise UnsupportedError(f"{name} mixes windows {windows}; allowed: one for all its layers")
-    return windows.pop()
+    # vLLM makes a tensor for each spec of a group: so both sides see that there are several.
+    layers = set(group.layer_names)
+    if sum(not layers.isdisjoint(tensor.layers) for tensor in tensors) > 1:
+        raise UnsupportedError(
+            f"{name} has layers whose pages differ in size or kind; allowed: layers that are all alike"
+        )
+    if any(base in names for base in _DECLINED) or not any(base in names for base in (_FULL, _WINDOW)):
+        raise UnsupportedError(
+            f"{name} keeps what kvtier cannot restore yet; allowed: full attention, MLA, sliding windows"
+        )
+    if not getattr(spec, "prefix_cacheable", True) or bool(getattr(spec, "prefix_replay_tokens", None)):
+        raise UnsupportedError(f"{name}: vLLM does not cache prefixes of its layers by block")
+    if _WINDOW in names:
+        return int(spec.sliding_window) + int(getattr(spec, "extra_retained_tokens", None) or 0)
+    return None
 
 
 def _make_group(
     index: int, group: Any, window: int | None, block_tokens: int, *, replicated: bool
 ) -> CacheGroup:
-    page_tokens = int(group.kv_cache_spec.block_size)
+    spec = group_spec(group)
+    page_tokens, page_bytes = int(spec.block_size), int(spec.page_size_bytes)
     if window is not None and page_tokens != block_tokens:
         raise UnsupportedError(
             f"cache group {index}: its window has pages of {page_tokens} tokens and another group of "
             f"{block_tokens}; allowed: pages of one size, for a window may begin inside a block"
         )
-    layers = tuple((name, int(spec.page_size_bytes)) for name, spec in _members(group))
-    unit = math.gcd(*(size for _, size in layers))
-    if unit % page_tokens:
+    if page_bytes % page_tokens:
         raise UnsupportedError(
-            f"cache group {index}: pages of {sorted({size for _, size in layers})} bytes are no multiple of "
-            f"its {page_tokens} tokens"
+            f"cache group {index}: pages of {page_bytes} bytes are no multiple of its {page_tokens} tokens"
         )
-    latent = all(_MLA in _names(spec) for _, spec in _members(group))
     layout = KVLayout(
-        num_layers=sum(size for _, size in layers) // unit,
+        num_layers=len(group.layer_names),
         num_kv_heads=1,
-        head_dim=unit // page_tokens,
+        head_dim=page_bytes // page_tokens,
         dtype="uint8",
         page_tokens=page_tokens,
         page_order="TD",
         window_tokens=window,
-        name=f"group {index}" + (" (MLA)" if latent else ""),
+        name=f"group {index}" + (" (MLA)" if _MLA in _names(spec) else ""),
         num_parts=1,
         replicated=replicated,
     )
-    return CacheGroup(index, layout, layers, block_tokens // page_tokens)
+    return CacheGroup(index, layout, tuple(group.layer_names), block_tokens // page_tokens)

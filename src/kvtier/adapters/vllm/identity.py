@@ -7,24 +7,53 @@ import hashlib
 import json
 import logging
 import platform
+import re
+import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kvtier.errors import ConfigError
+from kvtier.adapters.vllm.groups import group_spec
+from kvtier.errors import ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
 _SAMPLES = 32
 _SAMPLE_BYTES = 1 << 16
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
-_HUB_SNAPSHOT_DIGITS = 40
-_MOST_ADAPTERS = 1024  # whose digests are kept
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_DIGEST_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json")
+_COMMIT = re.compile("[0-9a-f]{40}")
+# Those that read the model's own files; others read what no digest covers.
+_FILE_FORMATS = (
+    "auto",
+    "hf",
+    "safetensors",
+    "pt",
+    "npcache",
+    "mistral",
+    "gguf",
+    "bitsandbytes",
+    "fastsafetensors",
+    "instanttensor",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "sharded_state",
+)
+# What of vLLM's configuration of images and videos decides the numbers that stand for one.
+_MEDIA = (
+    "mm_processor_kwargs",
+    "video_pruning_rate",
+    "video_pruning_method",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+)
+_MOST_ADAPTERS = 1024  # that are remembered; vLLM itself keeps fewer, and reads one that it forgot again
 
 
 def model_identity(vllm_config: Any, kv_cache_config: Any, version: str, backend: str) -> str:
-    """Names model, weights and everything that decides what a page's bytes mean.
+    """Names model, weights and what decides how a page is packed.
 
     Args:
         vllm_config: VllmConfig.
@@ -42,18 +71,15 @@ def model_identity(vllm_config: Any, kv_cache_config: Any, version: str, backend
     attention = getattr(vllm_config, "attention_config", None)
     facts = {
         "model": model.model,
-        "revision": getattr(model, "revision", None),
-        "weights": weights_identity(model.model, getattr(model, "revision", None)),
-        "load_format": str(getattr(vllm_config.load_config, "load_format", None)),
-        "seed": model.seed if _is_dummy(vllm_config) else None,
-        "hf_overrides": repr(getattr(model, "hf_overrides", None)),
+        "weights": weights_identity(model.model, _revision(model)),
+        "load_format": _load_format(vllm_config),
+        "seed": model.seed if _load_format(vllm_config) == "dummy" else None,
         "dtype": str(model.dtype),
         "quantization": str(getattr(model, "quantization", None)),
         "kv_cache_dtype": str(cache.cache_dtype),
         "layout": str(getattr(kv_cache_config, "kv_cache_layout", None)),
         "groups": [
-            [type(group.kv_cache_spec).__name__, repr(group.kv_cache_spec)]
-            for group in kv_cache_config.kv_cache_groups
+            [type(spec).__name__, repr(spec)] for spec in map(group_spec, kv_cache_config.kv_cache_groups)
         ],
         "layers": [list(group.layer_names) for group in kv_cache_config.kv_cache_groups],
         "vllm": version,
@@ -64,8 +90,61 @@ def model_identity(vllm_config: Any, kv_cache_config: Any, version: str, backend
         "hash": str(cache.prefix_caching_hash_algo),
         "speculative": repr(getattr(vllm_config.speculative_config, "method", None)),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
-    return f"{Path(str(model.model)).name}@{digest}"
+    return f"{Path(str(model.model)).name}@{_digest_of(facts).hex()}"
+
+
+def computed_as(vllm_config: Any) -> bytes:
+    """What else decides the numbers in a page, 32 bytes. Only the scheduler may ask, and mixes it into keys.
+
+    Models rewrite their configuration as they are built, each worker its own: there it would differ from
+    the scheduler's, and the worker could not join.
+    """
+    model = vllm_config.model_config
+    media = getattr(model, "multimodal_config", None)
+    drafter = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    fitted = getattr(model, "original_max_model_len", None) == -1  # to the memory, after the model was built
+    facts = {
+        "config": _config_in_force(model),
+        # Long RoPE chooses its factors by it, Llama 4 scales queries by it, others set RoPE's length to it.
+        "max_model_len": "fitted" if fitted else model.max_model_len,
+        "code_revision": getattr(model, "code_revision", None),
+        "model_impl": str(getattr(model, "model_impl", None)),
+        "quantization_config": getattr(model, "quantization_config", None),
+        "loader": getattr(vllm_config.load_config, "model_loader_extra_config", None),
+        "generation_config": getattr(model, "generation_config", None),  # Llama 4 has attention's there
+        "attention_tuning": (getattr(model, "override_generation_config", None) or {}).get(
+            "attn_temperature_tuning"
+        ),
+        "media": {name: getattr(media, name, None) for name in _MEDIA},
+        "drafter": None if drafter is None else weights_identity(drafter.model, _revision(drafter)),
+    }
+    return _digest_of(facts)
+
+
+def _digest_of(facts: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).digest()
+
+
+def _config_in_force(model: Any) -> str:
+    """The model's configuration with all overrides, of whatever kind, and the version of transformers."""
+    try:
+        return str(model.hf_config.to_json_string())
+    except (AttributeError, TypeError, ValueError) as error:  # a model's own code may put anything there
+        _log.warning("after a restart nothing is found: the model's configuration is no JSON: %s", error)
+        return secrets.token_hex()
+
+
+def _revision(model: Any) -> str | None:
+    """The commit of a hub model's files; where nobody has resolved it, what was asked for."""
+    revision = getattr(model, "revision", None)
+    commit = getattr(revision, "resolved", None)
+    if not commit and not _is_commit(revision) and not getattr(model, "hf_config_path", None):
+        commit = getattr(getattr(model, "hf_config", None), "_commit_hash", None)
+    return str(commit) if commit else revision
+
+
+def _is_commit(revision: object) -> bool:
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
 def weights_identity(model: str, revision: str | None) -> str:
@@ -77,10 +156,22 @@ def weights_identity(model: str, revision: str | None) -> str:
     path = Path(model)
     if not path.exists():
         return f"revision {revision}"
-    snapshot = path.resolve().name
-    if len(snapshot) == _HUB_SNAPSHOT_DIGITS and path.resolve().parent.name == "snapshots":
+    if (snapshot := _snapshot(path)) is not None:
         return f"snapshot {snapshot}"
     return f"files {files_digest(path)}"
+
+
+def has_weights(model: str) -> bool:
+    """Whether weights_identity() of a local path covers any: some loaders put only a configuration there."""
+    path = Path(model)
+    names = [path.name] if path.is_file() else [file.name for file in path.iterdir()]
+    return _snapshot(path) is not None or any(name.endswith(_WEIGHT_SUFFIXES) for name in names)
+
+
+def _snapshot(path: Path) -> str | None:
+    """The commit whose files the hub's own cache keeps there."""
+    resolved = path.resolve()
+    return resolved.name if _is_commit(resolved.name) and resolved.parent.name == "snapshots" else None
 
 
 def files_digest(path: Path) -> str:
@@ -101,46 +192,81 @@ def _weight_files(path: Path) -> Iterator[Path]:
         yield path
         return
     yield from sorted(
-        file for file in path.iterdir() if file.is_file() and file.name.endswith(_WEIGHT_SUFFIXES)
+        file for file in path.iterdir() if file.is_file() and file.name.endswith(_DIGEST_SUFFIXES)
     )
 
 
+class _File(NamedTuple):
+    """What changes when a file is written again, in place or not."""
+
+    name: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+class _Adapter(NamedTuple):
+    files: list[_File] | None  # as they were last; None where none are here
+    digest: str | None  # of what they were first; None once they were anything else
+    weights: str  # what vLLM has loaded
+
+
 class LoRAIdentity:
-    """What an adapter's weights add to the keys: vLLM hashes its name and path, not what is in it."""
+    """What an adapter's weights add to the keys: vLLM hashes its name and path, not what is in it.
+
+    What vLLM has loaded under a number stays loaded, whatever becomes of the files. So they count as they
+    were when the number was first seen. vLLM may have loaded it before that: files that are younger than this
+    object name nothing, and the number itself counts, which is good for this process.
+    """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()  # the last one was used last
+        self._known: OrderedDict[tuple[str, str, int], _Adapter] = OrderedDict()  # the last was used last
+        self._here = secrets.token_hex(16)
+        self._began_ns = time.time_ns()
 
     def of(self, lora_request: Any) -> bytes:
         """Bytes that name the adapter of a request; empty without one.
 
-        The files are read again whenever name, size or time of change of one of them is another.
+        An adapter that is not on this machine (vLLM fetches it from a hub) is another one in every process.
 
         Raises:
             OSError: The adapter is on this machine and cannot be read: what it is, is not known.
+            UnsupportedError: Its files are others than under this number before: what vLLM has loaded, is
+                not known.
         """
         if lora_request is None:
             return b""
         name, path = str(lora_request.lora_name), str(lora_request.lora_path)
-        try:
-            Path(path).stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return f"lora\0{name}\0{path}".encode()  # not local: by name and path, as vLLM
-        state = (name, path, *_states_of(_weight_files(Path(path))))
-        found = self._known.pop(state, None)
-        if found is None:
-            found = f"lora\0{name}\0{files_digest(Path(path))}".encode()
-        self._known[state] = found
+        number = int(lora_request.lora_int_id)
+        files = _files_of(path)
+        known = self._known.get((name, path, number))
+        if known is None or known.files != files:
+            digest = "" if files is None else files_digest(Path(path))
+            if known is None:
+                told = files is not None and all(file.changed_ns < self._began_ns for file in files)
+                known = _Adapter(files, digest, digest if told else f"{self._here} {number}")
+            else:
+                known = known._replace(files=files, digest=digest if known.digest == digest else None)
+        self._known[name, path, number] = known
+        self._known.move_to_end((name, path, number))
         if len(self._known) > _MOST_ADAPTERS:
             self._known.popitem(last=False)
-        return found
+        if known.digest is None:
+            raise UnsupportedError(
+                f"the files of {name!r} at {path!r} have changed while it was loaded as number {number}; "
+                "allowed: to load it again, as a new one"
+            )
+        return f"lora\0{name}\0{path}\0{known.weights}".encode()
 
 
-def _states_of(files: Iterable[Path]) -> Iterator[tuple[str, int, int, int]]:
-    """What changes when a file is written again, in place or not."""
-    for file in files:
-        stat = file.stat()
-        yield file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def _files_of(path: str) -> list[_File] | None:
+    """None for a path that is not local."""
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    found = [(file.name, file.stat()) for file in _weight_files(Path(path))]
+    return [_File(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
 
 
 def check_persistent(vllm_config: Any) -> None:
@@ -149,8 +275,28 @@ def check_persistent(vllm_config: Any) -> None:
     Raises:
         ConfigError: Weights without identity, or block hashes that are not collision-proof.
     """
-    if _is_dummy(vllm_config):
-        raise ConfigError('load_format is "dummy"; allowed with a disk tier: weights from files')
+    model = vllm_config.model_config
+    if (load_format := _load_format(vllm_config)) not in _FILE_FORMATS:
+        raise ConfigError(
+            f'load_format is "{load_format}"; allowed with a disk tier: weights from the model\'s own files '
+            f"({', '.join(_FILE_FORMATS)})"
+        )
+    if elsewhere := getattr(model, "model_weights", None):
+        raise ConfigError(
+            f"the weights are at {elsewhere!r}; allowed with a disk tier: a local folder or a hub model, "
+            "whose files can be told from other ones"
+        )
+    if not Path(model.model).exists():
+        if not _is_commit(revision := _revision(model)):
+            raise ConfigError(
+                f"revision of {model.model!r} is {revision!r}; allowed with a disk tier: a commit, which is "
+                "40 hexadecimal digits (--revision), or a model in a local folder"
+            )
+    elif not has_weights(model.model):
+        raise ConfigError(
+            f"there are no weights in {model.model!r}; allowed with a disk tier: a folder with files of "
+            f"{', '.join(_WEIGHT_SUFFIXES)}"
+        )
     algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
     if not algorithm.startswith("sha256"):
         raise ConfigError(
@@ -163,6 +309,6 @@ def check_persistent(vllm_config: Any) -> None:
         )
 
 
-def _is_dummy(vllm_config: Any) -> bool:
+def _load_format(vllm_config: Any) -> str:
     load_format = getattr(vllm_config.load_config, "load_format", None)
-    return str(getattr(load_format, "value", load_format)) == "dummy"
+    return str(getattr(load_format, "value", load_format))

@@ -1,7 +1,7 @@
 """RankLoads: the loads that run on one rank, until each has been reported. Imports neither vLLM nor torch."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,17 @@ from kvtier.errors import KVTierError
 from kvtier.tickets import BlockOutcome, Ticket
 
 _IDLE_WAIT_SECONDS = 0.001
+
+
+def is_idle(forward_context: Any, given: Mapping[str, Any]) -> bool:
+    """Whether the step of a start_load_kv() computes nothing.
+
+    Args:
+        forward_context: What it was given: vLLM's, and in a step with nothing to compute an empty one.
+        given: Its other arguments. vLLM's second model runner calls it after the forward pass, when the
+            context is empty again, but says there what the step computed.
+    """
+    return getattr(forward_context, "attn_metadata", None) is None and "scheduler_output" not in given
 
 
 class _Load(NamedTuple):

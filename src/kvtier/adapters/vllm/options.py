@@ -20,6 +20,7 @@ _MAX_TOKENS = 2**31 - 1
 _MAX_NAMESPACE_BYTES = 256
 _MAX_PIN_SECONDS = 86400
 _MAX_TTL_SECONDS = 366 * 86400
+_SHOWN = 200  # characters of what a client sent, at each end of a message
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Options:
             loads whatever is found.
         copy_threads: Threads that copy on the CPU platform, None for the default.
         directory: Where keeper and workers meet, of mode 0700; None for one of the engine's own.
+        client_priority: Whether a request may say which priority its blocks have; else all are alike.
     """
 
     host: int
@@ -58,6 +60,7 @@ class Options:
     load: LoadPolicy = "auto"
     copy_threads: int | None = None
     directory: str | None = None
+    client_priority: bool = True
 
 
 def parse_options(values: Mapping[str, Any]) -> Options:
@@ -85,6 +88,9 @@ def parse_options(values: Mapping[str, Any]) -> Options:
     directory = values.get("directory")
     if directory is not None and (not isinstance(directory, str) or not directory):
         raise ConfigError(f"{SOURCE}: directory is {directory!r}; allowed: a path")
+    client_priority = values.get("client_priority", True)
+    if not isinstance(client_priority, bool):
+        raise ConfigError(f"{SOURCE}: client_priority is {client_priority!r}; allowed: true or false")
     return Options(
         host=parse_size(values["host"], f"{SOURCE}: host"),
         disk=parse_disk(values.get("disk")),
@@ -93,6 +99,7 @@ def parse_options(values: Mapping[str, Any]) -> Options:
         load=load,
         copy_threads=threads,
         directory=directory,
+        client_priority=client_priority,
     )
 
 
@@ -152,12 +159,21 @@ def parse_request_options(params: Mapping[str, Any] | None) -> RequestOptions:
     """Reads what a request asks for; other connectors' keys are not looked at.
 
     Raises:
-        ConfigError: A key is not known, or a value is not allowed.
+        ConfigError: A key is not known, or a value is not allowed; the message is short whatever was sent.
     """
     if not params or REQUEST_KEY not in params:
         return RequestOptions()
+    try:
+        return _parse_request(params[REQUEST_KEY])
+    except ConfigError as error:
+        text = str(error)
+        if len(text) <= 2 * _SHOWN:
+            raise
+        raise ConfigError(f"{text[:_SHOWN]} ... {text[-_SHOWN:]}") from None
+
+
+def _parse_request(values: Any) -> RequestOptions:
     source = f'{PARAMS}["{REQUEST_KEY}"]'
-    values = params[REQUEST_KEY]
     known = [field.name for field in fields(RequestOptions)]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} is {values!r}; allowed: an object with {', '.join(known)}")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,8 +31,8 @@ from kvtier.adapters.vllm.stores import BlockStores, Copies
 from kvtier.config import Config
 from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import Engine, Match, open_engine
-from kvtier.errors import ConfigError
-from kvtier.keys import root_key
+from kvtier.errors import ClosedError, ConfigError, TimeoutError, UnsupportedError  # noqa: A004 - kvtier's
+from kvtier.keys import Keys, root_key
 from kvtier.ranks import Keeper, LoadOrder
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ _STUCK_PATIENCE_SECONDS = 0.02  # for what may never end: the next request is no
 _MOST_FETCHES = 16  # of one request: host memory that cannot hold its prefix is not to be churned
 _FETCH_PAUSE_SECONDS = 0.02  # between two of them
 _CLOSE_SECONDS = 10.0
+_JOIN_SECONDS = 20.0  # workers join within a moment: vLLM makes them first
 _MOST_ROOTS = 1024  # of tenants and adapters, that are not made again for each request
 _EVENTS = 1 << 18  # that the engine keeps for the next step; 9 MiB
 _PREFETCH_ONLY_SECONDS = 60.0  # for a request whose client may have gone: reads begun later are of no use
@@ -57,6 +59,7 @@ class SchedulerSide:
         options: Options,
         directory: str,
         *,
+        identity: bytes = b"",
         events: bool = False,
         extra_keys: ExtraKeys | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,6 +71,7 @@ class SchedulerSide:
             plan: The cache groups.
             options: The connector's.
             directory: Where the workers find the keeper.
+            identity: What keys cover besides the config, of one length.
             events: Whether to collect KV events.
             extra_keys: As of EventLog.
             clock: Monotonic seconds, for tests.
@@ -92,8 +96,9 @@ class SchedulerSide:
         self._block_bytes = [  # of each group, all ranks together
             layout.block_bytes(plan.block_tokens) * n for layout, n in zip(config.groups, ranks, strict=True)
         ]
+        self._identity = identity
         self._loras = LoRAIdentity()
-        self._lora_refused = False
+        self._lora_refused: set[type[Exception]] = set()
         self._root = functools.lru_cache(_MOST_ROOTS)(functools.partial(root_key, config))
         self._requests: dict[str, RequestState] = {}
         self._alive: set[str] = set()  # those too that are not cached
@@ -122,6 +127,7 @@ class SchedulerSide:
             events=self._events,
             hear=self._hear,
         )
+        threading.Thread(target=self._name_missing_ranks, name="kvtier-missing", daemon=True).start()
 
     # --- requests ---
 
@@ -135,18 +141,20 @@ class SchedulerSide:
             return
         try:
             lora = self._loras.of(request.lora_request)
-        except OSError as error:
-            if not self._lora_refused:
+        except (OSError, UnsupportedError) as error:
+            if type(error) not in self._lora_refused:
                 _log.warning(
                     "request %s is not cached: its adapter: %s. Said once", request.request_id, error
                 )
-            self._lora_refused = True
+            self._lora_refused.add(type(error))
             return
-        root = self._root(options.namespace, lora)
+        if not self._options.client_priority:
+            options = replace(options, priority=None)
+        root = self._root(options.namespace, self._identity + lora)
         keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
         state = RequestState(request, options, keys, may_store=not options.prefetch_only)
         self._requests[request.request_id] = state
-        if self._options.disk and "disk" in options.tiers:
+        if self._options.disk and "disk" in options.tiers and self._keeper.complete:
             match = self._engine.lookup(keys.rows(0, keys.update(request.block_hashes)))
             state.found_on_disk = on_disk_alone(match, len(self._plan.groups))
             if state.found_on_disk.any():
@@ -156,7 +164,7 @@ class SchedulerSide:
     def match(self, request: Any, computed_tokens: int) -> int | None:
         """Tokens beyond `computed_tokens` that can be loaded; None to be asked again. Never waits.
 
-        What it answers is leased until grant(), or the end of this step.
+        What it answers is leased until grant(), or the end of this step. Nothing can while a rank is missing.
         """
         state = self._requests.get(request.request_id)
         if state is None or request.skip_reading_prefix_cache:
@@ -172,6 +180,8 @@ class SchedulerSide:
         if "host" not in state.options.tiers:  # what came from disk is served from host memory, nothing else
             last = min(last, first + state.run_on_disk(first))
         if not state.may_load or last <= first or computed_tokens % block_tokens:
+            return 0
+        if not self._keeper.complete:
             return 0
         last = first + self._drops.before_hidden(state.keys.rows(first, last))
         if last == first:
@@ -220,7 +230,7 @@ class SchedulerSide:
         first = state.first_block
         keys = state.keys.rows(first, first + count).copy()
         copies: Copies = []
-        parts: list[tuple[LoadOrder, PageIds]] = []
+        parts: list[tuple[LoadOrder, PageIds, Keys]] = []
         num_bytes = 0
         for g, group in enumerate(self._plan.groups):
             pages = pages_of(block_ids[group.index], group, first, first + count)
@@ -229,7 +239,7 @@ class SchedulerSide:
                 begin = int(here[0])
                 order = self._keeper.load(keys[here], g, first_block=first + begin)
                 copies.append((order.instruction, pages[here].reshape(-1)))
-                parts.append((order, copies[-1][1]))
+                parts.append((order, copies[-1][1], keys[here]))
                 num_bytes += len(here) * self._block_bytes[g]
                 if self._events is not None:
                     on_disk = state.on_disk(first + begin, first + count)
@@ -308,12 +318,13 @@ class SchedulerSide:
                     self._planner.settle(load.plan, now - load.began)
                 continue
             self.counters.add("load_failures")
-            for order, pages in load.parts:
+            for order, pages, keys in load.parts:
                 self._keeper.cancel(order.instruction)  # a rank that could not begin it has told nobody
                 if self.holds.bound:  # it may be written to even now
                     self.holds.add(order.ticket, pages.tolist(), 0, now)
-            if not load.stale:  # those of a reset are gone
-                self._drops.add(load.keys)
+                # Those of a reset are gone; and with blocks that no rank was given nothing is wrong.
+                if order.instruction.grant and not load.stale:
+                    self._drops.add(keys)
             state = self._requests.get(request_id)
             if state is not None:
                 state.may_load, state.stored_blocks = False, 0
@@ -342,16 +353,17 @@ class SchedulerSide:
         """
         now = self._clock()
         if self.holds.pending:
-            idle = _IDLE_PATIENCE_SECONDS if self.holds.pending_soon(now) else _STUCK_PATIENCE_SECONDS
+            idle = _IDLE_PATIENCE_SECONDS if self.holds.young(now) else _STUCK_PATIENCE_SECONDS
             self._stores.poll(now, patience=0.0 if self._alive else idle)
         self._pins.poll(now)
 
     def frees_soon(self) -> bool:
         """Whether pages will be free soon that a store or a failed load holds.
 
-        Not for the sake of holds that last: who waited for them would never be scheduled.
+        Not for the sake of holds that last: who waited for them would never be scheduled. Nor of pages that
+        somebody else has too, such as the request that is being stored.
         """
-        return self.holds.pending_soon(self._clock())
+        return self.holds.frees_soon(self._clock())
 
     def reset(self) -> None:
         """Forgets every block of every tier: nothing stored before is ever served.
@@ -391,6 +403,17 @@ class SchedulerSide:
         self._engine.close(_CLOSE_SECONDS)
 
     # --- inside ---
+
+    def _name_missing_ranks(self) -> None:
+        """The thread: says once that a rank does not come, as one on another host never would."""
+        try:
+            self._keeper.wait_for_workers(_JOIN_SECONDS)
+        except TimeoutError as error:
+            _log.warning(
+                "kvtier caches nothing while a rank is missing: %s; one on another host cannot", error
+            )
+        except ClosedError:
+            pass
 
     def _plan_load(
         self, match: Match, ready: int, state: RequestState, num_tokens: int, computed_tokens: int

@@ -87,7 +87,7 @@ class RunningLoad:
 
     Attributes:
         keys: Of its blocks.
-        parts: For each group the keeper's order and the pages that are written to.
+        parts: For each group the keeper's order, the pages that are written to, and the keys of its blocks.
         num_bytes: What it copies, all ranks together.
         began: Monotonic seconds.
         plan: What was decided, None if there was nothing to decide.
@@ -95,7 +95,7 @@ class RunningLoad:
     """
 
     keys: Keys
-    parts: list[tuple[LoadOrder, npt.NDArray[np.uint32]]]
+    parts: list[tuple[LoadOrder, npt.NDArray[np.uint32], Keys]]
     num_bytes: int
     began: float
     plan: Plan | None = None
@@ -145,9 +145,16 @@ class PageHolds:
         """Whether pages are held that will be let go."""
         return bool(self._holds)
 
-    def pending_soon(self, now: float) -> bool:
+    def young(self, now: float) -> bool:
         """Whether pages will be let go soon: the youngest hold is at most 5 s old."""
         return bool(self._holds) and now - self._holds[-1].began <= _SOON_SECONDS
+
+    def frees_soon(self, now: float) -> bool:
+        """Whether a page will be free soon: nobody has it but a hold that is at most 5 s old."""
+        return any(
+            now - hold.began <= _SOON_SECONDS and any(block.ref_cnt == 1 for block in hold.blocks)
+            for hold in reversed(self._holds)
+        )
 
     @property
     def quarantined_pages(self) -> int:

@@ -61,11 +61,7 @@ class WorkerSide:
         # Beside a GPU a binding is to the processors near it: our threads belong there too.
         with contextlib.nullcontext() if torch.cuda.is_available() else unbound():
             for g, group in enumerate(self._plan.groups):
-                views = [
-                    view
-                    for name, size in group.layers
-                    for view in _views(name, size, group, kv_caches, strides)
-                ]
+                views = [_view(name, group, kv_caches, strides) for name in group.layers]
                 if views[0].device.type == "cuda":
                     self._cuda = views[0].device
                 self._pages.append(self._worker.attach(views, g, axes="PTD"))
@@ -116,14 +112,10 @@ class WorkerSide:
             _log.error("kvtier caches nothing, for this worker cannot join: %s", error)
 
 
-def _views(
-    name: str,
-    size: int,
-    group: CacheGroup,
-    kv_caches: Mapping[str, Any],
-    strides: Mapping[str, tuple[int, int]],
-) -> list[Any]:
-    """A layer's pages as tensors of bytes, [num_blocks, page_tokens, bytes] for each layer of the layout."""
+def _view(
+    name: str, group: CacheGroup, kv_caches: Mapping[str, Any], strides: Mapping[str, tuple[int, int]]
+) -> Any:
+    """A layer's pages as a tensor of bytes, [num_blocks, page_tokens, bytes]."""
     if name not in kv_caches or name not in strides:
         raise ConfigError(f"vLLM registered no KV cache of layer {name!r}; registered: {sorted(kv_caches)}")
     cache = kv_caches[name]
@@ -138,9 +130,9 @@ def _views(
         )
     storage = cache.untyped_storage()
     begin = int(cache.storage_offset()) * item_bytes
-    if begin + (num_blocks - 1) * block_stride + size > storage.nbytes():
-        raise ConfigError(f"layer {name!r} has pages of {size} bytes, which reach beyond its memory")
-    unit, tokens = group.unit_bytes, group.layout.page_tokens
-    shape, stride = (num_blocks, tokens, unit // tokens), (block_stride, unit // tokens, 1)
+    page_bytes, tokens = group.layout.page_bytes(0), group.layout.page_tokens
+    if begin + (num_blocks - 1) * block_stride + page_bytes > storage.nbytes():
+        raise ConfigError(f"layer {name!r} has pages of {page_bytes} bytes, which reach beyond its memory")
+    shape, stride = (num_blocks, tokens, page_bytes // tokens), (block_stride, page_bytes // tokens, 1)
     blank = torch.empty(0, dtype=torch.uint8, device=cache.device)
-    return [blank.new_empty(0).set_(storage, begin + i * unit, shape, stride) for i in range(size // unit)]
+    return blank.set_(storage, begin, shape, stride)
