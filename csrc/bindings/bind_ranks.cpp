@@ -105,10 +105,7 @@ struct WorkerBox {
     bool over = false;
     if (!anchor->origin.inherited()) {
       over = without_gil([this] {
-        if (worker->close(std::chrono::steady_clock::now() + kDestructorPatience).code() ==
-            StatusCode::timeout) {
-          return false;
-        }
+        if (!worker->close(std::chrono::steady_clock::now() + kDestructorPatience)) return false;
         worker.reset();
         return true;
       });

@@ -18,15 +18,15 @@ constexpr std::chrono::seconds kWipePatience{60};
 
 // The entry may be ready, with readers or without, or being written.
 void EngineImpl::doom(Entry& entry, DiskVictims& victims) {
-  ++disk_->doomed;
-  const std::uint32_t volume = entry.volume;
   if (entry.state == SlotState::filling) {
+    ++disk_->doomed;
     disk_->index.drop(entry);  // on_written() finds it dropped, and wipes it
     return;
   }
+  victims[entry.volume].push_back(disk_->index.index().id(entry));  // may throw, and nothing has changed
+  ++disk_->doomed;
   disk_->index.pin(entry);
   disk_->index.drop(entry);
-  victims[volume].push_back(disk_->index.index().id(entry));
 }
 
 OwedWipe EngineImpl::owed_of(EntryId disk, bool pinned) {

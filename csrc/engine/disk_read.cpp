@@ -12,6 +12,12 @@
 namespace kvtier {
 namespace {
 
+// The next push_back() does not throw.
+template <typename T>
+void make_room(std::vector<T>& list) {
+  if (list.size() == list.capacity()) list.reserve(2 * list.size() + 8);
+}
+
 constexpr std::size_t kReadsPerHold = 256;
 // A load from disk goes on to the pages in parts. The first is whatever arrives first, each of the others
 // twice as much as the one before, up to this: large enough for a batch of copies, small enough that the
@@ -40,6 +46,8 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
     const auto found = disk_->promotions.find(raw(tier_.index().id(*filling)));
     if (found == disk_->promotions.end() || found->second->cancelled) return false;
     Promotion& running = *found->second;
+    make_room(running.waiting);
+    make_room(reads.hurry);
     if (priority == ReadPriority::demand && running.priority == ReadPriority::prefetch) {
       running.priority = ReadPriority::demand;
       tier_.arrive(*filling);
@@ -52,42 +60,55 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
     return true;
   }
   Entry* on_disk = find_on_disk(key, group, readable);
-  if (on_disk == nullptr) return false;
+  return on_disk != nullptr && begin_read(operation, i, *on_disk, priority, reads);
+}
 
-  Entry* above = disk_->index.index().parent(*on_disk);
-  Entry* parent = above == nullptr ? nullptr : tier_.index().find(above->key, above->group);
-  disk_->index.pin(*on_disk);
-  const TierIndex::Reservation place =
-      tier_.reserve(key, group, on_disk->name_space, on_disk->depth, parent, /*volume=*/0, on_disk->priority,
-                    priority == ReadPriority::prefetch ? Arrival::ahead : Arrival::used);
-  if (place.outcome != ReserveOutcome::reserved) {
-    disk_->index.unpin(*on_disk);
-    ++counters_.promote_declined;
-    return false;
-  }
+// All or nothing: out of memory is a miss, and leaves no slot reserved that nobody reads into.
+bool EngineImpl::begin_read(const std::shared_ptr<Operation>& operation, std::uint32_t i, Entry& on_disk,
+                            ReadPriority priority, Reads& reads) {
+  const BlockKey key = on_disk.key;
+  const GroupId group = on_disk.group;
+  const std::size_t class_index = class_of_group_[raw(group)];
   const auto promotion = std::make_shared<Promotion>();
-  promotion->host = tier_.index().id(*place.entry);
-  promotion->disk = disk_->index.index().id(*on_disk);
-  promotion->volume = on_disk->volume;
+  promotion->disk = disk_->index.index().id(on_disk);
+  promotion->volume = on_disk.volume;
   promotion->priority = priority;
   promotion->waiting.emplace_back(operation, i);
-  promotion->flight = from_disk_.begin(config_.groups[raw(group)].payload_bytes(), clock_->now_us());
-  disk_->promotions[raw(promotion->host)] = promotion;
-  ++operation->pipeline->reads_left;
-
   DiskRead next;
-  next.volume = on_disk->volume;
+  next.volume = on_disk.volume;
   next.promotion = promotion;
-  const std::size_t class_index = class_of_group_[raw(group)];
-  next.read.place = {static_cast<std::uint32_t>(class_index), on_disk->slot};
+  next.read.place = {static_cast<std::uint32_t>(class_index), on_disk.slot};
   next.read.key = key;
   next.read.group = group;
-  next.read.image = arena_->slot(class_index, place.entry->slot);
   next.read.priority = priority;
   next.read.on_done = [this, promotion](const ReadOutcome& outcome) {
     contained([&] { on_read(promotion, outcome); });
   };
   next.read.on_let_go = [this, promotion] { contained([&] { on_read_let_go(*promotion); }); };
+  make_room(reads.begin);
+
+  Entry* above = disk_->index.index().parent(on_disk);
+  Entry* parent = above == nullptr ? nullptr : tier_.index().find(above->key, above->group);
+  disk_->index.pin(on_disk);
+  const TierIndex::Reservation place =
+      tier_.reserve(key, group, on_disk.name_space, on_disk.depth, parent, /*volume=*/0, on_disk.priority,
+                    priority == ReadPriority::prefetch ? Arrival::ahead : Arrival::used);
+  if (place.outcome != ReserveOutcome::reserved) {
+    disk_->index.unpin(on_disk);
+    ++counters_.promote_declined;
+    return false;
+  }
+  promotion->host = tier_.index().id(*place.entry);
+  try {
+    disk_->promotions[raw(promotion->host)] = promotion;
+  } catch (const std::bad_alloc&) {
+    tier_.abort(*place.entry);
+    disk_->index.unpin(on_disk);
+    throw;
+  }
+  promotion->flight = from_disk_.begin(config_.groups[raw(group)].payload_bytes(), clock_->now_us());
+  next.read.image = arena_->slot(class_index, place.entry->slot);
+  ++operation->pipeline->reads_left;
   reads.begin.push_back(std::move(next));
   return true;
 }
@@ -95,7 +116,13 @@ bool EngineImpl::promote(const std::shared_ptr<Operation>& operation, std::uint3
 void EngineImpl::start_reads(Reads& reads) {
   for (DiskRead& each : reads.begin) {
     SlotStore& store = *disk_->volumes[each.volume].store;
-    const StoreJob job = store.read(std::move(each.read));
+    StoreJob job{0};
+    try {
+      job = store.read(std::move(each.read));
+    } catch (const std::bad_alloc&) {
+      on_read(each.promotion, {Status::closed("out of memory before it began"), Verdict::blank});
+      continue;
+    }
     bool hurry = false;
     {
       MutexLock lock(mutex_);
@@ -263,14 +290,12 @@ void EngineImpl::submit_part(const std::shared_ptr<Operation>& operation, Pipeli
                                block * spec.pages_per_block(),
                                (pipeline.first_block + block) % spec.blocks_per_page()});
     }
-    std::shared_ptr<Transfer> transfer = target.transfers_->submit(
-        std::move(request), [this, operation, shared, flight](const TransferOutcome& outcome) {
-          end_part(operation, *shared, flight, outcome);
-        });
-    MutexLock lock(mutex_);
-    pipeline.transfers.push_back(std::move(transfer));
+    target.transfers_->submit(std::move(request),
+                              [this, operation, shared, flight](const TransferOutcome& outcome) {
+                                end_part(operation, *shared, flight, outcome);
+                              });
   } catch (const std::bad_alloc&) {
-    // Transfers::submit() throws only before anything was submitted; its own list of ours may lack one then.
+    // Transfers::submit() throws only before anything was submitted.
     end_part(operation, *shared, flight,
              {Status::resource("out of memory before anything was submitted"), true});
   }
@@ -332,8 +357,15 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
             const Entry* host = failed ? nullptr : tier_.index().find(keys[k], group);
             if (host != nullptr && host->state == SlotState::ready) {
               operation->outcomes[i] = BlockOutcome::loaded;
-            } else if (failed || !disk_ ||
-                       !promote(operation, i, keys[k], group, ReadPriority::prefetch, readable, reads)) {
+              continue;
+            }
+            bool comes = false;
+            try {
+              comes = !failed && disk_ &&
+                      promote(operation, i, keys[k], group, ReadPriority::prefetch, readable, reads);
+            } catch (const std::bad_alloc&) {  // others are on their way
+            }
+            if (!comes) {
               operation->outcomes[i] = host != nullptr ? BlockOutcome::pending : BlockOutcome::missed;
             }
           }

@@ -91,7 +91,6 @@ struct Pipeline {
   std::uint32_t holds = 1;  // parts that run, and calls that are about to submit one; 0 ends the operation
   Part arrived;
   std::uint64_t next_part_bytes = 1;  // what makes a part of what has arrived
-  std::vector<std::shared_ptr<Transfer>> transfers;
 };
 
 // A running store, load or prefetch: the owner of its reservations or pins (I5).
@@ -318,6 +317,8 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   bool promote(const std::shared_ptr<Operation>& operation, std::uint32_t i, const BlockKey& key,
                GroupId group, ReadPriority priority, std::uint64_t readable, Reads& reads)
       KVTIER_REQUIRES(mutex_);
+  bool begin_read(const std::shared_ptr<Operation>& operation, std::uint32_t i, Entry& on_disk,
+                  ReadPriority priority, Reads& reads) KVTIER_REQUIRES(mutex_);
   void start_reads(Reads& reads);
   void load_from_disk(const std::shared_ptr<Operation>& operation, Reads& reads);
   void on_read(const std::shared_ptr<Promotion>& promotion, const ReadOutcome& outcome);

@@ -401,6 +401,8 @@ Result<std::uint64_t> EngineImpl::drop_namespace(std::string_view name_space) {
         if (!entry.linked || entry.name_space != found->second) continue;
         // A block in both tiers is dropped from both at once, and counted once.
         if (on_disk != 0) {
+          // A load may have brought it to the host tier since that was searched.
+          if (Entry* above = tier_.index().find(entry.key, entry.group)) tier_.drop(*above);
           doom(entry, victims);
         } else {
           Entry* below = disk_ ? disk_->index.index().find(entry.key, entry.group) : nullptr;

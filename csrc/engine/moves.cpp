@@ -260,11 +260,14 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
         operation.slots.push_back(here->slot);
         continue;
       }
-      if (promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads)) {
-        from_disk = true;
-      } else {
-        outcome = otherwise;
+      try {
+        outcome = promote(shared, i, request.keys[i], operation.group, ReadPriority::demand, readable, *reads)
+                      ? BlockOutcome::running
+                      : otherwise;
+      } catch (const std::bad_alloc&) {
+        outcome = otherwise;  // others are on their way
       }
+      from_disk = from_disk || outcome == BlockOutcome::running;
     }
   }
   if (!from_disk) operation.pipeline.reset();
@@ -277,7 +280,10 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
     }
     end = begin;
   }
-  note_use(request.keys, operation.group);
+  try {
+    note_use(request.keys, operation.group);
+  } catch (const std::bad_alloc&) {  // a hint to the drives, and reads may have been reserved
+  }
   return Status::ok();
 }
 

@@ -122,6 +122,7 @@ class RankWorkerImpl final : public RankWorker {
   bool closed_ KVTIER_GUARDED_BY(mutex_) = false;
   std::uint32_t running_ KVTIER_GUARDED_BY(mutex_) = 0;
   std::uint32_t stuck_ KVTIER_GUARDED_BY(mutex_) = 0;  // of the arena mapped at present
+  bool unproved_ KVTIER_GUARDED_BY(mutex_) = false;    // some copy may touch pages of ours for ever
   std::vector<EndedOrder> ended_ KVTIER_GUARDED_BY(mutex_);
 };
 
@@ -288,7 +289,9 @@ Status RankWorkerImpl::close(Deadline deadline) {
     MutexLock lock(mutex_);
     closed_ = true;
   }
-  return leave(deadline);
+  KVTIER_RETURN_IF_ERROR(leave(deadline));
+  MutexLock lock(mutex_);
+  return unproved_ ? stuck_error() : Status::ok();  // each time: the tensors must never be freed
 }
 
 // --- orders ---
@@ -405,6 +408,7 @@ void RankWorkerImpl::end(RankPages& pages, Ticket& ticket, std::uint64_t id, Dir
   if (!outcome.drained) {
     ++stuck_;
     ++pages.stuck;
+    unproved_ = true;
   }
   --running_;
   --pages.running;

@@ -48,7 +48,7 @@ Status CudaDevice::copy_checked(Stream& stream, std::span<const CopyRun> runs, D
   // "On failure nothing of this call will run later": what was submitted of it has to be over.
   if (health() && !drain(stream)) {
     mark_lost(Status::device("copies that failed cannot be proved to be over: " + status.message(),
-                             status.native_code()));
+                             kCopiesUnproved));
   }
   return status;
 }

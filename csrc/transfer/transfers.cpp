@@ -186,7 +186,8 @@ TransferOutcome Lane::State::outcome_of(const SubmittedTransfer& transfer) {
     if (status) return {transfer.failure, true};
 
     const Status& why = transfer.failure ? status : transfer.failure;
-    const bool drained = !transfer.reached_copies || !device.health();
+    const Status health = device.health();
+    const bool drained = !may_still_run(health) && (!transfer.reached_copies || !health);
     const bool give_up = is_capture_conflict(status) ? steady_clock::now() >= give_up_on_capture
                                                      : ++failures == kProofAttempts;
     if (drained || give_up) {

@@ -386,6 +386,8 @@ TEST(RankWorker, copies_that_nobody_can_prove_to_be_over_keep_the_arena) {
   EXPECT_EQ(ticket.value()->wait(Moment::released, soon()).code(), StatusCode::device) << "not to be reused";
   EXPECT_EQ(a.worker->detach(*a.pages, soon()).code(), StatusCode::device);
   EXPECT_EQ(a.worker->close(soon()).code(), StatusCode::device) << "no hang, and the arena stays";
+  EXPECT_EQ(a.worker->close(soon()).code(), StatusCode::device)
+      << "whoever asks again may not free them either";
   ASSERT_TRUE(keeper->finish_part(ended.id, ended.outcome).is_ok());
   EXPECT_EQ(keeper->stats()->host[0].leaving, 1U) << "quarantined";
 }

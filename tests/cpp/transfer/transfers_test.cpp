@@ -456,6 +456,24 @@ TEST(TransfersFaults, a_sticky_error_in_the_middle_of_a_copy_ends_all_transfers_
   }
 }
 
+// The device is lost, and its context is not torn down: what was submitted may still be at work.
+TEST(TransfersFaults, copies_that_nobody_can_prove_to_be_over_are_not_taken_for_drained) {
+  for (const int code : {700, kCopiesUnproved}) {
+    SimulatedWorld sim(1);
+    Ended ended;
+    {
+      const std::unique_ptr<Transfers> transfers = make(sim.device);
+      sim.device.hold();
+      transfers->submit(sim.world.request(Direction::store, 0), ended.callback());
+      sim.device.fail_sticky(code);
+      EXPECT_EQ(ended.wait().drained, code == 700);
+      EXPECT_EQ(ended.wait().status.code(), StatusCode::device);
+      sim.device.release();
+    }
+    EXPECT_EQ(ended.calls(), 1);
+  }
+}
+
 TEST(TransfersFaults, on_a_dead_device_a_submission_fails_at_once) {
   SimulatedWorld sim(1);
   const std::unique_ptr<Transfers> transfers = make(sim.device);

@@ -99,6 +99,12 @@ inline bool is_capture_conflict(const Status& status) {
   return status.code() == StatusCode::device && status.native_code() == kCaptureConflict;
 }
 
+// The native code of a lost device whose context stands: its copies may still run, now or ever.
+inline constexpr int kCopiesUnproved = -2;
+inline bool may_still_run(const Status& health) {
+  return health.code() == StatusCode::device && health.native_code() == kCopiesUnproved;
+}
+
 // A stream of our own, destroyed with the object. Its work must have completed by then.
 class OwnedStream {
  public:
