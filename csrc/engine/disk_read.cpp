@@ -363,7 +363,8 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
             try {
               comes = !failed && disk_ &&
                       promote(operation, i, keys[k], group, ReadPriority::prefetch, readable, reads);
-            } catch (const std::bad_alloc&) {  // others are on their way
+            } catch (const std::bad_alloc&) {
+              comes = false;  // others are on their way
             }
             if (!comes) {
               operation->outcomes[i] = host != nullptr ? BlockOutcome::pending : BlockOutcome::missed;

@@ -282,7 +282,8 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
   }
   try {
     note_use(request.keys, operation.group);
-  } catch (const std::bad_alloc&) {  // a hint to the drives, and reads may have been reserved
+  } catch (const std::bad_alloc&) {
+    return Status::ok();  // it is for the ghost caches alone, and reads may have been promised
   }
   return Status::ok();
 }
