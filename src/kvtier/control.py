@@ -9,6 +9,7 @@ another user is refused (SO_PEERCRED). One JSON object a line each way:
 
 import contextlib
 import json
+import logging
 import os
 import selectors
 import socket
@@ -25,8 +26,12 @@ NAME = "control"
 _MAX_LINE_BYTES = 64 << 10
 _PEER_PATIENCE_SECONDS = 10.0  # for a peer's line; a purge itself may take longer
 _HITS_PATIENCE_SECONDS = 5.0
+_PURGE_PATIENCE_SECONDS = 600.0  # a header of every block of the tenant is overwritten
+_ACCEPT_PAUSE_SECONDS = 0.1
 _BACKLOG = 8
 _UCRED = struct.Struct("iII")  # pid, uid, gid
+
+_log = logging.getLogger(__name__)
 
 Purge = Callable[[str], int]  # a namespace -> blocks
 Hits = Callable[[Path], dict[str, int]]  # a store -> counts since it was opened
@@ -57,6 +62,7 @@ class ControlServer:
         self._listeners: list[tuple[int, int, socket.socket]] = []  # directory, inode, socket
         self._selector = selectors.DefaultSelector()
         self._wake_receive, self._wake_send = socket.socketpair()
+        self._wake_receive.settimeout(_ACCEPT_PAUSE_SECONDS)
         self._selector.register(self._wake_receive, selectors.EVENT_READ)
         self._peers: set[socket.socket] = set()
         for store in stores:
@@ -115,14 +121,27 @@ class ControlServer:
                 if key.fileobj is self._wake_receive or self._stopping:
                     continue
                 listener: Any = key.fileobj
-                with contextlib.suppress(OSError):
+                try:
                     peer, _ = listener.accept()
-                    self._peers.add(peer)
-                    try:
-                        with peer:
-                            self._answer(peer, key.data)
-                    finally:
-                        self._peers.discard(peer)
+                except BlockingIOError:
+                    continue
+                except OSError:  # no descriptor is left: the peer waits, and must not keep us busy
+                    with contextlib.suppress(OSError):
+                        self._wake_receive.recv(1, socket.MSG_PEEK)
+                    continue
+                self._serve_peer(peer, key.data)
+
+    def _serve_peer(self, peer: socket.socket, store: Path) -> None:
+        self._peers.add(peer)
+        try:
+            with peer:
+                self._answer(peer, store)
+        except OSError:
+            pass  # it has gone, or took too long
+        except Exception:  # noqa: BLE001 - the next peer must not suffer from it
+            _log.exception("a question over the control socket failed")
+        finally:
+            self._peers.discard(peer)
 
     def _answer(self, peer: socket.socket, store: Path) -> None:
         peer.settimeout(_PEER_PATIENCE_SECONDS)
@@ -139,8 +158,8 @@ class ControlServer:
     def _outcome(self, line: bytes, store: Path) -> dict[str, Any]:
         try:
             asked = json.loads(line)
-        except ValueError:
-            return {"error": "not a line of JSON"}
+        except (ValueError, RecursionError):
+            return {"error": "not a line of JSON, or it nests too deep"}
         if not isinstance(asked, dict) or asked.get("op") not in ("purge", "hits"):
             return {"error": 'allowed: {"op": "purge", "namespace": NAME}, {"op": "hits"}'}
         namespace = asked.get("namespace")
@@ -154,16 +173,18 @@ class ControlServer:
             return {"error": str(error)}
 
 
-def ask_to_purge(store: str | os.PathLike[str], namespace: str, timeout: float | None = None) -> int:
-    """Asks the process that has a store open to purge a namespace; returns blocks.
+def ask_to_purge(
+    store: str | os.PathLike[str], namespace: str, timeout: float | None = _PURGE_PATIENCE_SECONDS
+) -> int:
+    """Asks the process that has a store open to purge a namespace; returns blocks. Waits until it is done.
 
     Args:
         store: Directory of the store.
         namespace: The tenant.
-        timeout: Seconds for the whole, None for as long as it takes.
+        timeout: Seconds, None for as long as it takes.
 
     Raises:
-        StorageError: Nobody answers there, or the engine could not do it.
+        StorageError: Nobody answers there, or not in time (it may still do it), or it could not do it.
     """
     return int(_ask(store, {"op": "purge", "namespace": namespace}, "dropped", int, timeout))
 
@@ -197,7 +218,12 @@ def _ask(
             connection.connect(_address(directory))
             _send(connection, question)
             answer = json.loads(next(_lines(connection), b"null"))
-    except (OSError, ValueError) as error:
+    except TimeoutError as error:
+        what = (
+            f"no answer within {timeout:g} s from the engine that has it open; it may still do it: ask again"
+        )
+        raise StorageError(0, f"{path}: {what}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(
             getattr(error, "errno", None) or 0,
             f"{path}: the engine that has it open does not answer: {error}",

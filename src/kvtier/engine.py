@@ -13,8 +13,10 @@ with kvtier.open(config) as engine:
 
 import atexit
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +63,8 @@ from kvtier.traces import TraceRecorder
 __all__ = [
     "BlockOutcome",
     "BlockState",
+    "Dropped",
+    "DroppedLog",
     "Engine",
     "EventKind",
     "Events",
@@ -153,6 +157,51 @@ def disk_options(config: Config) -> _core.DiskOptions | None:
     )
 
 
+@dataclass(eq=False, slots=True)
+class Dropped:
+    """What one drop() takes away: these keys, or a namespace; neither is everything, as of reset().
+
+    Attributes:
+        keys: Keys [n, 32].
+        namespace: The tenant.
+        running: It may not have come to all of them yet.
+    """
+
+    keys: Keys | None = None
+    namespace: str | None = None
+    running: bool = False
+
+
+class DroppedLog:
+    """What an engine has dropped since the last look. For whoever keeps blocks of its own above the engine.
+
+    Threads: any. Nothing waits.
+    """
+
+    _MOST = 64  # nobody may ever look: beyond that, it is everything
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._drops: list[Dropped] = []
+
+    def add(self, dropped: Dropped) -> None:
+        """Notes a drop."""
+        with self._lock:
+            if len(self._drops) >= self._MOST:
+                self._drops = [Dropped(), *(drop for drop in self._drops if drop.running)]
+            self._drops.append(dropped)
+
+    def drops(self) -> list[Dropped]:
+        """Those that nobody has said to be applied, oldest first."""
+        with self._lock:
+            return list(self._drops)
+
+    def applied(self, dropped: Dropped) -> None:
+        """Forgets a drop. Not one that was running when it was applied: it has to be applied again."""
+        with self._lock:
+            self._drops = [drop for drop in self._drops if drop is not dropped]
+
+
 class Engine:
     """Keeps KV blocks below the framework's device memory and moves them. Made by kvtier.open().
 
@@ -184,6 +233,9 @@ class Engine:
         if not isinstance(config, Config):
             raise ConfigError(f"config is {config!r}; allowed: a kvtier.Config")
         self.config = config
+        # Held while a drop is announced, and by who must not store behind it what he had from before.
+        self._dropping = threading.RLock()
+        self._dropped_logs: weakref.WeakSet[DroppedLog] = weakref.WeakSet()
         self._recorder: TraceRecorder | None = None
         if config.trace is not None:
             self._recorder = TraceRecorder(config.trace, config.block_tokens)
@@ -420,6 +472,7 @@ class Engine:
         """Forgets blocks: no lookup finds them when it returns. Running loads of them finish unharmed.
 
         With a disk tier, waits without the GIL until the drives confirm that no restart finds them either.
+        A PagedKVCache does not match or store their device pages any more either.
 
         Args:
             keys: Keys [n, 32], or None.
@@ -436,11 +489,16 @@ class Engine:
             given = "neither keys nor namespace" if keys is None else "both keys and namespace"
             raise ConfigError(f"drop() is given {given}; allowed: one of the two")
         if namespace is not None:
-            return self._native.drop_namespace(check_namespace(namespace))
-        return self._native.drop(key_array(keys))
+            with self._logged(Dropped(namespace=check_namespace(namespace))):
+                return self._native.drop_namespace(namespace)
+        array = key_array(keys)
+        with self._logged(Dropped(keys=array.copy())):
+            return self._native.drop(array)
 
     def reset(self, weights_version: str | None = None) -> None:
         """Says that the model's weights have changed: no call finds what was stored before it.
+
+        The device pages of a PagedKVCache included; its open sequences run on with what they hold.
 
         Moves to a new epoch, which keys are mixed with from now on, and makes durable on every drive that a
         restart finds nothing of before either. Blocks of before are not wiped (drop() does that); they make
@@ -471,8 +529,37 @@ class Engine:
         self._move_to(epoch, next_start=random_epoch() if weights_version is None else epoch)
 
     def _move_to(self, epoch: bytes, *, next_start: bytes) -> None:
-        self._native.set_epoch(epoch)  # first: whatever happens, nothing of before is served
+        with self._logged(Dropped()):
+            self._native.set_epoch(epoch)  # first: whatever happens, nothing of before is served
         save_epoch(self.config, next_start, self._drives)
+
+    @contextlib.contextmanager
+    def _logged(self, dropped: Dropped) -> Iterator[None]:
+        """Inside, something is dropped; the logs say so from before on."""
+        dropped.running = True
+        with self.no_drop():
+            for log in self._dropped_logs:
+                log.add(dropped)
+        try:
+            yield
+        finally:
+            dropped.running = False
+
+    def dropped_log(self) -> DroppedLog:
+        """A log of what drop() and reset() take away from now on, for as long as somebody keeps it."""
+        log = DroppedLog()
+        with self._dropping:
+            self._dropped_logs.add(log)
+        return log
+
+    def no_drop(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, no drop() or reset() of another thread begins. Does not wait for those that run.
+
+        What is stored from there, and no drop in the log names, is not from before a drop: it is stored
+        before the drop, which finds it then, or made after it.
+        """
+        # A forked child may have it locked by a thread that it does not have. There every call fails anyway.
+        return contextlib.nullcontext() if self.closed else self._dropping
 
     def poll(self) -> int:
         """Ends leases whose time is over. Never waits; nothing needs it to make progress.
@@ -549,15 +636,17 @@ class Engine:
             timeout: Seconds, None for as long as it takes.
 
         Raises:
-            TimeoutError: Copies still run. The engine takes no new work, its memory and the tensors stay
-                until a later close() succeeds.
+            TimeoutError: Copies, or a purge over the control socket, still run. The engine takes no new work,
+                its memory and the tensors stay until a later close() succeeds.
             DeviceError: A device cannot prove that its copies are over. The engine is closed; its memory and
                 the attached tensors are never freed.
         """
         seconds = checked_timeout(timeout)
-        if self._control is not None:
-            self._control.close(seconds)
-        self._native.close(seconds)
+        try:
+            if self._control is not None:
+                self._control.close(seconds)
+        finally:  # a purge that still runs is no reason to leave transfers running at exit
+            self._native.close(seconds)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -601,7 +690,7 @@ def open_engine(config: Config) -> Engine:
         config: The config.
 
     Raises:
-        ConfigError: The config is not allowed.
+        ConfigError: The config is not allowed, or its trace cannot be written.
         ResourceError: The machine has not that much memory left.
     """
     return Engine(config)
@@ -613,9 +702,10 @@ _open_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 @atexit.register
 def _close_at_exit() -> None:
     """Ends transfers while their tensors are still there; what does not end in time is left to the kernel."""
-    for engine in list(_open_engines):
-        with contextlib.suppress(KVTierError):
-            engine.close(_EXIT_PATIENCE_SECONDS)
+    with contextlib.ExitStack() as every:  # each is closed, whatever another raises
+        for engine in list(_open_engines):
+            every.enter_context(contextlib.suppress(KVTierError))
+            every.callback(engine.close, _EXIT_PATIENCE_SECONDS)
 
 
 def copy_limit(destination: Any, source: Any, *, method: str, threads: int) -> float:

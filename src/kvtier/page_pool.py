@@ -139,7 +139,7 @@ class Extent:
         parent: the key of the block before; None at the beginning of a sequence.
         namespace: of its sequences.
         stores: running stores that read the pages.
-        lost: a copy into the pages may still run; they must never be used again.
+        lost: a copy into the pages, or out of them, may still run; they must never be used again.
     """
 
     pages: list[int]
@@ -228,8 +228,11 @@ class PagePool:
         A private one is free at once, except while a store reads it: then it waits at the oldest end.
         """
         extent.refs -= 1
-        if extent.refs > 0:
-            return
+        if extent.refs == 0:
+            self._put_by(extent)
+
+    def _put_by(self, extent: Extent) -> None:
+        """Caches or frees an extent that has no holder."""
         extent.settle_stores(running="keep")
         keep = extent.key is not None and not extent.lost
         if keep or (extent.stores and not extent.lost):
@@ -244,6 +247,16 @@ class PagePool:
         if key not in self._by_key:
             self._by_key[key] = extent
             extent.key = key
+
+    def unpublish(self, extent: Extent) -> None:
+        """Nobody finds the extent any more. Without a holder it goes the way of a private one."""
+        if extent.key is not None:
+            del self._by_key[extent.key]
+            extent.key = None
+        if extent.refs == 0:
+            del self._lru[extent]
+            self.num_cached -= len(extent.pages)
+            self._put_by(extent)
 
     def take(self, count: int) -> list[int]:
         """`count` free pages.

@@ -19,14 +19,20 @@ been proved to be over.
 Threads: every method from any thread; one lock guards a cache and all its sequences. It is held while an
 eviction's copy to the host runs, never while a load is waited for.
 
+Drops: what `Engine.drop` and `reset` take away (the control socket's purge too) is not matched in device
+pages either, nor stored from there. Sequences that are open then run on with what they hold; nothing of them
+is shared or stored any more if their namespace was dropped, or a block that they had, or all was reset.
+
 Streams: `stream` is the framework's stream on which the caller reads and writes the pages (None: its default
 stream); copy-on-write runs on the framework's *current* stream, so call under the stream that you name.
+Evicted pages are copied behind the stream of the call that needs them: whoever writes pages on several
+streams orders these himself.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from types import TracebackType
 from typing import Any, Literal
@@ -35,8 +41,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvtier.costs import Hit, LoadPlanner, LoadPolicy, Plan, Regret, pairs, tier_runs
-from kvtier.engine import BlockState, Engine, LoadTicket, Match, Tier
-from kvtier.errors import ClosedError, ConfigError, DeviceError
+from kvtier.engine import BlockState, Dropped, Engine, LoadTicket, Match, Tier
+from kvtier.errors import ClosedError, ConfigError, DeviceError, KVTierError
 from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout, check_extent
 from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagedStats, PagePool
@@ -67,6 +73,8 @@ class PagedSequence:
         self._plan: Plan | None = None
         self._load_began = 0.0
         self._broken: DeviceError | None = None
+        self._stream: object = None  # where the pages were last written
+        self._dropped = False  # some of it was dropped from the engine: it is not offered or stored any more
         self._open = True
         self.cached_tokens = 0
         self.committed_tokens = 0
@@ -141,7 +149,7 @@ class PagedSequence:
 
         Args:
             num_tokens: tokens, not fewer than before.
-            stream: where the kernels that wrote them run; stores are ordered behind it.
+            stream: where the kernels that wrote them run; stores are ordered behind it, that of `close` too.
 
         Raises:
             ConfigError: fewer tokens than before, or more than there are.
@@ -161,7 +169,11 @@ class PagedSequence:
         return self._cache._fork(self)
 
     def close(self) -> None:
-        """Gives the pages back, the tail to be reused first. Waits for the load of `open`. Idempotent."""
+        """Gives the pages back, the tail to be reused first. Waits for the load of `open`. Idempotent.
+
+        Whole blocks of a last page that is not full are stored to the host, behind the stream of the last
+        `commit` (or copy on write): it has to live until then.
+        """
         if self._ticket is not None:
             with contextlib.suppress(DeviceError):  # wait() has noted it: the pages are quarantined
                 self.wait()
@@ -235,6 +247,7 @@ class PagedKVCache:
         self._tensors = list(pages) if pages is not None else _allocate(layout, num_pages, device)
         on = None if isinstance(device, str) else device
         self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
+        self._dropped_log = engine.dropped_log()
         self._pool = PagePool(self._attached.num_pages)
         self._planner = planner
         self._lock = threading.RLock()
@@ -274,11 +287,13 @@ class PagedKVCache:
             extra = KeyExtra(spans=tuple(extra))
         seq = PagedSequence(self, self._namespace if namespace is None else namespace, extra)
         seq._tokens.replace(0, tokens)
+        seq._stream = stream
         self._extend_keys(seq)
         keys = seq._keys.view()
         usable = min(len(keys), (len(tokens) - 1) // self.block_tokens)
         with self._lock:
             self._check_open()
+            self._apply_drops()
             shared = self._match_device(keys[:usable])
             first = len(shared) * self._extent_blocks
             needed = -(-len(tokens) // self.page_tokens) - len(shared) * self._extent_pages
@@ -288,12 +303,18 @@ class PagedKVCache:
             match = self._engine.lookup(keys[first:usable]) if first < usable else None
             for extent in shared:
                 self._pool.hold(extent)
+            seq.cached_tokens = seq.committed_tokens = first * self.block_tokens
+            seq._published = len(shared)
+            seq._stored_blocks = first
             fresh: list[int] = []
+            loading = False
+            self._sequences.add(seq)  # already: what is dropped meanwhile concerns it
             try:
                 lease = match.pin() if match is not None else None  # lest our own evictions push them out
                 try:
                     taken = self._take(needed, stream)
                     if isinstance(taken, OutOfPages):
+                        self._sequences.discard(seq)
                         self._release(shared)
                         return taken
                     fresh = taken
@@ -303,6 +324,7 @@ class PagedKVCache:
                     if plan is not None:
                         self._planner.record(plan)
                     if count:
+                        loading = True
                         seq._plan, seq._load_began = plan, time.monotonic()
                         load_pages = self._block_pages(seq, first, first + count)
                         seq._ticket = self._engine.load(
@@ -312,14 +334,16 @@ class PagedKVCache:
                 finally:
                     if lease is not None:
                         lease.release()
-            except BaseException:
-                self._pool.give(fresh)
-                self._release(shared)
+            except BaseException as error:
+                self._sequences.discard(seq)
+                if loading and (seq._ticket is not None or not isinstance(error, KVTierError)):
+                    for extent in seq._extents[len(shared) :]:
+                        extent.lost = True  # its copies may have begun, and there is nothing to wait for
+                    self._release(seq._extents)
+                else:
+                    self._pool.give(fresh)
+                    self._release(shared)
                 raise
-            seq.cached_tokens = seq.committed_tokens = first * self.block_tokens
-            seq._published = len(shared)
-            seq._stored_blocks = first
-            self._sequences.add(seq)
             self._prompt_tokens += len(tokens)
             self._device_tokens += seq.cached_tokens
             if seq._ticket is None:
@@ -377,6 +401,7 @@ class PagedKVCache:
             seq._stored_blocks = first + valid
             self._host_tokens += valid * self.block_tokens
             self._missed_tokens += seq.num_tokens - seq.cached_tokens
+            self._apply_drops()
             if seq._broken is None:
                 self._publish(seq)
 
@@ -397,6 +422,7 @@ class PagedKVCache:
             if copy:
                 old = seq._extents[-1]
                 copied = tuple(zip(old.pages, taken, strict=False))
+                seq._stream = stream
                 try:
                     self._copy_pages(copied)
                 except BaseException:
@@ -416,12 +442,14 @@ class PagedKVCache:
             if not seq.committed_tokens <= num_tokens <= seq.num_tokens:
                 allowed = f"{seq.committed_tokens} to {seq.num_tokens}"
                 raise ConfigError(f"num_tokens: {num_tokens}; allowed: {allowed}")
+            self._apply_drops()
             seq.committed_tokens = num_tokens
+            seq._stream = stream
             self._extend_keys(seq)
             self._publish(seq)
             begin, end = seq._stored_blocks, num_tokens // self.block_tokens
             if self._write == "through" and begin < end:
-                self._store_blocks(seq, begin, end, stream)
+                self._store_blocks(seq, begin, end)
                 seq._stored_blocks = end
 
     def _fork(self, seq: PagedSequence) -> PagedSequence:
@@ -444,6 +472,8 @@ class PagedKVCache:
             twin._stored_blocks = seq._stored_blocks
             twin.cached_tokens = seq.cached_tokens
             twin.committed_tokens = seq.committed_tokens
+            twin._stream = seq._stream
+            twin._dropped = seq._dropped
             self._sequences.add(twin)
             return twin
 
@@ -452,11 +482,12 @@ class PagedKVCache:
             if not seq._open:
                 return
             seq._open = False
-            self._sequences.discard(seq)
-            if not self._closed:
-                try:
+            try:
+                if not self._closed:
                     self._store_tail(seq)
-                finally:
+            finally:
+                self._sequences.discard(seq)  # not before: what was dropped concerns its tail
+                if not self._closed:
                     self._release(seq._extents)
 
     def _store_tail(self, seq: PagedSequence) -> None:
@@ -466,7 +497,24 @@ class PagedKVCache:
         if begin < end and seq._extents[seq._published].refs == 1 and seq._broken is None:
             self._extend_keys(seq)
             with contextlib.suppress(ClosedError):  # then nobody wants them any more
-                self._store_blocks(seq, begin, end, None)
+                self._store_blocks(seq, begin, end)
+
+    def _apply_drops(self) -> None:
+        """Hides what was dropped from the engine since the last time."""
+        for drop in self._dropped_log.drops():
+            over = not drop.running  # else it is applied again, to what is loaded meanwhile
+            gone = None if drop.keys is None else {key.tobytes() for key in drop.keys}
+            for extent in list(self._pool.shareable):
+                if extent.block_keys is not None and _concerns(
+                    drop, gone, extent.namespace, extent.block_keys
+                ):
+                    self._pool.unpublish(extent)
+            for seq in self._sequences:
+                had = seq.committed_tokens // self.block_tokens + seq._loading_blocks
+                self._extend_keys(seq)
+                seq._dropped |= _concerns(drop, gone, seq._namespace, seq._keys.view()[:had])
+            if over:
+                self._dropped_log.applied(drop)
 
     def _release(self, extents: Seq[Extent]) -> None:
         for extent in reversed(extents):
@@ -480,10 +528,12 @@ class PagedKVCache:
         if count > available:
             return OutOfPages(count, available)
         while count > self._pool.num_free:
-            victims = self._pool.oldest(count - self._pool.num_free)
-            if not victims:  # some went to quarantine
+            with self._engine.no_drop():
+                self._apply_drops()  # which may free enough
+                victims = self._pool.oldest(count - self._pool.num_free)
+                self._demote([e for e in victims if e.key is not None], stream)
+            if not victims and count > self._pool.num_free:  # some went to quarantine
                 return OutOfPages(count, self._pool.num_available())
-            self._demote([e for e in victims if e.key is not None], stream)
             for extent in victims:
                 extent.settle_stores(running="wait")
                 self._evicted_pages += len(extent.pages)
@@ -491,7 +541,10 @@ class PagedKVCache:
         return self._pool.take(count)
 
     def _demote(self, extents: Iterable[Extent], stream: object) -> None:
-        """Starts to store the extents' blocks, those of one sequence that follow each other together."""
+        """Starts to store the extents' blocks, those of one sequence that follow each other together.
+
+        Inside no_drop() of the engine, after _apply_drops().
+        """
         chains: list[list[Extent]] = []
         ending: dict[bytes | None, list[Extent]] = {}  # chains by the key of their last extent
         for extent in sorted(extents, key=lambda extent: extent.first_block):
@@ -503,30 +556,37 @@ class PagedKVCache:
         for chain in chains:
             keys = np.concatenate([e.block_keys for e in chain if e.block_keys is not None])
             pages = np.array([e.pages for e in chain], np.int64).reshape(-1).repeat(self._extent_blocks)
-            ticket = self._engine.store(
-                keys,
-                self._attached,
-                pages,
-                stream=stream,
-                first_block=chain[0].first_block,
-                parent=chain[0].parent,
-                namespace=chain[0].namespace,
-            )
-            _add_store(chain, ticket)
+            with _lost_if_interrupted(chain):
+                ticket = self._engine.store(
+                    keys,
+                    self._attached,
+                    pages,
+                    stream=stream,
+                    first_block=chain[0].first_block,
+                    parent=chain[0].parent,
+                    namespace=chain[0].namespace,
+                )
+                _add_store(chain, ticket)
 
-    def _store_blocks(self, seq: PagedSequence, begin: int, end: int, stream: object) -> None:
-        """Starts to store the sequence's blocks `[begin, end)`."""
-        keys = seq._keys.view()
-        ticket = self._engine.store(
-            keys[begin:end],
-            self._attached,
-            self._block_pages(seq, begin, end),
-            stream=stream,
-            first_block=begin,
-            parent=keys[begin - 1].tobytes() if begin else None,
-            namespace=seq._namespace,
-        )
-        _add_store(seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)], ticket)
+    def _store_blocks(self, seq: PagedSequence, begin: int, end: int) -> None:
+        """Starts to store the sequence's blocks `[begin, end)`, unless they were dropped."""
+        extents = seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)]
+        with self._engine.no_drop():
+            self._apply_drops()
+            if seq._dropped:
+                return
+            keys = seq._keys.view()
+            with _lost_if_interrupted(extents):
+                ticket = self._engine.store(
+                    keys[begin:end],
+                    self._attached,
+                    self._block_pages(seq, begin, end),
+                    stream=seq._stream,
+                    first_block=begin,
+                    parent=keys[begin - 1].tobytes() if begin else None,
+                    namespace=seq._namespace,
+                )
+                _add_store(extents, ticket)
 
     def _block_pages(self, seq: PagedSequence, begin: int, end: int) -> NDArray[np.int64]:
         """Page ids of blocks `[begin, end)` as `Engine.store` takes them: pages_per_block of each, int64."""
@@ -552,6 +612,8 @@ class PagedKVCache:
 
     def _publish(self, seq: PagedSequence) -> None:
         """Offers the extents that have become full of committed tokens."""
+        if seq._dropped:
+            return
         keys = seq._keys.view()
         step = self._extent_blocks
         for at in range(seq._published, seq.committed_tokens // self._extent_tokens):
@@ -606,9 +668,10 @@ class PagedKVCache:
 
         Raises:
             ConfigError: width is smaller than a sequence needs.
+            ClosedError: a sequence or the cache is closed.
         """
         with self._lock:
-            return block_table(_pages_of(seqs), pad=pad, width=width)
+            return block_table(self._pages_of(seqs), pad=pad, width=width)
 
     def csr(self, seqs: Seq[PagedSequence]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """FlashInfer's page table.
@@ -617,9 +680,12 @@ class PagedKVCache:
             indptr int32 `[num_seqs + 1]`; indices int32 `[total_pages]`, the pages of sequence i at
             `[indptr[i], indptr[i + 1])`; last_page_len int32 `[num_seqs]`, tokens in its last page, at least
             1.
+
+        Raises:
+            ClosedError: a sequence or the cache is closed.
         """
         with self._lock:
-            return csr(_pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
+            return csr(self._pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
 
     def slot_mapping(self, seqs: Seq[PagedSequence], *, begin: ArrayLike | None = None) -> NDArray[np.int64]:
         """Where the KV of new tokens goes, sequence after sequence: `page * page_tokens + offset`, in tokens.
@@ -636,10 +702,16 @@ class PagedKVCache:
 
         Raises:
             ConfigError: a begin outside its sequence.
+            ClosedError: a sequence or the cache is closed.
         """
         with self._lock:
             begins = [seq.committed_tokens for seq in seqs] if begin is None else begin
-            return slot_mapping(_pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
+            return slot_mapping(self._pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
+
+    def _pages_of(self, seqs: Seq[PagedSequence]) -> list[NDArray[np.int32]]:
+        for seq in seqs:
+            self._check_open(seq)  # the pages of a closed one are somebody else's
+        return [seq._pages.view() for seq in seqs]
 
     # --- the whole ------------------------------------------------------------------------------------
 
@@ -677,7 +749,9 @@ class PagedKVCache:
         """
         with self._lock:
             self._check_open()
-            self._demote(self._pool.shareable, stream)
+            with self._engine.no_drop():
+                self._apply_drops()
+                self._demote(self._pool.shareable, stream)
         self._engine.flush(timeout)
 
     def stats(self) -> PagedStats:
@@ -743,8 +817,24 @@ def _token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
     return tokens.astype(np.int32)
 
 
-def _pages_of(seqs: Seq[PagedSequence]) -> list[NDArray[np.int32]]:
-    return [seq._pages.view() for seq in seqs]
+def _concerns(drop: Dropped, gone: set[bytes] | None, namespace: str, keys: NDArray[np.uint8]) -> bool:
+    """Whether one of these blocks was dropped; `gone`: the drop's keys."""
+    if drop.namespace is not None:
+        return namespace == drop.namespace
+    return gone is None or not gone.isdisjoint(key.tobytes() for key in keys)
+
+
+@contextlib.contextmanager
+def _lost_if_interrupted(extents: Iterable[Extent]) -> Iterator[None]:
+    """Around a store. An exception that is not the engine's, Ctrl-C, may come when its copies have begun."""
+    try:
+        yield
+    except KVTierError:
+        raise
+    except BaseException:
+        for extent in extents:
+            extent.lost = True
+        raise
 
 
 def _add_store(extents: Iterable[Extent], ticket: StoreTicket) -> None:

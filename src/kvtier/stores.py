@@ -119,7 +119,8 @@ def purge(path: str, namespace: str | None) -> list[dict[str, Any]]:
     """Forgets all blocks of a namespace in every store below a directory; None for all blocks.
 
     Stores that a process has open are purged by that process, over its control socket; only its user may. It
-    can purge namespaces, and not everything.
+    can purge namespaces, and not everything. Waits until it is done, but ten minutes at most for the process
+    of each such store: then the store has a `problem`, though its purge may still be done. Ask again.
 
     Returns:
         For each store `name`, `in_use`, `dropped` (blocks), and `problem`, empty if it is purged.

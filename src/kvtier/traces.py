@@ -9,17 +9,21 @@ Three formats are read, told apart by their first line:
 * kvtier's own (docs/formats/trace.md), with a line of its own in front.
 """
 
+import contextlib
 import gzip
 import io
 import json
+import logging
 import os
+import reprlib
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +33,10 @@ from kvtier.errors import ConfigError
 VERSION = 1
 _FIRST_KEY = "kvtier_trace"
 _MAX_ID = 2**63
+_MAX_TIME_US = 2**62
 _LINES_BETWEEN = 1024  # of progress
+
+_log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -142,7 +149,7 @@ def _lines(raw: Any, path: Path) -> Iterator[str]:
         for line in text:
             number += 1
             yield line
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{path}:{number + 1}: cannot be decoded: {error}") from error
     finally:
         if stream is raw:
@@ -179,6 +186,10 @@ class _Reader:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise self._wrong(f"not JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise self._wrong("nests too deep; must be an object of numbers and of lists of them") from None
+        except ValueError:  # of more digits than Python reads
+            raise self._wrong("holds too long a number; must be integers of 64 bits") from None
         if not isinstance(values, dict):
             raise self._wrong(f"is {type(values).__name__}; must be an object")
         if not self._format:
@@ -232,7 +243,7 @@ class _Reader:
 
     def _begin_own(self, values: Mapping[str, Any]) -> None:
         if values[_FIRST_KEY] != VERSION:
-            raise self._wrong(f"{_FIRST_KEY} is {values[_FIRST_KEY]!r}; this kvtier reads {VERSION}")
+            raise self._wrong(f"{_FIRST_KEY} is {_short(values[_FIRST_KEY])}; this kvtier reads {VERSION}")
         tokens = self._integer(values, "block_tokens")
         if tokens < 1:
             raise self._wrong(f"block_tokens is {tokens}; must be at least 1")
@@ -240,9 +251,13 @@ class _Reader:
 
     def _timestamp_us(self, values: Mapping[str, Any]) -> int:
         value = values.get("timestamp")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e13:
-            raise self._wrong(f"timestamp is {value!r}; must be a number of at least 0")
-        return round(value * (1e6 if self._format == "qwen-bailian" else 1e3))
+        each_us = 10**6 if self._format == "qwen-bailian" else 10**3
+        below = _MAX_TIME_US // each_us
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+            raise self._wrong(
+                f"timestamp is {_short(value)}; must be a number of at least 0 and less than {below}"
+            )
+        return round(value * each_us)
 
     def _ids(self, values: Mapping[str, Any], key: str) -> list[int]:
         ids = values.get(key)
@@ -273,7 +288,7 @@ def _told_apart(ids: list[int]) -> list[Any]:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # never deep
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -284,7 +299,13 @@ class TraceRecorder:
     namespace is written. A lookup that repeats the one before it (a server asks again while a request waits)
     is the same request. It remembers 32 bytes and a number for each key seen.
 
-    Threads: any.
+    A file that can no longer be written (a full drive) ends with its last whole request. That is logged once,
+    and harms no lookup.
+
+    Threads: any. A call waits for the file, as write() does.
+
+    Attributes:
+        problem: Why it stopped before close(); empty if it did not.
 
     Args:
         path: Where to write; a file that is there is replaced.
@@ -299,11 +320,17 @@ class TraceRecorder:
         self._numbers: dict[bytes, int] = {}
         self._last = b""
         self._begun = time.monotonic_ns()
+        self.problem = ""
+        self._path = os.fspath(path)
         try:
-            self._out = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115 - until close()
+            self._out = _WholeLines(path)
+            try:
+                self._writer = TraceWriter(self._out, block_tokens)
+            except OSError:
+                self._out.close()
+                raise
         except OSError as error:
-            raise ConfigError(f"trace is {os.fspath(path)!r}: cannot be written: {error}") from error
-        self._writer = TraceWriter(self._out, block_tokens)
+            raise ConfigError(f"trace is {self._path!r}: cannot be written: {error}") from error
 
     def lookup(self, keys: npt.NDArray[np.uint8]) -> None:
         """Adds a request for keys [n, 32]."""
@@ -317,12 +344,59 @@ class TraceRecorder:
             numbers = self._numbers
             each = keys.shape[1]
             ids = [numbers.setdefault(data[i : i + each], len(numbers)) for i in range(0, len(data), each)]
-            self._writer.request((time.monotonic_ns() - self._begun) // 1000, ids)
+            try:
+                self._writer.request((time.monotonic_ns() - self._begun) // 1000, ids)
+            except OSError as error:
+                self._stop(error)
 
     def close(self) -> None:
-        """Ends the file; what is looked up later is not written."""
+        """Ends the file; what is looked up later is not written. Idempotent."""
         with self._lock:
+            try:
+                self._out.close()
+            except OSError as error:
+                self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        self.problem = f"{self._path}: {error.strerror or error}"
+        _log.warning("the trace ends here: %s", self.problem)
+        with contextlib.suppress(OSError):
             self._out.close()
+        self._numbers.clear()
+
+
+class _WholeLines:
+    """A file of whole lines: each is written at once, and what is written of half a line is taken back.
+
+    Not a text file of Python's, whose buffers still hold what a full drive refused and write it later.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - until close()
+        self._bytes = 0
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, text: str) -> int:
+        left = data = text.encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a pipe
+                self._file.truncate(self._bytes)
+            raise
+        self._bytes += len(data)
+        return len(text)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Writable(Protocol):
+    def write(self, text: str, /) -> int: ...
 
 
 class TraceWriter:
@@ -333,7 +407,7 @@ class TraceWriter:
         block_tokens: Tokens of a block.
     """
 
-    def __init__(self, out: TextIO, block_tokens: int) -> None:
+    def __init__(self, out: _Writable, block_tokens: int) -> None:
         self._out = out
         out.write(json.dumps({_FIRST_KEY: VERSION, "block_tokens": block_tokens}) + "\n")
 

@@ -18,8 +18,9 @@ Source of the interface: `transformers.cache_utils`, release 5 (`Cache`, `CacheL
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -28,8 +29,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvtier.engine import Engine, Ticket
-from kvtier.errors import ConfigError, ResourceError, UnsupportedError
+from kvtier.engine import Engine, LoadTicket, Pages, Ticket
+from kvtier.errors import ConfigError, KVTierError, ResourceError, UnsupportedError
 from kvtier.keys import block_keys
 from kvtier.layout import KVLayout
 
@@ -53,10 +54,15 @@ def layout_of(model: Any, *, page_tokens: int, dtype: str | torch.dtype | None =
 
     Raises:
         UnsupportedError: The model does not keep plain keys and values of every token in every layer:
-            sliding windows, linear attention, latent attention, layers that share a cache.
+            sliding windows, linear attention, latent attention, layers that share a cache. Or they depend on
+            more than the tokens up to there: on the prompt's length (rope_type "dynamic" and "longrope"), or
+            on what an encoder was given.
     """
     config = _text_config(model)
+    if getattr(getattr(model, "config", model), "is_encoder_decoder", False):
+        raise UnsupportedError(f"KVTierCache supports decoders alone; {type(config).__name__} has an encoder")
     _require_full_attention(config)
+    _require_lasting_positions(config)
     heads = config.num_attention_heads
     chosen = dtype or getattr(model, "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return KVLayout(
@@ -120,10 +126,10 @@ class KVTierCache(Cache):
         layers = [_Layer(shape, dtype, torch.device(where)) for _ in range(layout.num_layers)]
         super().__init__(layers=list(layers))
         self._layers = layers
-        self._pages = engine.attach(
-            [_as_pages(part, layout.page_tokens) for part in self.buffers()], axes=_TENSOR_AXES
-        )
+        self._pages = self._attached()
         self._saving: Ticket | None = None
+        self._loading: LoadTicket | None = None
+        self._interrupted = False  # between the start of a transfer and its ticket
 
     @property
     def capacity(self) -> int:
@@ -142,7 +148,9 @@ class KVTierCache(Cache):
     def restore(self, token_ids: TokenIds) -> int:
         """Forgets what it holds and brings back the longest saved prefix of `token_ids`. Waits for the copy.
 
-        At least the last token is left to the model, which has to compute it to say what comes next.
+        At least the last token is left to the model, which has to compute it to say what comes next. Ctrl-C
+        ends the wait and leaves it empty; whatever uses the cache next waits until the copy is over. On a GPU
+        it is ordered behind torch's current stream.
 
         Args:
             token_ids: The whole prompt, `[n]` or `[1, n]`; int32 is fastest.
@@ -162,8 +170,10 @@ class KVTierCache(Cache):
         match = self._engine.lookup(self._keys(ids, num_blocks))
         if match.ready_blocks == 0:
             return 0
-        ticket = self._engine.load(match, self._pages, self._page_ids(match.ready_blocks))
-        ticket.released.wait()  # a failed load whose copies may still run must not meet the model's writes
+        page_ids = self._page_ids(match.ready_blocks)
+        with self._starting():
+            ticket = self._loading = self._engine.load(match, self._pages, page_ids, stream=self._stream())
+        self._settle()  # a failed load whose copies may still run must not meet the model's writes
         restored = int(ticket.result().valid_tokens)
         for layer in self._layers:
             layer.length = restored
@@ -172,7 +182,8 @@ class KVTierCache(Cache):
     def save(self, token_ids: TokenIds) -> Ticket:
         """Hands every whole block that the model has computed to the engine. Does not wait for the copy.
 
-        Blocks that are there already are not copied again.
+        Blocks that are there already are not copied again. On a GPU the copy is ordered behind torch's
+        current stream: call it under the one on which the model ran.
 
         Args:
             token_ids: What the cache holds, from the first token on, `[n]` or `[1, n]`; tokens that the model
@@ -189,10 +200,20 @@ class KVTierCache(Cache):
         ids = _token_array(token_ids)
         num_blocks = min(len(ids), self.num_tokens) // self._block_tokens
         keys = self._keys(ids, num_blocks)
-        self._saving = self._engine.store(
-            keys, self._pages, self._page_ids(num_blocks), namespace=self._namespace
-        )
-        return self._saving
+        page_ids, stream = self._page_ids(num_blocks), self._stream()
+        with self._starting():
+            ticket = self._saving = self._engine.store(
+                keys, self._pages, page_ids, stream=stream, namespace=self._namespace
+            )
+        return ticket
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends to a layer. Waits for the copies of an interrupted `restore` first, never for others."""
+        if self._loading is not None or self._interrupted:
+            self._settle()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
         """Forgets every token. The buffers stay; waits until a running `save` has read them."""
@@ -208,6 +229,8 @@ class KVTierCache(Cache):
     def close(self) -> None:
         """Detaches the buffers from the engine. Waits for running copies. Idempotent."""
         self._pages.detach()
+        self._saving = self._loading = None
+        self._interrupted = False
 
     def __enter__(self) -> KVTierCache:
         return self
@@ -217,11 +240,38 @@ class KVTierCache(Cache):
     ) -> None:
         self.close()
 
+    def _attached(self) -> Pages:
+        parts = [_as_pages(part, self._layout.page_tokens) for part in self.buffers()]
+        return self._engine.attach(parts, axes=_TENSOR_AXES)
+
+    def _stream(self) -> Any:
+        # The kernels that write and read the buffers run there; on the CPU there is only None.
+        device = self._layers[0].device
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        try:
+            yield
+        except KVTierError:  # nothing was started
+            raise
+        except BaseException:  # such as Ctrl-C
+            self._interrupted = True
+            raise
+
     def _settle(self) -> None:
-        # A store reads the buffers until it is released; appending does not touch what it reads.
+        # A store reads the buffers until it is released; appending does not touch what it reads. A load
+        # writes them. What Ctrl-C ends here is waited for the next time.
         if self._saving is not None:
             self._saving.released.wait()
             self._saving = None
+        if self._loading is not None:
+            self._loading.released.wait()
+            self._loading = None
+        if self._interrupted:  # a transfer may run whose ticket nobody has: detaching waits for it too
+            self._pages.detach()
+            self._pages = self._attached()
+            self._interrupted = False
 
     def _keys(self, ids: TokenArray, num_blocks: int) -> NDArray[np.uint8]:
         whole = ids[: num_blocks * self._block_tokens]
@@ -247,7 +297,7 @@ class _Layer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, self.keys.device  # with its index
         self.is_initialized = True
         self.length = 0
 
@@ -348,6 +398,19 @@ def _require_full_attention(config: Any) -> None:
         raise UnsupportedError(
             f"KVTierCache supports full attention in every layer; {type(config).__name__} has {sorted(kinds)}"
         )
+
+
+def _require_lasting_positions(config: Any) -> None:
+    """Refuses rotary embeddings whose frequencies, and so all keys, change as the prompt grows."""
+    for name in ("rope_parameters", "rope_scaling"):
+        options = getattr(config, name, None) or {}
+        for each in (options, *options.values()):  # of all layers, or by layer type
+            kind = str(each.get("rope_type", each.get("type"))) if isinstance(each, Mapping) else ""
+            if "dynamic" in kind or kind in ("longrope", "su"):
+                raise UnsupportedError(
+                    "KVTierCache supports rotary embeddings that do not depend on the prompt's length; "
+                    f"{type(config).__name__} has {name} of rope_type {kind!r}"
+                )
 
 
 def _token_array(token_ids: TokenIds) -> TokenArray:

@@ -1,6 +1,7 @@
 """Keeper: the process that owns index, policy and arena, and grants slots to the ranks' workers."""
 
 import contextlib
+import logging
 import os
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from kvtier.layout import check_extent
 from kvtier.ranks.instruction import Instruction
 from kvtier.ranks.server import Member, RankServer, Status
 from kvtier.tickets import Outcomes, checked_timeout
+
+_log = logging.getLogger(__name__)
 
 
 class StoreOrder(NamedTuple):
@@ -67,7 +70,7 @@ class Keeper:
         self._config = engine.config
         self._process = os.getpid()
         self._open: dict[int, set[int]] = {}  # of each grant, the ranks that have not reported
-        self._server = RankServer(directory, engine.config, arena_of(engine._native), self._on_parts)
+        self._server = RankServer(directory, engine.config, arena_of(engine._native), self._on_part)
         self._changed = self._server.changed
 
     @property
@@ -81,11 +84,13 @@ class Keeper:
 
         store() and load() ask the kernel: that a worker has ended is heard a moment later.
         """
+        self._check_process()
         with self._changed:
             return self._server.complete
 
     def workers(self) -> list[int | None]:
         """For each rank the process that joined as it, None for those still missing."""
+        self._check_process()
         with self._changed:
             missing = self._server.missing()
             return [
@@ -104,6 +109,7 @@ class Keeper:
             ClosedError: The keeper was closed.
         """
         seconds = checked_timeout(timeout)
+        self._check_process()
         with self._changed:
             self._changed.wait_for(lambda: self._server.closing or not self._server.missing(), seconds)
             self._check_open()
@@ -148,6 +154,7 @@ class Keeper:
             raise ConfigError(f"namespace is {namespace!r}; allowed: a str")
         rank, ttl_us = native_priority(priority), checked_ttl_us(ttl)
         parts = 1 if spec.replicated else self._config.world_size
+        self._check_process()
         with self._changed:
             self._check_open()
             if self._server.missing():
@@ -183,6 +190,7 @@ class Keeper:
             keys = what.keys[: what.ready_blocks]
         array, _ = self._arguments(keys, group, first_block)
         parts = self._config.world_size
+        self._check_process()
         with self._changed:
             self._check_open()
             if self._server.missing():
@@ -198,8 +206,8 @@ class Keeper:
         A rank that has not begun it never will, and says so; one that has goes on and reports as ever. Only
         these answers end the grant: a rank that does not answer keeps its slots until its process ends.
         """
+        self._check_process()
         with self._changed:
-            self._check_process()
             if instruction.epoch == self.epoch:
                 self._server.ask_to_cancel([instruction.grant])
 
@@ -213,8 +221,8 @@ class Keeper:
             TimeoutError: A rank has not reported yet; call again.
         """
         seconds = checked_timeout(timeout)
+        self._check_process()
         with self._changed:
-            self._check_process()
             self._server.closing = True
             self._changed.notify_all()
             if self._open:
@@ -230,14 +238,14 @@ class Keeper:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- grants; all under self._changed ---
-
     def _check_process(self) -> None:
+        # Before any lock: one that the parent held as it forked is never released here.
         if os.getpid() != self._process:
             raise ClosedError("the keeper belongs to the parent of this forked process")
 
+    # --- grants; all under self._changed ---
+
     def _check_open(self) -> None:
-        self._check_process()
         if self._server.closing:
             raise ClosedError("the keeper is closed")
 
@@ -267,15 +275,21 @@ class Keeper:
             self.epoch, grant, floor, is_store, group, parts, first_block, numbers, outcomes, slots
         )
 
-    def _on_parts(self, member: Member, grants: list[int], status: Status, drained: bool) -> None:
-        for grant in grants:
-            with contextlib.suppress(KVTierError):  # the engine was closed before its keeper
-                finish_part(self._engine._native, grant, status, drained)
-            # Not before: from now on instructions may say that this grant is over, and its slots are free.
-            waiting = self._open.get(grant, set())
-            waiting.discard(member.rank)
-            if not waiting:
-                self._open.pop(grant, None)
+    def _on_part(self, member: Member, grant: int, status: Status, drained: bool) -> None:
+        try:
+            finish_part(self._engine._native, grant, status, drained)
+        except (ClosedError, ConfigError):
+            pass  # the engine was closed before its keeper
+        except Exception as error:  # noqa: BLE001 - the part must be over whatever was wrong with its report
+            _log.exception("the keeper could not hand on a report of rank %d", member.rank)
+            failed = ("internal", 0, f"rank {member.rank}'s report: {type(error).__name__}")
+            with contextlib.suppress(KVTierError):
+                finish_part(self._engine._native, grant, failed, drained)
+        # Not before: from now on instructions may say that this grant is over, and its slots are free.
+        waiting = self._open.get(grant, set())
+        waiting.discard(member.rank)
+        if not waiting:
+            self._open.pop(grant, None)
 
 
 class _SettledTicket:

@@ -1,6 +1,7 @@
 """RankServer: the keeper's side of the sockets - who is which rank, what they report, and when they end."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -33,7 +34,14 @@ def _report_of(message: dict[str, Any]) -> tuple[int, Status, bool] | None:
         return None
     if not isinstance(status, list) or [type(part) for part in status] != [str, int, str]:
         return None
-    return grant, (status[0], status[1], status[2]), drained
+    code, native, text = status
+    try:
+        (code + text).encode()  # JSON can say what is no text
+    except UnicodeEncodeError:
+        return None
+    if not -(2**31) <= native < 2**31:
+        return None
+    return grant, (code, native, text), drained
 
 
 @dataclass(eq=False)
@@ -50,8 +58,8 @@ class Member:
     connected: bool = True
 
 
-# Called when parts of grants are over: (member, grants, status, drained). Holds RankServer.changed.
-OnParts = Callable[[Member, list[int], Status, bool], None]
+# Called when the part of a grant is over: (member, grant, status, drained). Holds RankServer.changed.
+OnPart = Callable[[Member, int, Status, bool], None]
 
 
 class RankServer:
@@ -66,7 +74,7 @@ class RankServer:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], config: Config, arena: dict[str, Any], on_parts: OnParts
+        self, directory: str | os.PathLike[str], config: Config, arena: dict[str, Any], on_part: OnPart
     ) -> None:
         """Begins to serve.
 
@@ -74,7 +82,7 @@ class RankServer:
             directory: Where workers find us.
             config: What theirs must agree with.
             arena: Its geometry, and its descriptor `fd`.
-            on_parts: Told what is over.
+            on_part: Told what is over. What it raises leaves the part as it was.
 
         Raises:
             ConfigError: Others can reach the directory, or a living keeper serves it.
@@ -88,7 +96,7 @@ class RankServer:
         self._fingerprint = root_key(config).hex()
         self._start = wire.start_time()
         self._arena = {name: value for name, value in arena.items() if name != "fd"}
-        self._on_parts = on_parts
+        self._on_part = on_part
         self._next_member = 1
         self._stopped = False
         with contextlib.ExitStack() as undo:
@@ -118,7 +126,12 @@ class RankServer:
         return [rank for rank in range(self._config.world_size) if rank not in living]
 
     def ask_to_cancel(self, grants: list[int]) -> None:
-        """Asks every rank not to begin grants that it has not begun. The caller holds `changed`."""
+        """Asks every rank not to begin grants that it has not begun. The caller holds `changed`.
+
+        Once stop() was called there is nobody to ask, and nothing is done.
+        """
+        if self._stopped:
+            return
         for member in self.members.values():
             mine = [grant for grant in grants if grant in member.grants]
             for begin in range(0, len(mine), 1000):
@@ -131,9 +144,10 @@ class RankServer:
             if self._stopped:
                 return
             self._stopped = True
-        os.eventfd_write(self._wake_fd, 1)
+            os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
         with self.changed:
+            self._wake_fd = -1  # its number is soon somebody else's
             for member in list(self.members.values()):
                 self._forget(member)
         self._undo.close()
@@ -155,7 +169,7 @@ class RankServer:
                     self._guarded(action)
             with self.changed:
                 for member in self.members.values():
-                    self._flush(member)
+                    self._guarded(functools.partial(self._flush, member))
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Runs an action; one that an action before it has made moot does nothing.
@@ -253,9 +267,7 @@ class RankServer:
         if self.closing:
             raise ClosedError("the keeper is closed")
         if (there := self.members.get(rank)) is not None:
-            if not wire.has_ended(there.pidfd):
-                raise ConfigError(f"rank {rank} is taken by process {there.pid}, which lives")
-            self._bury(there)
+            self._make_room(there)
         pidfd = wire.peer_pidfd(connection, str(message.get("start")))
         pid, _ = wire.peer_identity(connection)
         member = Member(self._next_member, rank, pid, pidfd, connection, wire.Outbox(connection))
@@ -273,6 +285,17 @@ class RankServer:
             raise ClosedError(f"rank {rank} closed its connection: {error}") from None
         self._next_member += 1
         return member
+
+    def _make_room(self, there: Member) -> None:
+        """Forgets a member of which nothing runs any more; raises ConfigError if it still has its rank."""
+        if wire.has_ended(there.pidfd):
+            self._bury(there)
+            return
+        self._read(there)  # its last word may have come before the one who wants its rank
+        if self.members.get(there.rank) is there:
+            if there.connected or there.grants:
+                raise ConfigError(f"rank {there.rank} is taken by process {there.pid}, which lives")
+            self._forget(there)
 
     def _read(self, member: Member) -> None:
         """Takes all that a member has said."""
@@ -305,8 +328,9 @@ class RankServer:
                 return
 
     def _over(self, member: Member, grants: list[int], status: Status, *, drained: bool) -> None:
-        member.grants.difference_update(grants)
-        self._on_parts(member, grants, status, drained)
+        for grant in grants:
+            self._on_part(member, grant, status, drained)
+            member.grants.discard(grant)  # not before: what could not be ended now ends with its process
         self.changed.notify_all()
 
     def _bury(self, member: Member) -> None:

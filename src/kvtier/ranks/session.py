@@ -70,7 +70,7 @@ class Session:
     def ended(self, grant: int, status: tuple[str, int, str], *, drained: bool) -> None:
         """Puts a report into the outbox."""
         code, native, text = status
-        short = (code, native, text[:4000])
+        short = (code, native, text[:4000].encode(errors="replace").decode())  # the keeper refuses other text
         self.outbox.put({"type": "ended", "grant": grant, "status": short, "drained": drained})
 
     def listen(self) -> bool:
@@ -112,6 +112,12 @@ class Session:
             os.close(self._pidfd)
 
 
+def _leave(connection: socket.socket) -> None:
+    # A closed socket would not do: a forked child of ours may keep it open.
+    with contextlib.suppress(OSError):
+        wire.send(connection, {"type": "leave"})
+
+
 @contextlib.contextmanager
 def connect(
     directory: str, rank: int, introduction: dict[str, Any], seconds: float | None
@@ -147,6 +153,7 @@ def connect(
                 connection,
                 {"type": "join", "version": wire.VERSION, "rank": rank, "start": start} | introduction,
             )
+            unless_joined.callback(_leave, connection)  # the keeper may count us as a member from now on
             received = wire.receive(connection)
         except builtins.TimeoutError:
             raise TimeoutError(f"the keeper of {directory!r} does not answer") from None
@@ -170,6 +177,7 @@ def connect(
         session = Session(bytes.fromhex(message["epoch"]), message["member"], rank, connection, pidfd)
         unless_joined.pop_all()
         unless_joined.callback(session.close)
+        unless_joined.callback(_leave, connection)
         told = message["arena"]
         classes = [(stride, slots) for stride, slots in told["classes"]]
         yield session, Arena(told["chunk_bytes"], classes, told["class_of_group"], fd)

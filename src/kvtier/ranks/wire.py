@@ -21,6 +21,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ LOCK = "keeper.lock"
 _MAX_MESSAGE = 1 << 16
 _SO_PEERPIDFD = 77  # Linux 6.5
 _UCRED = struct.Struct("3i")
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+_SHORTAGE_SECONDS = 0.05
 
 
 def open_directory(path: str | os.PathLike[str], *, create: bool = False) -> int:
@@ -204,13 +207,19 @@ class Outbox:
         self._messages.append(message)
 
     def flush(self) -> bool:
-        """Sends what the socket takes; returns whether that was all. What nobody will read is dropped."""
+        """Sends what the socket takes; returns whether that was all. What nobody will read is dropped.
+
+        Waits only where the kernel is short of memory, for a moment: what is left then is kept.
+        """
         while self._messages:
             try:
                 send(self._connection, self._messages[0])
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as error:
+                if error.errno not in _GONE:
+                    time.sleep(_SHORTAGE_SECONDS)  # the socket looks writable all the while
+                    return False
                 self._messages.clear()
                 return True
             self._messages.popleft()

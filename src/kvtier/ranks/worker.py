@@ -61,6 +61,7 @@ class RankPages:
             TimeoutError: Copies still run: the tensors must not be freed yet; call again.
             DeviceError: The device cannot prove that its copies are over: the tensors must never be freed.
         """
+        self._worker._check_process()
         self._worker._native.detach(self._native, checked_timeout(timeout))
 
 
@@ -114,6 +115,7 @@ class Worker:
     @property
     def joined(self) -> bool:
         """Whether it is a member of a keeper that lives, as far as it knows."""
+        self._check_process()
         with self._lock:
             if self._session is not None and not self._session.listen():
                 self._end_session(self._session)
@@ -141,13 +143,17 @@ class Worker:
             timeout: Seconds to wait for a keeper to appear, None for as long as it takes.
 
         Raises:
-            TimeoutError: There is no keeper, or it does not answer.
+            TimeoutError: There is no keeper, it does not answer, or another thread still tries to join.
             ConfigError: The keeper's config is another, the rank is taken, or others can reach the directory.
             ClosedError: The worker was closed, or the keeper is closing.
         """
         seconds = checked_timeout(timeout)
+        self._check_open()
         deadline = None if seconds is None else time.monotonic() + seconds
-        with self._joining:
+        patience = -1 if seconds is None else min(seconds, threading.TIMEOUT_MAX)
+        if not self._joining.acquire(timeout=patience):
+            raise TimeoutError(f"another thread has not joined within {timeout} s")
+        try:
             self._check_open()
             if self.joined:
                 return
@@ -157,6 +163,8 @@ class Worker:
                     raise TimeoutError(f"no keeper serves {self._directory!r} within {timeout} s")
                 time.sleep(_RETRY_SECONDS)
                 self._check_open()
+        finally:
+            self._joining.release()
 
     def execute(
         self,
@@ -223,8 +231,7 @@ class Worker:
             TimeoutError: Copies still run; call again.
             DeviceError: A device cannot prove that its copies are over: its tensors must never be freed.
         """
-        if os.getpid() != self._process:
-            raise ClosedError("the worker belongs to the parent of this forked process")
+        self._check_process()
         with self._lock:
             self._closing = True
         try:
@@ -244,9 +251,13 @@ class Worker:
 
     # --- instructions ---
 
-    def _check_open(self) -> None:
+    def _check_process(self) -> None:
+        # Before any lock: one that the parent held as it forked is never released here.
         if os.getpid() != self._process:
             raise ClosedError("the worker belongs to the parent of this forked process")
+
+    def _check_open(self) -> None:
+        self._check_process()
         if self._closing:
             raise ClosedError("the worker is closed")
 

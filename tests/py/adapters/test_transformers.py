@@ -1,6 +1,7 @@
 """The transformers cache class: what comes back is bit by bit what a model computed."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import kvtier
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig  # noqa: E402
+from transformers import BartConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig  # noqa: E402
 
 from kvtier.adapters.transformers import KVTierCache, layout_of  # noqa: E402
 
@@ -230,6 +231,157 @@ def test_engines_of_other_models_are_refused(model: Any, engine: kvtier.Engine) 
 def test_models_without_full_attention_are_refused() -> None:
     with pytest.raises(kvtier.UnsupportedError, match="sliding_attention"):
         layout_of(MistralConfig(sliding_window=64), page_tokens=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, "dynamic"),
+        ({"rope_type": "longrope"}, "longrope"),
+        ({"type": "su"}, "su"),
+        ({"full_attention": {"rope_type": "default"}, "other": {"rope_type": "my_dynamic"}}, "my_dynamic"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_models_whose_keys_depend_on_the_prompt_s_length_are_refused(
+    name: str, rope: dict[str, Any], kind: str
+) -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=2, num_attention_heads=4, hidden_size=32, dtype=torch.float32, **{name: rope}
+    )
+    with pytest.raises(kvtier.UnsupportedError, match=f"{name} of rope_type '{kind}'"):
+        layout_of(config, page_tokens=BLOCK)
+
+
+def test_a_real_configuration_with_dynamic_positions_is_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    with pytest.raises(kvtier.UnsupportedError, match="'dynamic'"):
+        layout_of(tiny_config(rope_parameters=rope), page_tokens=BLOCK)
+    rope["rope_type"] = "linear"  # the same at every length
+    layout_of(tiny_config(rope_parameters=rope), page_tokens=BLOCK)
+
+
+def test_models_with_an_encoder_are_refused(engine: kvtier.Engine) -> None:
+    config = BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4)
+    for model in (config, SimpleNamespace(config=config)):
+        with pytest.raises(kvtier.UnsupportedError, match="has an encoder"):
+            layout_of(model, page_tokens=BLOCK)
+        with pytest.raises(kvtier.UnsupportedError, match="has an encoder"):
+            KVTierCache(engine, model, capacity=BLOCK)
+
+
+class Watched:
+    """An engine that notes the streams it is given, and may be interrupted as Ctrl-C does."""
+
+    def __init__(self, engine: kvtier.Engine) -> None:
+        self.engine = engine
+        self.streams: list[Any] = []
+        self.after: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def load(self, *args: Any, stream: Any = None, **options: Any) -> Any:
+        return self._begin(self.engine.load(*args, **options), stream)
+
+    def store(self, *args: Any, stream: Any = None, **options: Any) -> Any:
+        return self._begin(self.engine.store(*args, **options), stream)
+
+    def _begin(self, ticket: Any, stream: Any) -> Any:
+        self.streams.append(stream)
+        if self.after is not None:
+            raise self.after
+        return ticket
+
+
+def test_transfers_follow_torch_s_current_stream(
+    model: Any, engine: kvtier.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(13)
+    asked = []
+
+    def current_stream(device: Any) -> str:
+        asked.append(device)
+        return f"stream {len(asked)}"
+
+    watched: Any = Watched(engine)
+    with KVTierCache(watched, model, capacity=len(ids)) as cache:
+        monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+        compute(model, cache, ids, 0)
+        cache.save(ids).wait()
+        assert cache.restore(ids) == PREFIX
+        assert (watched.streams, asked) == ([None, None], [])  # the CPU has none
+
+        for layer in cache.layers:
+            layer.device = torch.device("cuda", 1)  # there need not be one: the buffers stay where they are
+        cache.save(ids).wait()
+        assert cache.restore(ids) == PREFIX
+        assert watched.streams[2:] == ["stream 1", "stream 2"]  # the current one of each call
+        assert asked == [torch.device("cuda", 1)] * 2
+
+
+class Interrupted:
+    """A ticket whose first wait for `released` is ended by Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.released = self
+        self.waits = 0
+
+    def wait(self) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("use", ["restore", "save", "reset", "crop", "model"])
+def test_whatever_follows_an_interrupted_restore_waits_for_its_copies(
+    model: Any, engine: kvtier.Engine, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    ids = prompt(14)
+    with KVTierCache(engine, model, capacity=len(ids)) as cache:
+        compute(model, cache, ids, 0)
+        cache.save(ids).wait()
+        ticket = Interrupted()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "load", lambda *_, **__: ticket)
+            with pytest.raises(KeyboardInterrupt):
+                cache.restore(ids)
+        assert (ticket.waits, cache.num_tokens) == (1, 0)
+        uses = {
+            "restore": lambda: cache.restore(ids),
+            "save": lambda: cache.save(ids),
+            "reset": cache.reset,
+            "crop": lambda: cache.crop(0),
+            "model": lambda: compute(model, cache, ids, 0),
+        }
+        uses[use]()
+        assert ticket.waits == 2
+        cache.reset()
+        assert ticket.waits == 2  # it is over
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_transfer_whose_ticket_was_lost_is_waited_for_too(
+    model: Any, engine: kvtier.Engine, stop: type[BaseException]
+) -> None:
+    ids = prompt(15)
+    watched: Any = Watched(engine)
+    with KVTierCache(watched, model, capacity=len(ids)) as cache:
+        cold = compute(model, cache, ids, 0)
+        for transfer in (cache.save, cache.restore):
+            watched.after = stop()
+            before = cache._pages
+            with pytest.raises(stop):
+                transfer(ids)
+            watched.after = None
+            cache.reset()
+            assert cache._pages is not before  # detached, which waits, and attached again
+            with pytest.raises(kvtier.ClosedError):
+                engine.store(np.zeros((0, 32), np.uint8), before, [])
+        assert cache.restore(ids) == PREFIX
+        assert torch.equal(compute(model, cache, ids, PREFIX), cold)
+    with pytest.raises(kvtier.ClosedError):
+        cache.save(ids)  # closed is closed
 
 
 def test_another_dtype_than_the_layout_is_refused(model: Any) -> None:

@@ -9,6 +9,8 @@ import textwrap
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,19 @@ import numpy.typing as npt
 import pytest
 
 import kvtier
-from kvtier import BlockOutcome, BlockState, ClosedError, Config, ConfigError, Engine, KVLayout, Pages, Tier
+from kvtier import (
+    BlockOutcome,
+    BlockState,
+    ClosedError,
+    Config,
+    ConfigError,
+    Disk,
+    Engine,
+    KVLayout,
+    Pages,
+    Tier,
+)
+from kvtier.control import ask_to_purge
 from kvtier.keys import Keys
 from kvtier.testing import FaultPlan, ManualClock, SimulatedDevice, faulty_device, faulty_memory
 
@@ -345,6 +359,32 @@ def test_close_waits_for_running_transfers_and_lets_go_of_tensors() -> None:
     assert all(ticket.done() for ticket in tickets)
     assert all(ticket.result().stored == 16 for ticket in tickets)
     assert alive() is None
+
+
+def test_a_purge_over_the_socket_does_not_keep_the_engine_open(tmp_path: Path) -> None:
+    disk = Disk(str(tmp_path / "disk"), "8MiB")
+    engine = kvtier.open(Config(groups=[LAYOUT], block_tokens=8, host="1MiB", model="m@1", disk=disk))
+    (store,) = (Path(disk.path) / "stores").iterdir()
+    control, asked = engine._control, threading.Event()
+    assert control is not None
+    purge = control._purge
+
+    def reported(namespace: str) -> int:
+        asked.set()
+        return purge(namespace)
+
+    control._purge = reported
+    with ThreadPoolExecutor() as threads:
+        with engine._dropping:  # as long as others drop, the purge waits
+            answer = threads.submit(ask_to_purge, store, "x", 30)
+            assert asked.wait(30)
+            with pytest.raises(kvtier.TimeoutError, match="purge"):
+                engine.close(timeout=0.2)
+            assert engine.closed
+        with pytest.raises(kvtier.StorageError, match="closed"):
+            answer.result()
+    engine.close()
+    assert not (store / "control").exists()
 
 
 def test_a_close_that_times_out_keeps_tensors_until_a_later_one_succeeds() -> None:

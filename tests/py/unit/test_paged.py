@@ -17,6 +17,7 @@ import torch
 
 import kvtier
 from kvtier import page_tables
+from kvtier.engine import Dropped, DroppedLog
 from kvtier.metrics import Hops, HopStats
 from kvtier.page_pool import Extent, PagePool
 from kvtier.paged import OutOfPages, PagedKVCache, PagedSequence
@@ -607,10 +608,21 @@ def test_closed_things_say_so(serve: Callable[..., Server]) -> None:
         other.fork,
         lambda: other.append([1]),
         lambda: server.cache.open([1]),
+        lambda: server.cache.csr([other]),
     ):
         with pytest.raises(kvtier.ClosedError):
             call()
     other.close()
+
+
+def test_a_closed_sequence_has_no_place_in_a_batch(serve: Callable[..., Server]) -> None:
+    server = serve()
+    closed, open_ = server.open(prompt(5)), server.open(prompt(6))
+    closed.close()
+    cache = server.cache
+    for call in (cache.block_table, cache.csr, cache.slot_mapping):
+        with pytest.raises(kvtier.ClosedError, match="the sequence is closed"):
+            call([open_, closed])
 
 
 def test_a_sequence_can_be_closed_after_its_engine(serve: Callable[..., Server]) -> None:
@@ -755,6 +767,201 @@ def test_a_large_batch_needs_no_loop_over_pages() -> None:
     assert (indptr[-1], len(indices), set(last.tolist())) == (256 * 8192, 256 * 8192, {13})
     slots = page_tables.slot_mapping(pages, lens - 1, lens, 16)
     np.testing.assert_array_equal(slots, (8191 + np.arange(256)) * 16 + 12)
+
+
+# --- what the engine drops ----------------------------------------------------------------------------
+
+
+@SIZES
+def test_after_a_reset_nothing_of_before_is_matched_or_stored(
+    serve: Callable[..., Server], page: int, block: int
+) -> None:
+    server = serve(page=page, block=block, pages=64 // page)
+    tokens = prompt(62)
+    server.run(tokens)
+    server.engine.flush()
+    server.engine.reset("v2")
+    with server.open(tokens) as seq:
+        assert (seq.ticket, seq.cached_tokens) == (None, 0)
+    server.fill()
+    assert server.engine.lookup(keys_of(server, tokens)).ready_blocks == 0
+    pages_add_up(server.cache)
+    assert server.run(tokens) == 0
+    assert server.run(tokens) > 0
+
+
+def test_eviction_right_after_a_reset_stores_nothing_of_before(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(17)
+    seq = server.open(prompt(1, 5))
+    server.run(tokens)
+    server.engine.reset()
+    seq.append(prompt(31, 6))  # the first that the cache hears of it
+    server.cache.flush()
+    assert server.engine.lookup(keys_of(server, tokens)).ready_blocks == 0
+    assert server.engine.stats().store_stored == 0
+    assert server.cache.stats().evicted_pages == 0
+
+
+def test_a_dropped_namespace_is_not_matched_or_stored_and_others_stay(serve: Callable[..., Server]) -> None:
+    server = serve(pages=16)
+    tokens = prompt(9)
+    for name in ("a", "b"):
+        server.run(tokens, namespace=name)
+    assert server.engine.drop(namespace="a") == 0  # the device alone has it
+    assert server.run(tokens, namespace="b") == 8
+    server.fill()
+    assert server.engine.drop(namespace="a") == 0
+    assert server.engine.drop(namespace="b") == 2
+
+
+def test_dropped_keys_are_not_matched_or_stored_and_others_stay(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(17)
+    keys = keys_of(server, tokens)
+    server.run(tokens)
+    server.engine.drop(keys[2:3])
+    with server.open(tokens) as seq:
+        assert seq.cached_tokens == 8
+    server.cache.flush()
+    assert server.engine.lookup(keys).states().tolist() == [2, 2, 0, 2]
+    assert server.run(tokens) == 8
+    assert server.run(tokens) == 16
+
+
+@pytest.mark.parametrize("write", ["evict", "through"])
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize("how", ["reset", "namespace", "keys"])
+def test_sequences_that_are_open_at_a_drop_run_on_and_share_nothing_of_it(
+    serve: Callable[..., Server], page: int, write: str, how: str
+) -> None:
+    server = serve(page=page, pages=64 // page, write=write)
+    tokens = prompt(30)
+    seq = server.open(tokens[:10])
+    server.compute(seq, tokens[:10])
+    server.engine.flush()
+    before = server.engine.stats().store_stored
+    if how == "reset":
+        server.engine.reset()
+    elif how == "namespace":
+        server.engine.drop(namespace="")
+    else:
+        server.engine.drop(keys_of(server, tokens[:4]))
+    twin = seq.fork()
+    for grown in (seq, twin):
+        grown.append(tokens[10:])
+        server.compute(grown, tokens)
+        server.check(grown, tokens)
+        grown.close()
+    server.cache.flush()
+    assert server.engine.stats().store_stored == before + (1 if (how, write, page) == KEPT else 0)
+    assert server.run(tokens) == 0
+    pages_add_up(server.cache)
+
+
+KEPT = ("keys", "evict", 4)  # the second block: it was shared before, and not dropped
+
+
+def test_the_tail_of_a_sequence_that_closes_right_after_a_reset_is_not_stored(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(page=16)
+    with server.open(prompt(12)) as seq:
+        server.compute(seq, prompt(12))
+        server.engine.reset()
+    server.engine.flush()
+    assert server.engine.stats().store_stored == 0
+
+
+def test_what_a_load_brings_from_before_a_reset_is_not_shared(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(17)
+    server.run(tokens)
+    server.fill()
+    with server.open(tokens) as seq:
+        assert seq.ticket is not None
+        server.engine.reset()
+        server.check(seq, tokens, seq.wait())
+    assert server.run(tokens) == 0
+
+
+def test_a_drop_beside_an_eviction_has_the_last_word(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=4)
+    tokens = prompt(16)
+    server.run(tokens)
+    store = server.engine.store
+    drop = threading.Thread(target=lambda: server.engine.drop(namespace=""))
+
+    def late_store(*args: Any, **options: Any) -> Any:
+        drop.start()
+        drop.join(0.2)  # it would be over by now
+        return store(*args, **options)
+
+    monkeypatch.setattr(server.cache, "_engine", Proxy(server.engine, store=late_store))
+    server.open(prompt(16, 1))
+    drop.join(30)
+    server.engine.flush()
+    assert server.engine.lookup(keys_of(server, tokens)).ready_blocks == 0
+
+
+def test_what_is_loaded_while_a_drop_runs_is_not_shared(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(pages=8)
+    tokens = prompt(17)
+    server.run(tokens)
+    server.fill()
+    native = server.engine._native
+
+    def slow_drop(namespace: str) -> int:
+        monkeypatch.undo()
+        assert server.run(tokens) == 16  # the drop has not come to it yet
+        dropped: int = native.drop_namespace(namespace)
+        server.cache.flush()  # and now waits for a drive
+        return dropped
+
+    monkeypatch.setattr(server.engine, "_native", Proxy(native, drop_namespace=slow_drop))
+    assert server.engine.drop(namespace="") > 0
+    server.engine.flush()
+    assert server.engine.lookup(keys_of(server, tokens)).ready_blocks == 0
+    assert server.run(tokens) == 0
+    assert server.run(tokens) == 16
+    assert server.cache._dropped_log.drops() == []
+
+
+def test_a_log_of_drops_that_nobody_reads_stays_small() -> None:
+    log = DroppedLog()
+    drops = [Dropped(namespace=str(i), running=i == 7) for i in range(64)]
+    for drop in drops:
+        log.add(drop)
+    assert log.drops() == drops
+    log.add(more := Dropped(namespace="more"))
+    everything, *rest = log.drops()
+    assert (everything.keys, everything.namespace, everything.running) == (None, None, False)
+    assert rest == [drops[7], more]
+    log.applied(drops[0])  # somebody was at it
+    log.applied(more)
+    assert log.drops() == [everything, drops[7]]
+
+
+def test_an_unpublished_extent_with_a_running_store_is_kept_until_it_is_over() -> None:
+    pool = PagePool(3)
+    running = SimpleNamespace(done=lambda: False, wait=lambda timeout=None: None)
+    extents = [Extent(pool.take(1)), Extent(pool.take(1), stores=[running]), Extent(pool.take(1))]
+    for extent, key in zip(extents, (b"a", b"b", b"c"), strict=True):
+        pool.publish(extent, key)
+    for extent in extents[:2]:
+        pool.release(extent)
+    for extent in extents:
+        pool.unpublish(extent)
+    assert list(pool.shareable) == []
+    assert list(pool.cached) == [extents[1]]
+    assert (pool.num_free, pool.num_cached, pool.num_used) == (1, 1, 1)
+    pool.release(extents[2])
+    pool.reclaim(extents[1])
+    assert pool.num_free == 3
 
 
 # --- the bookkeeping alone ----------------------------------------------------------------------------

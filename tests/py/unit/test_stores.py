@@ -1,9 +1,12 @@
 """kvtier verify, inspect, purge and doctor --disk; the control socket of a live engine."""
 
+import errno
+import itertools
 import json
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -377,13 +380,88 @@ def test_hits_are_those_of_the_store_that_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"what\n", b"[]\n", b'{"op": "stop"}\n', b'{"op": "purge"}\n', b'{"op":"purge","namespace":3}\n']
+    "line",
+    [
+        b"what\n",
+        b"[]\n",
+        b"[" * 60_000 + b"\n",
+        b"1" * 5_000 + b"\n",
+        b'{"op": "stop"}\n',
+        b'{"op": "purge"}\n',
+        b'{"op":"purge","namespace":3}\n',
+    ],
 )
 def test_nonsense_is_answered_with_what_is_allowed(
     tmp_path: Path, server: ControlServer, line: bytes
 ) -> None:
     assert "error" in ask(tmp_path, line)
     assert ask_to_purge(tmp_path, "x", PATIENCE) == 1  # and it goes on
+
+
+def test_what_fails_for_one_peer_fails_for_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def purge(namespace: str) -> int:
+        if namespace == "bad":
+            raise RuntimeError("never seen before")
+        return 1
+
+    server = ControlServer([tmp_path], purge, hits_of)
+    with pytest.raises(StorageError):
+        ask_to_purge(tmp_path, "bad", PATIENCE)
+    assert ask_to_purge(tmp_path, "good", PATIENCE) == 1
+    server.close(PATIENCE)
+    assert "never seen before" in caplog.text
+
+
+def test_a_purge_that_takes_too_long_says_that_it_may_still_be_done(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    server = ControlServer([tmp_path], lambda _: int(go_on.wait(PATIENCE)), hits_of)
+    with pytest.raises(StorageError, match=r"no answer within 0.05 s .* may still do it: ask again"):
+        ask_to_purge(tmp_path, "x", 0.05)
+    go_on.set()
+    assert ask_to_purge(tmp_path, "x", PATIENCE) == 1
+    server.close(PATIENCE)
+
+
+def test_purge_does_not_wait_for_ever(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+    timeout_of = control.socket.socket.settimeout
+
+    def settimeout(connection: socket.socket, seconds: float | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            waits.append(seconds)
+        timeout_of(connection, seconds)
+
+    with kvtier.open(config):
+        monkeypatch.setattr(control.socket.socket, "settimeout", settimeout)
+        assert [store["problem"] for store in stores.purge(directory(config), "a")] == [""]
+        monkeypatch.undo()
+    assert waits == [600.0]
+
+
+def test_a_server_without_descriptors_sleeps_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 4
+    tried: list[float] = []
+    accept = socket.socket.accept
+
+    def scarce(listener: socket.socket) -> Any:
+        tried.append(time.monotonic())
+        if len(tried) <= left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    server = ControlServer([tmp_path], len, hits_of)
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    assert ask_to_purge(tmp_path, "xyz", PATIENCE) == 3  # the peer has waited
+    pauses = [after - before for before, after in itertools.pairwise(tried)]
+    assert len(pauses) == left
+    assert min(pauses) > 0.09
+
+    left = 10**9
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(tmp_path / "control"))
+        server.close(PATIENCE)  # the pause does not keep us
 
 
 def test_other_users_are_refused(

@@ -1,15 +1,21 @@
 """Trace files: three formats, and one clear error for what is none of them."""
 
+import contextlib
 import dataclasses
 import gzip
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kvtier
+from kvtier.engine import _close_at_exit
 from kvtier.errors import ConfigError
-from kvtier.traces import TraceWriter, load_trace, make_trace
+from kvtier.traces import TraceRecorder, TraceWriter, load_trace, make_trace
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "traces"
 
@@ -91,6 +97,22 @@ GOOD = '{"timestamp": 0, "hash_ids": [1]}'
         (['{"timestamp": 0, "hash_ids": [1.5]}'], r":1: hash_ids holds 1.5"),
         (['{"timestamp": "now", "hash_ids": [1]}'], r":1: timestamp is 'now'; must be a number"),
         (['{"timestamp": 0, "hash_ids": [1], "input_length": -4}'], r":1: input_length is -4; must be"),
+        (["[" * 100_000], r":1: nests too deep; must be an object of numbers and of lists"),
+        (
+            ['{"timestamp": 0, "hash_ids": ' + "[" * 900 + "]" * 900 + "}"],
+            r":1: (nests too deep; must|hash_ids holds \[+\.\.\.\]+; must)",
+        ),
+        (
+            ['{"timestamp": 0, "hash_ids": [' + "1" * 5000 + "]}"],
+            r":1: holds too long a number; must be integers of 64 bits",
+        ),
+        (
+            ['{"timestamp": 9.5e12, "chat_id": 1, "hash_ids": [1]}'],
+            r":1: timestamp is 9500000000000.0; must be a number of at least 0 and less than 4611686018427$",
+        ),
+        (['{"timestamp": 9.5e15, "hash_ids": [1]}'], r"at least 0 and less than 4611686018427387$"),
+        (['{"timestamp": Infinity, "hash_ids": [1]}'], r":1: timestamp is inf; must be a number"),
+        (['{"timestamp": NaN, "hash_ids": [1]}'], r":1: timestamp is nan; must be a number"),
         (['{"kvtier_trace": 9, "block_tokens": 16}'], r":1: kvtier_trace is 9; this kvtier reads 1"),
         (['{"kvtier_trace": 1}'], r":1: block_tokens is None; must be an integer"),
         (['{"kvtier_trace": 1, "block_tokens": 16}', '{"at_us": 1}'], r":2: blocks is None"),
@@ -109,6 +131,20 @@ def test_bytes_that_are_no_text_are_an_error_with_the_line(tmp_path: Path) -> No
     path.write_bytes(GOOD.encode() + b"\n\xff\xfe\n")
     with pytest.raises(ConfigError, match=r"bad.jsonl:\d+: cannot be decoded"):
         load_trace(path)
+
+
+def test_a_damaged_gz_is_an_error_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl.gz"
+    whole = bytearray(gzip.compress(f"{GOOD}\n".encode() * 500))
+    for at in range(10, len(whole) - 8):  # the deflated bytes
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(ConfigError, match=r"bad.jsonl.gz:\d+: "):
+            load_trace(path)
+
+
+def test_the_largest_times_are_read() -> None:
+    trace = make_trace([(0, [1]), (2**62 / 1e6, [1])])
+    assert trace.at_us[1] == 2**62
 
 
 def test_an_engine_records_what_it_is_asked_for(tmp_path: Path) -> None:
@@ -130,3 +166,78 @@ def test_an_engine_records_what_it_is_asked_for(tmp_path: Path) -> None:
         assert bytes(key).hex() not in path.read_text()
     with pytest.raises(ConfigError, match="trace is '/nowhere/x': cannot be written"):
         kvtier.open(dataclasses.replace(config, trace="/nowhere/x"))
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Sets how long files may get: what a full drive does, but to this process alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_drive_ends_the_trace_and_nothing_else(
+    tmp_path: Path, small_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "recorded.jsonl"
+    layout = kvtier.KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="uint8", page_tokens=16)
+    config = kvtier.Config(groups=[layout], host="1MiB", model="m@1", block_tokens=16, trace=str(path))
+    engine = kvtier.open(config)
+    recorder = engine._recorder
+    assert recorder is not None
+    small_files(400)
+    for i in range(20):
+        engine.lookup(kvtier.block_keys(np.arange(i, i + 160), config))
+    small_files(resource.RLIM_INFINITY)  # there is room again: too late, a gap would be a lie
+    engine.lookup(kvtier.block_keys(np.arange(900, 1060), config))
+    engine.close()
+    assert recorder.problem == f"{path}: File too large"
+    assert [record.getMessage() for record in caplog.records] == [f"the trace ends here: {recorder.problem}"]
+    assert path.read_bytes().endswith(b"]}\n")  # no half line
+    trace = load_trace(path)
+    assert 2 < trace.num_requests < 20
+    assert all(len(trace.request(r)) == 10 for r in range(trace.num_requests))
+
+
+def test_a_file_that_fails_as_it_is_closed_harms_no_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = TraceRecorder(tmp_path / "recorded.jsonl", 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder._out, "close", lambda: os.open("/nowhere/x", 0))
+        recorder.close()
+    assert "No such file" in recorder.problem
+    recorder.close()
+
+
+def test_a_trace_that_cannot_take_its_first_line_is_refused() -> None:
+    layout = kvtier.KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="uint8", page_tokens=16)
+    config = kvtier.Config(groups=[layout], host="1MiB", model="m@1", block_tokens=16, trace="/dev/full")
+    with pytest.raises(ConfigError, match=r"trace is '/dev/full': cannot be written: .*No space left"):
+        kvtier.open(config)
+
+
+def test_at_exit_every_engine_is_closed_whatever_one_of_them_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+            self.closed = False
+
+        def close(self, timeout: float) -> None:
+            self.closed = True
+            raise self.error
+
+    errors = (kvtier.TimeoutError("x"), OSError(28, "full"), KeyboardInterrupt(), kvtier.TimeoutError("y"))
+    for order in (errors, errors[::-1]):
+        engines = [Stub(error) for error in order]
+        monkeypatch.setattr("kvtier.engine._open_engines", engines)
+        with contextlib.suppress(OSError, KeyboardInterrupt):
+            _close_at_exit()
+        assert all(engine.closed for engine in engines)
+    engines = [Stub(errors[0]), Stub(errors[3])]
+    monkeypatch.setattr("kvtier.engine._open_engines", engines)
+    _close_at_exit()  # these say only that there was no time
