@@ -13,6 +13,7 @@
 #include "io_transfer.h"
 
 #include "kvtier/core/mutex.h"
+#include "kvtier/core/process.h"
 
 namespace kvtier {
 namespace {
@@ -72,7 +73,7 @@ int add_allocated(int directory_fd, std::uint64_t& bytes) {
     if (!S_ISDIR(status.st_mode)) continue;
     const FileHandle below(::openat(directory_fd, name.c_str(), kOpenDirectory));
     if (!below.is_open()) {
-      if (errno == ENOENT) continue;
+      if (errno == ENOENT || errno == EACCES || errno == EPERM) continue;  // as lost+found, of root
       return errno;
     }
     if (const int error = add_allocated(below.fd(), bytes); error != 0) return error;
@@ -209,7 +210,7 @@ Status Directory::replace_file(const std::string& name, std::span<const std::byt
   if (content.size() > kMaxSmallFileBytes) return file_failure(EFBIG, "write", path_of(*this, name));
   // The new file has one name, so that a crash leaves at most one behind, which the next call removes. Hence
   // one call at a time in a directory; there are few. (One drive that hangs must not stop another's.)
-  static std::array<Mutex, 61> mutexes;
+  auto& mutexes = of_this_process<std::array<Mutex, 61>>();
   struct stat here{};
   static_cast<void>(::fstat(fd(), &here));
   const MutexLock lock(mutexes[(here.st_dev * 31 + here.st_ino) % mutexes.size()]);

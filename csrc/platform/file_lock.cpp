@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -36,6 +37,8 @@ namespace {
 using TimePoint = std::chrono::steady_clock::time_point;
 using FileId = std::pair<dev_t, ino_t>;
 
+constexpr std::chrono::milliseconds kBlindPause{10};
+
 struct flock whole_file(int type) {
   struct flock range{};
   range.l_type = static_cast<short>(type);
@@ -44,7 +47,6 @@ struct flock whole_file(int type) {
 }
 
 struct Held {
-  std::uint64_t generation = 0;  // a forked child inherits the table, not the locks
   FileHandle file;
   std::vector<FileHandle> others;
 };
@@ -56,11 +58,10 @@ class LockTable {
 
   Held* find(const MutexLock&, FileId id) KVTIER_REQUIRES(mutex) {
     const auto entry = held_.find(id);
-    return entry != held_.end() && entry->second.generation == process_generation() ? &entry->second
-                                                                                    : nullptr;
+    return entry != held_.end() ? &entry->second : nullptr;
   }
   void add(const MutexLock&, FileId id, FileHandle file) KVTIER_REQUIRES(mutex) {
-    held_.insert_or_assign(id, Held{process_generation(), std::move(file), {}});
+    held_.insert_or_assign(id, Held{std::move(file), {}});
   }
   void remove(const MutexLock&, FileId id) KVTIER_REQUIRES(mutex) { held_.erase(id); }
   // Closes a descriptor of the file, when that does no harm.
@@ -72,10 +73,9 @@ class LockTable {
   std::map<FileId, Held> held_ KVTIER_GUARDED_BY(mutex);
 };
 
-LockTable& table() {
-  static LockTable& the_table = *new LockTable;  // outlives locks that are destroyed at exit
-  return the_table;
-}
+// A forked child inherits descriptors, not locks. It leaves its parent's alone: to close one would drop a
+// lock that it has taken itself meanwhile.
+LockTable& table() { return of_this_process<LockTable>(); }
 
 class HeldLock final : public FileLock {
  public:
@@ -174,17 +174,17 @@ class Attempt {
 // Says when a lock that another process holds may have ended.
 class ReleaseWatch {
  public:
-  // Made before the attempt that fails, so that nothing is missed.
-  Status watch(int fd, FileId id) {
-    if (inotify_.is_open() && watched_ == id) return Status::ok();
+  // Made before the attempt that fails, so that nothing is missed. Where the user has no watches left, wait()
+  // looks again and again.
+  void watch(int fd, FileId id) {
+    if (inotify_.is_open() && watched_ == id) return;
     inotify_ = FileHandle(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
     watched_ = id;
     const std::string path = "/proc/self/fd/" + std::to_string(fd);
-    if (!inotify_.is_open() ||
+    if (inotify_.is_open() &&
         ::inotify_add_watch(inotify_.fd(), path.c_str(), IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVE_SELF) < 0) {
-      return file_failure(errno, "watch", path);
+      inotify_ = FileHandle();
     }
-    return Status::ok();
   }
 
   // False when the deadline has passed.
@@ -198,8 +198,9 @@ class ReleaseWatch {
       holder = FileHandle(static_cast<int>(::syscall(SYS_pidfd_open, range.l_pid, 0)));
       if (!holder.is_open() && errno == ESRCH) return true;
     }
-    const auto left = deadline - std::chrono::steady_clock::now();
+    std::chrono::nanoseconds left = deadline - std::chrono::steady_clock::now();
     if (left <= std::chrono::nanoseconds::zero()) return false;
+    if (!inotify_.is_open()) left = std::min<std::chrono::nanoseconds>(left, kBlindPause);
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
     timespec time{};
     time.tv_sec = ns / 1'000'000'000;
@@ -209,7 +210,7 @@ class ReleaseWatch {
     const int ready = ::ppoll(polled.data(), polled.size(), &time, nullptr);
     if (ready < 0 && errno != EINTR) return file_failure(errno, "wait for the lock", "of a file");
     std::array<char, 4096> events{};
-    while (::read(inotify_.fd(), events.data(), events.size()) > 0) {
+    while (inotify_.is_open() && ::read(inotify_.fd(), events.data(), events.size()) > 0) {
     }
     return true;
   }
@@ -249,7 +250,7 @@ Result<std::unique_ptr<FileLock>> FileLock::lock(const Directory& directory, con
       }
     }
     // From here on a release is noticed; one before is seen by wait(), which asks again.
-    KVTIER_RETURN_IF_ERROR(watch.watch(attempt.fd(), attempt.id()));
+    watch.watch(attempt.fd(), attempt.id());
     const Result<bool> waited = watch.wait(attempt.fd(), deadline);
     if (!waited) return waited.status();
     in_time = waited.value();

@@ -37,10 +37,9 @@ Status CatalogKeeper::reset_with(std::span<const CatalogRecord> records) {
   }
   KVTIER_RETURN_IF_ERROR(catalog_->reset_with(records));
   if (!marked_) return Status::ok();
+  marked_ = false;  // from here on nobody knows, and mark_lost() makes it anew
   KVTIER_RETURN_IF_ERROR(directory_.remove_file(kMarker));
-  KVTIER_RETURN_IF_ERROR(directory_.sync());
-  marked_ = false;
-  return Status::ok();
+  return directory_.sync();
 }
 
 Status CatalogKeeper::mark_lost() {

@@ -118,9 +118,14 @@ Result<std::vector<PurgedStore>> purge_stores(const std::string& path,
   for (const std::string& name : *names) {
     if (!parse_store_name(name)) continue;
     Result<Directory> store = found->stores.existing_subdirectory(name);
-    if (!store) continue;  // removed meanwhile
+    if (!store && store.status().native_code() == ENOENT) continue;  // removed meanwhile
     PurgedStore purged;
     purged.name = name;
+    if (!store) {
+      purged.not_purged = store.status().message();
+      all.push_back(std::move(purged));
+      continue;
+    }
     Result<std::unique_ptr<FileLock>> lock = FileLock::try_lock(*store, kStoreLockFile);
     if (!lock) return lock.status();
     if (*lock == nullptr) {
@@ -133,6 +138,8 @@ Result<std::vector<PurgedStore>> purge_stores(const std::string& path,
         KVTIER_RETURN_IF_ERROR(Purge(*store, name_space, purged).run(superblock->superblock));
       } else if (superblock->verdict == RecordVerdict::newer_version) {
         purged.not_purged = "it is of a newer kvtier";
+      } else if (!superblock->why_unread.empty()) {
+        purged.not_purged = "its superblock cannot be read now: " + superblock->why_unread;
       }  // else: the next opening makes it anew, nothing in it is ever served
     }
     all.push_back(std::move(purged));

@@ -53,6 +53,8 @@ Result<FoundSuperblock> find_superblock(const Directory& store) {
     found.verdict = decode_superblock(bytes.value(), found.superblock);
   } else if (!says_unreadable(bytes.status().native_code())) {
     return bytes.status();
+  } else if (bytes.status().native_code() != ENOENT) {
+    found.why_unread = bytes.status().message();
   }
   return found;
 }

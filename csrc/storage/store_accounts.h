@@ -44,6 +44,7 @@ struct SharedDirectory {
 struct FoundSuperblock {
   RecordVerdict verdict = RecordVerdict::damaged;  // also when there is none
   Superblock superblock;
+  std::string why_unread;  // not empty: it is there, and may be read another time
 };
 Result<FoundSuperblock> find_superblock(const Directory& store);
 

@@ -1,6 +1,7 @@
 // Without a usable catalog: every header is read, before the store is open. 4 KiB a slot, as deep as the
 // drive's queue; through a queue of its own, since a queue belongs to one thread.
 #include <cerrno>
+#include <new>
 #include <set>
 #include <system_error>
 
@@ -10,6 +11,25 @@ namespace kvtier {
 namespace {
 
 constexpr std::uint64_t kProgressEvery = 4096;  // slots
+
+struct Reading {
+  SlotPlace place;
+  AlignedBuffer buffer;
+};
+
+// What a queue fills. Where it has not ended all of it, since it is broken or memory ran out, the drive may
+// go on: then it is kept for ever.
+struct Readings {
+  explicit Readings(IoQueue& of) : queue(of), list(of.depth()) {}
+  ~Readings() {
+    if (queue.in_flight() > 0) static_cast<void>(new (std::nothrow) std::vector<Reading>(std::move(list)));
+  }
+  Readings(const Readings&) = delete;
+  Readings& operator=(const Readings&) = delete;
+
+  IoQueue& queue;
+  std::vector<Reading> list;
+};
 
 }  // namespace
 
@@ -39,11 +59,8 @@ Status StoreCore::rebuild(SlotStore::Opened& opened) {
 }
 
 Status StoreCore::read_headers(IoQueue& queue, HeaderScan& scan) {
-  struct Reading {
-    SlotPlace place;
-    AlignedBuffer buffer;
-  };
-  std::vector<Reading> readings(queue.depth());
+  Readings all(queue);
+  std::vector<Reading>& readings = all.list;
   std::vector<std::uint64_t> free_tags;
   for (std::uint64_t tag = 0; tag < readings.size(); ++tag) {
     readings[tag].buffer = make_aligned_buffer(kSlotHeaderBytes);

@@ -175,6 +175,39 @@ TEST_F(FileLockTest, a_forked_child_has_not_got_it_and_does_not_end_it) {
   EXPECT_EQ(try_lock(), nullptr);
 }
 
+// It has inherited a descriptor of its parent's lock: to close that would drop its own.
+TEST_F(FileLockTest, a_forked_child_that_locks_behind_its_parent_has_it_for_all_to_see) {
+  auto parents = FileLock::try_lock(root_, "lock").value();
+  ASSERT_NE(parents, nullptr);
+  std::array<int, 2> down{};
+  std::array<int, 2> up{};
+  ASSERT_EQ(::pipe2(down.data(), O_CLOEXEC), 0);
+  ASSERT_EQ(::pipe2(up.data(), O_CLOEXEC), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::close(down[1]);
+    char c = 'l';
+    if (::read(down[0], &c, 1) != 1) ::_exit(2);
+    const auto own = FileLock::try_lock(root_, "lock");
+    if (!own || own.value() == nullptr) ::_exit(3);
+    if (::write(up[1], &c, 1) != 1) ::_exit(4);
+    while (::read(down[0], &c, 1) == 1) {
+    }
+    ::_exit(0);
+  }
+  ::close(down[0]);
+  parents.reset();
+  char c = 'l';
+  EXPECT_EQ(::write(down[1], &c, 1), 1);
+  EXPECT_EQ(::read(up[0], &c, 1), 1);
+  EXPECT_TRUE(is_locked_for_others());
+  EXPECT_EQ(FileLock::try_lock(root_, "lock").value(), nullptr);
+  ::close(down[1]);
+  int status = -1;
+  EXPECT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+}
+
 TEST_F(FileLockTest, waiting_ends_when_another_process_gives_it_up) {
   const Holder holder(root_);
   std::thread waiter([&] {
