@@ -27,12 +27,14 @@ Streams: `stream` is the framework's stream on which the caller reads and writes
 stream); copy-on-write runs on the framework's *current* stream, so call under the stream that you name.
 Evicted pages are copied behind the stream of the call that needs them: whoever writes pages on several
 streams orders these himself.
+
+Rooms: `kvtier.page_pool` knows who has which page; `kvtier.paged_sequence` is a sequence's handle and what is
+known of it; `kvtier.page_moves` loads, stores and applies drops; `kvtier.page_tables` makes the arrays for
+kernels. This one brings them together, under the lock.
 """
 
 import contextlib
 import threading
-import time
-from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from types import TracebackType
 from typing import Any, Literal
@@ -40,152 +42,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtier.costs import Hit, LoadPlanner, LoadPolicy, Plan, Regret, pairs, tier_runs
-from kvtier.engine import BlockState, Dropped, Engine, LoadTicket, Match, Tier
-from kvtier.errors import ClosedError, ConfigError, DeviceError, KVTierError
-from kvtier.keys import KeyExtra, block_keys
+from kvtier.costs import LoadPlanner, LoadPolicy, Regret, pairs
+from kvtier.engine import Engine
+from kvtier.errors import ClosedError, ConfigError, KVTierError
+from kvtier.keys import KeyExtra
 from kvtier.layout import KVLayout, check_extent
-from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagedStats, PagePool
+from kvtier.page_moves import apply_drops, end_load, plan_load, start_load, store_blocks, store_extents
+from kvtier.page_pool import Appended, Extent, OutOfPages, PagedStats, PagePool
 from kvtier.page_tables import block_table, csr, slot_mapping
-from kvtier.tickets import StoreTicket
+from kvtier.paged_sequence import ExtentSize, Load, PagedSequence, token_array
 
-
-class PagedSequence:
-    """The pages of one sequence. Made by `PagedKVCache.open` and `fork`; a context manager that closes it.
-
-    Attributes:
-        cached_tokens: tokens at the beginning whose KV `open` found; final once `wait` has returned.
-        committed_tokens: tokens at the beginning whose KV is in the pages.
-    """
-
-    def __init__(self, cache: "PagedKVCache", namespace: str, extra: bytes | KeyExtra | None) -> None:
-        self._cache = cache
-        self._namespace = namespace
-        self._extra = extra
-        self._tokens = Column(np.empty(0, np.int32))
-        self._keys = Column(np.empty((0, 32), np.uint8))
-        self._pages = Column(np.empty(0, np.int32))
-        self._extents: list[Extent] = []
-        self._published = 0  # extents that were offered to others
-        self._stored_blocks = 0  # blocks that were written through, or came from below
-        self._ticket: LoadTicket | None = None
-        self._loading_blocks = 0
-        self._plan: Plan | None = None
-        self._load_began = 0.0
-        self._broken: DeviceError | None = None
-        self._stream: object = None  # where the pages were last written
-        self._dropped = False  # some of it was dropped from the engine: it is not offered or stored any more
-        self._open = True
-        self.cached_tokens = 0
-        self.committed_tokens = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that have a place, computed or not."""
-        return self._tokens.size
-
-    @property
-    def page_ids(self) -> NDArray[np.int32]:
-        """The page of every page_tokens tokens, int32 `[num_pages]`, a copy."""
-        ids: NDArray[np.int32] = self._pages.view().copy()
-        return ids
-
-    @property
-    def ticket(self) -> LoadTicket | None:
-        """The load that `open` started and that `wait` has not yet settled, else None."""
-        return self._ticket
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Waits for the load that `open` started, if it started one.
-
-        Only then is it known which blocks came; those that did not are left to be computed.
-
-        Args:
-            timeout: seconds; None waits without limit. It ends the wait, never the load.
-
-        Returns:
-            cached_tokens.
-
-        Raises:
-            TimeoutError: the load still runs; call again.
-            DeviceError: the device cannot prove that the load's copies are over. The sequence can only be
-                closed; its pages are not used again.
-        """
-        ticket = self._ticket
-        if ticket is not None:
-            running = not ticket.done()
-            ticket.wait(timeout)
-            # Only of a load that ended while it was waited for is it known when it did.
-            seconds = time.monotonic() - self._load_began if running else None
-            self._cache._settle(self, ticket, seconds)
-        if self._broken is not None:
-            raise self._broken
-        return self.cached_tokens
-
-    def append(self, token_ids: ArrayLike, *, stream: object = None) -> Appended | OutOfPages:
-        """Makes room for further tokens. Waits for the load of `open`, and for the copies of evicted pages.
-
-        A last extent that is shared with a fork and not full is copied first, in the framework's memory.
-
-        Args:
-            token_ids: int32 `[num_tokens]`, or what converts to it.
-            stream: where the caller's kernels run.
-
-        Returns:
-            The new positions and the pages copied; or OutOfPages, and nothing has changed.
-
-        Raises:
-            ConfigError: token ids that are not one row of 32-bit integers.
-            ClosedError: the sequence or the cache is closed.
-        """
-        self.wait()
-        return self._cache._append(self, _token_array(token_ids), stream)
-
-    def commit(self, num_tokens: int | None = None, *, stream: object = None) -> None:
-        """Says that the KV of the first `num_tokens` tokens (None: all) has been written to the pages.
-
-        Full extents become matchable; with write="through" full blocks are stored to the host. Waits only for
-        the load of `open`.
-
-        Args:
-            num_tokens: tokens, not fewer than before.
-            stream: where the kernels that wrote them run; stores are ordered behind it, that of `close` too.
-
-        Raises:
-            ConfigError: fewer tokens than before, or more than there are.
-            ClosedError: the sequence or the cache is closed.
-        """
-        self.wait()
-        self._cache._commit(self, self.num_tokens if num_tokens is None else num_tokens, stream)
-
-    def fork(self) -> "PagedSequence":
-        """A second sequence with the same tokens in the same pages. Waits for the load of `open`.
-
-        Raises:
-            ConfigError: not all tokens are committed (both would write them).
-            ClosedError: the sequence or the cache is closed.
-        """
-        self.wait()
-        return self._cache._fork(self)
-
-    def close(self) -> None:
-        """Gives the pages back, the tail to be reused first. Waits for the load of `open`. Idempotent.
-
-        Whole blocks of a last page that is not full are stored to the host, behind the stream of the last
-        `commit` (or copy on write): it has to live until then.
-        """
-        if self._ticket is not None:
-            with contextlib.suppress(DeviceError):  # wait() has noted it: the pages are quarantined
-                self.wait()
-        self._cache._close_sequence(self)
-
-    def __enter__(self) -> "PagedSequence":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+__all__ = ["Appended", "OutOfPages", "PagedKVCache", "PagedSequence", "PagedStats"]
 
 
 class PagedKVCache:
@@ -232,18 +99,15 @@ class PagedKVCache:
         planner = LoadPlanner(engine.hops, load)
         groups = engine.config.groups
         group = check_extent("group", group, 0, len(groups) - 1)
+        layout = groups[group]
         self._engine = engine
         self._config = engine.config
-        self._layout = layout = groups[group]
-        self._group = group
         self._write = write
         self._namespace = namespace
         self._axes = axes if axes is not None else "P" + layout.page_order
         self.page_tokens = layout.page_tokens
         self.block_tokens = engine.config.block_tokens
-        self._extent_tokens = max(self.page_tokens, self.block_tokens)
-        self._extent_pages = self._extent_tokens // self.page_tokens
-        self._extent_blocks = self._extent_tokens // self.block_tokens
+        self._extent = ExtentSize.of(self.page_tokens, self.block_tokens)
         self._tensors = list(pages) if pages is not None else _allocate(layout, num_pages, device)
         on = None if isinstance(device, str) else device
         self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
@@ -280,23 +144,21 @@ class PagedKVCache:
             ConfigError: no token, or token ids that are not one row of 32-bit integers.
             ClosedError: the cache or the engine is closed.
         """
-        tokens = _token_array(token_ids)
+        tokens = token_array(token_ids)
         if len(tokens) == 0:
             raise ConfigError("token_ids is empty; allowed: at least one token")
         if extra is not None and not isinstance(extra, bytes | KeyExtra):
             extra = KeyExtra(spans=tuple(extra))
-        seq = PagedSequence(self, self._namespace if namespace is None else namespace, extra)
-        seq._tokens.replace(0, tokens)
-        seq._stream = stream
-        self._extend_keys(seq)
+        seq = PagedSequence(self, tokens, self._namespace if namespace is None else namespace, extra, stream)
+        seq._extend_keys()
         keys = seq._keys.view()
         usable = min(len(keys), (len(tokens) - 1) // self.block_tokens)
         with self._lock:
             self._check_open()
             self._apply_drops()
             shared = self._match_device(keys[:usable])
-            first = len(shared) * self._extent_blocks
-            needed = -(-len(tokens) // self.page_tokens) - len(shared) * self._extent_pages
+            first = len(shared) * self._extent.blocks
+            needed = -(-len(tokens) // self.page_tokens) - len(shared) * self._extent.pages
             available = self._pool.num_available(shared)
             if needed > available:
                 return OutOfPages(needed, available)
@@ -318,25 +180,17 @@ class PagedKVCache:
                         self._release(shared)
                         return taken
                     fresh = taken
-                    self._add_pages(seq, shared, fresh)
-                    plan = None if match is None else self._plan_load(match, first, len(tokens))
-                    count = 0 if plan is None else plan.decision.load_blocks
+                    seq._add_pages(shared, fresh)
+                    plan = None if match is None else plan_load(self._planner, match, self._attached, seq)
                     if plan is not None:
-                        self._planner.record(plan)
-                    if count:
                         loading = True
-                        seq._plan, seq._load_began = plan, time.monotonic()
-                        load_pages = self._block_pages(seq, first, first + count)
-                        seq._ticket = self._engine.load(
-                            keys[first : first + count], self._attached, load_pages, stream=stream
-                        )
-                        seq._loading_blocks = count
+                        seq._load = start_load(self._engine, self._attached, seq, plan, stream)
                 finally:
                     if lease is not None:
                         lease.release()
             except BaseException as error:
                 self._sequences.discard(seq)
-                if loading and (seq._ticket is not None or not isinstance(error, KVTierError)):
+                if loading and (seq._load is not None or not isinstance(error, KVTierError)):
                     for extent in seq._extents[len(shared) :]:
                         extent.lost = True  # its copies may have begun, and there is nothing to wait for
                     self._release(seq._extents)
@@ -346,64 +200,38 @@ class PagedKVCache:
                 raise
             self._prompt_tokens += len(tokens)
             self._device_tokens += seq.cached_tokens
-            if seq._ticket is None:
+            if seq._load is None:
                 self._missed_tokens += len(tokens) - seq.cached_tokens
         return seq
-
-    def _plan_load(self, match: Match, first: int, num_tokens: int) -> Plan | None:
-        """How much of what the tiers have behind the first blocks to load; None if they have nothing."""
-        found = _leading(match.states(self._group) == BlockState.READY)
-        if not found:
-            return None
-        return self._planner.plan(
-            Hit(
-                runs=tier_runs(match.tiers(self._group)[:found] == Tier.DISK),
-                first_token=first * self.block_tokens,
-                prompt_tokens=num_tokens,
-                block_tokens=self.block_tokens,
-                block_bytes=self._layout.block_bytes(self.block_tokens),
-            )
-        )
 
     def _match_device(self, keys: NDArray[np.uint8]) -> list[Extent]:
         """Extents of the longest prefix that is in device pages."""
         found: list[Extent] = []
-        for key in keys[self._extent_blocks - 1 :: self._extent_blocks]:
+        for key in keys[self._extent.blocks - 1 :: self._extent.blocks]:
             extent = self._pool.find(key.tobytes())
             if extent is None:
                 break
             found.append(extent)
         return found
 
-    def _settle(self, seq: PagedSequence, ticket: LoadTicket, seconds: float | None) -> None:
+    def _settle(self, seq: PagedSequence, load: Load, seconds: float | None) -> None:
         """Takes over the outcome of a load that is over; `seconds`: how long it took, if that is known."""
         with self._lock:
-            if seq._ticket is not ticket:
+            if seq._load is not load:
                 return  # another thread did
-            result = ticket.result()
-            first = seq.committed_tokens // self.block_tokens
-            valid = result.valid_blocks
-            if valid < seq._loading_blocks:
-                try:
-                    ticket.released.wait()
-                except DeviceError as error:
-                    seq._broken = error
-                    valid = 0
-                    for extent in seq._extents[seq._published :]:
-                        extent.lost = True
-            if seconds is not None and seq._plan is not None and valid == seq._loading_blocks:
-                self._planner.settle(seq._plan, seconds)
-            seq._ticket = seq._plan = None
-            seq._loading_blocks = 0
+            valid = end_load(seq, load)
+            if seconds is not None and valid == load.blocks:
+                self._planner.settle(load.plan, seconds)
             if not seq._open:
                 return
-            seq.cached_tokens = seq.committed_tokens = (first + valid) * self.block_tokens
-            seq._stored_blocks = first + valid
+            there = seq.committed_tokens // self.block_tokens + valid
+            seq.cached_tokens = seq.committed_tokens = there * self.block_tokens
+            seq._stored_blocks = there
             self._host_tokens += valid * self.block_tokens
             self._missed_tokens += seq.num_tokens - seq.cached_tokens
             self._apply_drops()
             if seq._broken is None:
-                self._publish(seq)
+                seq._publish(self._pool)
 
     def _append(self, seq: PagedSequence, tokens: NDArray[np.int32], stream: object) -> Appended | OutOfPages:
         with self._lock:
@@ -411,9 +239,9 @@ class PagedKVCache:
             begin, end = seq.num_tokens, seq.num_tokens + len(tokens)
             if begin == end:
                 return Appended(begin, end)
-            copy = begin % self._extent_tokens != 0 and seq._extents[-1].refs > 1
+            copy = begin % self._extent.tokens != 0 and seq._extents[-1].refs > 1
             kept = len(seq._extents) - 1 if copy else len(seq._extents)
-            kept_pages = kept * self._extent_pages if copy else seq._pages.size
+            kept_pages = kept * self._extent.pages if copy else seq._pages.size
             needed = -(-end // self.page_tokens) - kept_pages
             taken = self._take(needed, stream)
             if isinstance(taken, OutOfPages):
@@ -432,7 +260,7 @@ class PagedKVCache:
                 seq._pages.replace(kept_pages, ())
                 self._pool.release(old)
                 self._copied_pages += len(copied)
-            self._add_pages(seq, [], taken)
+            seq._add_pages([], taken)
             seq._tokens.replace(begin, tokens)
             return Appended(begin, end, copied)
 
@@ -445,8 +273,8 @@ class PagedKVCache:
             self._apply_drops()
             seq.committed_tokens = num_tokens
             seq._stream = stream
-            self._extend_keys(seq)
-            self._publish(seq)
+            seq._extend_keys()
+            seq._publish(self._pool)
             begin, end = seq._stored_blocks, num_tokens // self.block_tokens
             if self._write == "through" and begin < end:
                 self._store_blocks(seq, begin, end)
@@ -458,22 +286,9 @@ class PagedKVCache:
             if seq.committed_tokens != seq.num_tokens:
                 left = seq.num_tokens - seq.committed_tokens
                 raise ConfigError(f"fork: {left} tokens are not committed; commit them first")
-            twin = PagedSequence(self, seq._namespace, seq._extra)
-            for mine, other in (
-                (twin._tokens, seq._tokens),
-                (twin._keys, seq._keys),
-                (twin._pages, seq._pages),
-            ):
-                mine.replace(0, other.view())
-            twin._extents = list(seq._extents)
+            twin = seq._twin()
             for extent in twin._extents:
                 self._pool.hold(extent)
-            twin._published = seq._published
-            twin._stored_blocks = seq._stored_blocks
-            twin.cached_tokens = seq.cached_tokens
-            twin.committed_tokens = seq.committed_tokens
-            twin._stream = seq._stream
-            twin._dropped = seq._dropped
             self._sequences.add(twin)
             return twin
 
@@ -492,29 +307,23 @@ class PagedKVCache:
 
     def _store_tail(self, seq: PagedSequence) -> None:
         """Stores the whole blocks of a last page that is not full: nobody could share it."""
-        begin = seq._published * self._extent_blocks
+        begin = seq._published * self._extent.blocks
         end = seq.committed_tokens // self.block_tokens
         if begin < end and seq._extents[seq._published].refs == 1 and seq._broken is None:
-            self._extend_keys(seq)
+            seq._extend_keys()
             with contextlib.suppress(ClosedError):  # then nobody wants them any more
                 self._store_blocks(seq, begin, end)
 
+    def _store_blocks(self, seq: PagedSequence, begin: int, end: int) -> None:
+        """Starts to store the sequence's blocks `[begin, end)`, unless they were dropped."""
+        with self._engine.no_drop():
+            self._apply_drops()
+            if not seq._dropped:
+                store_blocks(self._engine, self._attached, seq, begin, end)
+
     def _apply_drops(self) -> None:
         """Hides what was dropped from the engine since the last time."""
-        for drop in self._dropped_log.drops():
-            over = not drop.running  # else it is applied again, to what is loaded meanwhile
-            gone = None if drop.keys is None else {key.tobytes() for key in drop.keys}
-            for extent in list(self._pool.shareable):
-                if extent.block_keys is not None and _concerns(
-                    drop, gone, extent.namespace, extent.block_keys
-                ):
-                    self._pool.unpublish(extent)
-            for seq in self._sequences:
-                had = seq.committed_tokens // self.block_tokens + seq._loading_blocks
-                self._extend_keys(seq)
-                seq._dropped |= _concerns(drop, gone, seq._namespace, seq._keys.view()[:had])
-            if over:
-                self._dropped_log.applied(drop)
+        apply_drops(self._dropped_log, self._pool, self._sequences)
 
     def _release(self, extents: Seq[Extent]) -> None:
         for extent in reversed(extents):
@@ -531,7 +340,8 @@ class PagedKVCache:
             with self._engine.no_drop():
                 self._apply_drops()  # which may free enough
                 victims = self._pool.oldest(count - self._pool.num_free)
-                self._demote([e for e in victims if e.key is not None], stream)
+                keyed = [extent for extent in victims if extent.key is not None]
+                store_extents(self._engine, self._attached, keyed, stream)
             if not victims and count > self._pool.num_free:  # some went to quarantine
                 return OutOfPages(count, self._pool.num_available())
             for extent in victims:
@@ -539,104 +349,6 @@ class PagedKVCache:
                 self._evicted_pages += len(extent.pages)
                 self._pool.reclaim(extent)
         return self._pool.take(count)
-
-    def _demote(self, extents: Iterable[Extent], stream: object) -> None:
-        """Starts to store the extents' blocks, those of one sequence that follow each other together.
-
-        Inside no_drop() of the engine, after _apply_drops().
-        """
-        chains: list[list[Extent]] = []
-        ending: dict[bytes | None, list[Extent]] = {}  # chains by the key of their last extent
-        for extent in sorted(extents, key=lambda extent: extent.first_block):
-            chain = ending.pop(extent.parent, None) if extent.parent is not None else None
-            if chain is None:
-                chains.append(chain := [])
-            chain.append(extent)
-            ending[extent.key] = chain
-        for chain in chains:
-            keys = np.concatenate([e.block_keys for e in chain if e.block_keys is not None])
-            pages = np.array([e.pages for e in chain], np.int64).reshape(-1).repeat(self._extent_blocks)
-            with _lost_if_interrupted(chain):
-                ticket = self._engine.store(
-                    keys,
-                    self._attached,
-                    pages,
-                    stream=stream,
-                    first_block=chain[0].first_block,
-                    parent=chain[0].parent,
-                    namespace=chain[0].namespace,
-                )
-                _add_store(chain, ticket)
-
-    def _store_blocks(self, seq: PagedSequence, begin: int, end: int) -> None:
-        """Starts to store the sequence's blocks `[begin, end)`, unless they were dropped."""
-        extents = seq._extents[begin // self._extent_blocks : -(-end // self._extent_blocks)]
-        with self._engine.no_drop():
-            self._apply_drops()
-            if seq._dropped:
-                return
-            keys = seq._keys.view()
-            with _lost_if_interrupted(extents):
-                ticket = self._engine.store(
-                    keys[begin:end],
-                    self._attached,
-                    self._block_pages(seq, begin, end),
-                    stream=seq._stream,
-                    first_block=begin,
-                    parent=keys[begin - 1].tobytes() if begin else None,
-                    namespace=seq._namespace,
-                )
-                _add_store(extents, ticket)
-
-    def _block_pages(self, seq: PagedSequence, begin: int, end: int) -> NDArray[np.int64]:
-        """Page ids of blocks `[begin, end)` as `Engine.store` takes them: pages_per_block of each, int64."""
-        pages = seq._pages.view()
-        if self._extent_blocks == 1:
-            pages = pages[begin * self._extent_pages : end * self._extent_pages]
-        else:
-            pages = pages[np.arange(begin, end) // self._extent_blocks]
-        return pages.astype(np.int64)
-
-    def _add_pages(self, seq: PagedSequence, shared: Seq[Extent], fresh: Seq[int]) -> None:
-        """Puts shared extents, then fresh pages behind what the sequence has."""
-        ids = [page for extent in shared for page in extent.pages]
-        seq._pages.replace(seq._pages.size, [*ids, *fresh])
-        seq._extents.extend(shared)
-        rest = list(fresh)
-        if seq._extents and len(last := seq._extents[-1].pages) < self._extent_pages:
-            room = self._extent_pages - len(last)
-            last.extend(rest[:room])
-            del rest[:room]
-        for at in range(0, len(rest), self._extent_pages):
-            seq._extents.append(Extent(rest[at : at + self._extent_pages], namespace=seq._namespace))
-
-    def _publish(self, seq: PagedSequence) -> None:
-        """Offers the extents that have become full of committed tokens."""
-        if seq._dropped:
-            return
-        keys = seq._keys.view()
-        step = self._extent_blocks
-        for at in range(seq._published, seq.committed_tokens // self._extent_tokens):
-            extent = seq._extents[at]
-            if extent.key is None:
-                self._pool.publish(extent, keys[(at + 1) * step - 1].tobytes())
-                extent.block_keys = keys[at * step : (at + 1) * step].copy()
-                extent.first_block = at * step
-                extent.parent = keys[at * step - 1].tobytes() if at else None
-            seq._published = at + 1
-
-    def _extend_keys(self, seq: PagedSequence) -> None:
-        """Makes the keys of whole blocks that have none yet."""
-        have = seq._keys.size
-        tokens = seq._tokens.view()
-        if len(tokens) // self.block_tokens == have:
-            return
-        at, extra, parent = have * self.block_tokens, seq._extra, None
-        if have:
-            spans = extra.spans if isinstance(extra, KeyExtra) else ()
-            extra = KeyExtra(spans=[(begin - at, end - at, what) for begin, end, what in spans if end > at])
-            parent = seq._keys.view()[-1]
-        seq._keys.replace(have, block_keys(tokens[at:], self._config, seq._namespace, extra, parent))
 
     def _copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copies pages in the framework's memory, on its current stream."""
@@ -751,7 +463,7 @@ class PagedKVCache:
             self._check_open()
             with self._engine.no_drop():
                 self._apply_drops()
-                self._demote(self._pool.shareable, stream)
+                store_extents(self._engine, self._attached, self._pool.shareable, stream)
         self._engine.flush(timeout)
 
     def stats(self) -> PagedStats:
@@ -804,49 +516,6 @@ class PagedKVCache:
             raise ClosedError("the paged cache is closed")
         if seq is not None and not seq._open:
             raise ClosedError("the sequence is closed")
-
-
-def _token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
-    tokens = np.asarray(token_ids)
-    if tokens.size == 0:
-        return np.empty(0, np.int32)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ConfigError(f"token_ids is {tokens.dtype} {tokens.shape}; allowed: integers, [num_tokens]")
-    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
-        raise ConfigError(f"token_ids is in [{tokens.min()}, {tokens.max()}]; allowed: 0 to 2**31 - 1")
-    return tokens.astype(np.int32)
-
-
-def _concerns(drop: Dropped, gone: set[bytes] | None, namespace: str, keys: NDArray[np.uint8]) -> bool:
-    """Whether one of these blocks was dropped; `gone`: the drop's keys."""
-    if drop.namespace is not None:
-        return namespace == drop.namespace
-    return gone is None or not gone.isdisjoint(key.tobytes() for key in keys)
-
-
-@contextlib.contextmanager
-def _lost_if_interrupted(extents: Iterable[Extent]) -> Iterator[None]:
-    """Around a store. An exception that is not the engine's, Ctrl-C, may come when its copies have begun."""
-    try:
-        yield
-    except KVTierError:
-        raise
-    except BaseException:
-        for extent in extents:
-            extent.lost = True
-        raise
-
-
-def _add_store(extents: Iterable[Extent], ticket: StoreTicket) -> None:
-    """A store reads the extents' pages. Forgets those that are over: pages may be stored again and again."""
-    for extent in extents:
-        extent.settle_stores(running="keep")
-        extent.stores.append(ticket.released)
-
-
-def _leading(mask: NDArray[np.bool_]) -> int:
-    """How many at the beginning are true."""
-    return len(mask) if mask.all() else int(mask.argmin())
 
 
 def _allocate(layout: KVLayout, num_pages: int | None, device: object) -> list[Any]:
