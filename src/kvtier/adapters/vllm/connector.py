@@ -13,7 +13,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvtier.adapters.vllm.groups import CachePlan, plan_cache
 from kvtier.adapters.vllm.identity import check_persistent, computed_as, model_identity
@@ -37,8 +36,6 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     vLLM makes one in its scheduler process and one in each worker. Where a model has state that cannot be
     restored, it says so once and does nothing.
     """
-
-    _cache_hit_source = CacheHitSource.HOST
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -122,10 +119,10 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             ids = blocks.get_block_ids() if num_external_tokens else ()
             self._scheduler.grant(request, ids, num_external_tokens)
 
-    def get_external_cache_hit_sources(
-        self, request: Any, num_external_tokens: int
-    ) -> dict[CacheHitSource, int]:
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Disk is what was on disk alone when the request arrived; the rest was in host memory."""
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # came with 0.32, the first that asks
+
         if self._scheduler is None or not num_external_tokens:
             return {}
         disk = self._scheduler.disk_tokens(request, num_external_tokens)
