@@ -6,6 +6,7 @@ key_chain.h, docs/formats/keys.md). Equal keys mean equal tokens in equal contex
 """
 
 import contextlib
+import operator
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,14 +66,59 @@ def block_keys(
     Raises:
         ConfigError: An argument is not allowed.
     """
-    tokens = _token_array(token_ids)
+    tokens = token_array(token_ids)
     given = _extra_of(extra)
     if parent is None:
         first = root_key(config, namespace, given.prompt)
     else:
         first = key_bytes(parent, "parent")
-    spans = _checked_spans(given.spans, len(tokens), -(2**62) if parent is not None else 0)
+    spans = _checked_spans(given.spans, -(2**62) if parent is not None else 0, len(tokens))
     return _core.chain_keys(first, tokens, config.block_tokens, spans)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChain:
+    """What the keys of a prompt that grows are made from besides its tokens.
+
+    What is wrong with it `of` says; no token that comes later makes anything of it wrong.
+
+    Attributes:
+        root: Key that stands before the first block.
+        spans: (begin, end, content), sorted, counted from the prompt's first token.
+        block_tokens: Tokens of a block.
+    """
+
+    root: bytes
+    spans: Sequence[Span]
+    block_tokens: int
+
+    @classmethod
+    def of(cls, config: Config, namespace: str, extra: Any) -> "KeyChain":
+        """Reads what block_keys() takes; but spans may reach beyond the tokens, over those still to come.
+
+        Raises:
+            ConfigError: An argument is not allowed.
+        """
+        given = _extra_of(extra)
+        spans = _checked_spans(given.spans, 0, None)
+        return cls(root_key(config, namespace, given.prompt), spans, config.block_tokens)
+
+    def more(self, tokens: npt.NDArray[np.int32], keys: Keys) -> Keys:
+        """Makes the keys of the whole blocks behind those that `keys` has, as block_keys() makes all.
+
+        Args:
+            tokens: All tokens from the first, as of token_array().
+            keys: Of the blocks at their beginning.
+        """
+        begin, end = len(keys) * self.block_tokens, len(tokens) // self.block_tokens * self.block_tokens
+        parent = keys[-1].tobytes() if len(keys) else self.root
+        # What lies behind the whole blocks is not in their keys (docs/formats/keys.md).
+        spans = [
+            (first - begin, min(last, end) - begin, content)
+            for first, last, content in self.spans
+            if first < end and last > begin
+        ]
+        return _core.chain_keys(parent, tokens[begin:end], self.block_tokens, spans)
 
 
 def empty_keys(count: int) -> Keys:
@@ -138,7 +184,12 @@ def key_bytes(key: Any, name: str = "key") -> bytes:
     return raw
 
 
-def _token_array(token_ids: Any) -> npt.NDArray[np.int32]:
+def token_array(token_ids: Any) -> npt.NDArray[np.int32]:
+    """Reads token ids: contiguous int32 [num_tokens], without a copy where they are that already.
+
+    Raises:
+        ConfigError: Not one row of integers from 0 to 2**31 - 1.
+    """
     try:
         tokens = np.asarray(token_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -163,26 +214,33 @@ def _extra_of(extra: object) -> KeyExtra:
         prompt: object = extra.prompt
         if not isinstance(prompt, bytes):
             raise ConfigError(f"extra.prompt is {prompt!r}; allowed: bytes")
-        return extra
+        try:
+            return KeyExtra(prompt, tuple(extra.spans))
+        except TypeError:
+            what = f"extra.spans is {extra.spans!r}; allowed: a list of (begin, end, bytes)"
+            raise ConfigError(what) from None
     if isinstance(extra, (bytes, bytearray, memoryview)):
         return KeyExtra(prompt=bytes(extra))
     if isinstance(extra, Iterable) and not isinstance(extra, str):
-        return KeyExtra(spans=tuple(extra))
+        with contextlib.suppress(TypeError):
+            return KeyExtra(spans=tuple(extra))
     raise ConfigError(f"extra is {extra!r}; allowed: bytes, a list of (begin, end, bytes) or a KeyExtra")
 
 
-def _checked_spans(spans: Iterable[Span], num_tokens: int, lowest: int) -> list[Span]:
+def _checked_spans(spans: Iterable[Span], lowest: int, highest: int | None) -> list[Span]:
+    """The spans, sorted; `lowest`: where the first may begin, `highest`: where the last has to end."""
     checked: list[Span] = []
     for i, span in enumerate(spans):
         try:
-            begin, end, content = span
-            checked.append((int(begin), int(end), bytes(memoryview(content))))
+            first, last, content = span
+            begin, end = operator.index(first), operator.index(last)
+            checked.append((begin, end, bytes(memoryview(content))))
         except (TypeError, ValueError):
             raise ConfigError(f"extra[{i}] is {span!r}; allowed: (begin, end, bytes)") from None
-        if not (lowest <= begin < end and 0 < end <= num_tokens):
-            what = "" if lowest else "begin at 0 or later and "
+        if not (lowest <= begin < end and end > 0 and (highest is None or end <= highest)):
+            what = "" if lowest else ", begin at 0 or later"
+            what += "" if highest is None else f", end within [1, {highest}]"
             raise ConfigError(
-                f"extra[{i}] covers tokens [{begin}, {end}); allowed: ranges that are not empty, {what}"
-                f"end within [1, {num_tokens}]"
+                f"extra[{i}] covers tokens [{begin}, {end}); allowed: ranges that are not empty{what}"
             )
     return sorted(checked)

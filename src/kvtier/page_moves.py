@@ -1,4 +1,4 @@
-"""What moves between device pages and the engine: loads, stores, and the drops that both have to heed.
+"""What moves in and out of device pages: loads, stores and copies on write, and the drops they have to heed.
 
 Pages wait for copies. A store reads pages that others want: every extent keeps the `released` moments of its
 stores. A load writes into pages that nobody may have meanwhile. Where it cannot be known that the copies are
@@ -11,18 +11,39 @@ Threads: none of its own; the lock of the cache (`kvtier.paged`) guards the pool
 """
 
 import contextlib
+import operator
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtier.costs import Hit, LoadPlanner, Plan, tier_runs
 from kvtier.engine import BlockState, Dropped, DroppedLog, Engine, Match, Pages, Tier
-from kvtier.errors import DeviceError, KVTierError
+from kvtier.errors import ConfigError, DeviceError, KVTierError
 from kvtier.page_pool import Extent, PagePool
 from kvtier.paged_sequence import Load, PagedSequence
 from kvtier.tickets import StoreTicket
+
+
+def attach_tensors(
+    engine: Engine, tensors: Any, group: int, axes: str, device: object
+) -> tuple[list[Any], Pages]:
+    """`Engine.attach` of tensors that `copy_pages` can copy in. Returns them as a list, and the pages.
+
+    Raises:
+        ConfigError: they do not fit, or cannot be indexed as NumPy does.
+    """
+    several = isinstance(tensors, Iterable) and not hasattr(tensors, "shape")  # or one for all layers
+    listed = list(tensors) if several else [tensors]
+    pages = engine.attach(listed, group, axes=axes, device=device)
+    for i, tensor in enumerate(listed):
+        if not _is_copyable(tensor, axes):
+            pages.detach()
+            allowed = "tensors whose pages can be copied by index, as those of torch, NumPy and CuPy"
+            raise ConfigError(f"pages[{i}] is a {type(tensor).__name__}; allowed: {allowed}")
+    return listed, pages
 
 
 def plan_load(planner: LoadPlanner, match: Match, pages: Pages, seq: PagedSequence) -> Plan | None:
@@ -121,7 +142,9 @@ def store_extents(engine: Engine, pages: Pages, extents: Iterable[Extent], strea
             _add_store(chain, ticket)
 
 
-def store_blocks(engine: Engine, pages: Pages, seq: PagedSequence, begin: int, end: int) -> None:
+def store_blocks(
+    engine: Engine, pages: Pages, seq: PagedSequence, begin: int, end: int, stream: object
+) -> None:
     """Starts to store the sequence's blocks `[begin, end)`, behind the stream that last wrote its pages.
 
     Inside no_drop() of the engine, after apply_drops(); not of a sequence some of which was dropped.
@@ -133,7 +156,7 @@ def store_blocks(engine: Engine, pages: Pages, seq: PagedSequence, begin: int, e
             keys[begin:end],
             pages,
             seq._block_pages(begin, end),
-            stream=seq._stream,
+            stream=stream,
             first_block=begin,
             parent=keys[begin - 1].tobytes() if begin else None,
             namespace=seq._namespace,
@@ -161,6 +184,35 @@ def apply_drops(log: DroppedLog, pool: PagePool, sequences: Iterable[PagedSequen
             seq._dropped |= _concerns(drop, gone, seq._namespace, seq._known_keys())
         if over:
             log.applied(drop)
+
+
+def copy_pages(tensors: Sequence[Any], axes: str, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copies pages (from, to) in the framework's memory, on its current stream.
+
+    Args:
+        tensors: of `attach_tensors`.
+        axes: a letter for each of their dimensions.
+        pairs: page ids.
+    """
+    source = _place(axes, [pair[0] for pair in pairs])
+    target = _place(axes, [pair[1] for pair in pairs])
+    for tensor in tensors:
+        tensor[target] = tensor[source]
+
+
+def _is_copyable(tensor: Any, axes: str) -> bool:
+    """Whether `copy_pages` can index a tensor as NumPy does. Writes nothing."""
+    try:
+        operator.getitem(tensor, _place(axes, []))
+    except Exception:  # noqa: BLE001 - every library has its own
+        return False
+    return hasattr(tensor, "__setitem__")
+
+
+def _place(axes: str, pages: list[int]) -> tuple[Any, ...]:
+    """The index of pages in a tensor. One of a single page may have no axis for it: it is never copied."""
+    before = (slice(None),) * axes.find("P")
+    return (*before, pages)
 
 
 def _leading(mask: NDArray[np.bool_]) -> int:

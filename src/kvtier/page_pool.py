@@ -92,26 +92,34 @@ class PagedStats:
 
 
 class Column:
-    """An array that grows at its end in amortised constant time."""
+    """An array that grows at its end in amortised constant time.
+
+    Threads: one at a time may `replace`; others may read meanwhile and see only what has been filled in.
+    """
 
     def __init__(self, values: NDArray[Any]) -> None:
         self._buffer = values.copy()
-        self.size = len(values)
+        self._held: NDArray[Any] = self._buffer  # the part that is filled
+
+    @property
+    def size(self) -> int:
+        """Rows that it holds."""
+        return len(self._held)
 
     def view(self) -> NDArray[Any]:
         """What it holds, valid until the next `replace`."""
-        held: NDArray[Any] = self._buffer[: self.size]
-        return held
+        return self._held
 
     def replace(self, begin: int, values: ArrayLike) -> None:
         """Everything from `begin` on becomes `values`."""
         rows = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
-        self.size = begin + len(rows)
-        if self.size > len(self._buffer):
-            grown = np.empty((max(2 * len(self._buffer), self.size), *self._buffer.shape[1:]), rows.dtype)
+        end = begin + len(rows)
+        if end > len(self._buffer):
+            grown = np.empty((max(2 * len(self._buffer), end), *self._buffer.shape[1:]), rows.dtype)
             grown[:begin] = self._buffer[:begin]
             self._buffer = grown
-        self._buffer[begin : self.size] = rows
+        self._buffer[begin:end] = rows
+        self._held = self._buffer[:end]  # last, and at once: readers take no lock
 
 
 class Released(Protocol):

@@ -29,8 +29,8 @@ Evicted pages are copied behind the stream of the call that needs them: whoever 
 streams orders these himself.
 
 Rooms: `kvtier.page_pool` knows who has which page; `kvtier.paged_sequence` is a sequence's handle and what is
-known of it; `kvtier.page_moves` loads, stores and applies drops; `kvtier.page_tables` makes the arrays for
-kernels. This one brings them together, under the lock.
+known of it; `kvtier.page_moves` loads, stores, copies and applies drops; `kvtier.page_tables` makes the
+arrays for kernels. This one brings them together, under the lock.
 """
 
 import contextlib
@@ -45,12 +45,21 @@ from numpy.typing import ArrayLike, NDArray
 from kvtier.costs import LoadPlanner, LoadPolicy, Regret, pairs
 from kvtier.engine import Engine
 from kvtier.errors import ClosedError, ConfigError, KVTierError
-from kvtier.keys import KeyExtra
+from kvtier.keys import KeyChain, check_namespace, token_array
 from kvtier.layout import KVLayout, check_extent
-from kvtier.page_moves import apply_drops, end_load, plan_load, start_load, store_blocks, store_extents
+from kvtier.page_moves import (
+    apply_drops,
+    attach_tensors,
+    copy_pages,
+    end_load,
+    plan_load,
+    start_load,
+    store_blocks,
+    store_extents,
+)
 from kvtier.page_pool import Appended, Extent, OutOfPages, PagedStats, PagePool
 from kvtier.page_tables import block_table, csr, slot_mapping
-from kvtier.paged_sequence import ExtentSize, Load, PagedSequence, token_array
+from kvtier.paged_sequence import ExtentSize, Load, PagedSequence
 
 __all__ = ["Appended", "OutOfPages", "PagedKVCache", "PagedSequence", "PagedStats"]
 
@@ -63,9 +72,10 @@ class PagedKVCache:
         num_pages: pages to allocate with torch, zeroed. Per layer, by the layout's page_order: "KTHD" (NHD)
             `[num_pages, 2, page_tokens, num_kv_heads, head_dim]`, "KHTD" (HND) `[num_pages, 2, num_kv_heads,
             page_tokens, head_dim]`, "TD" (MLA) `[num_pages, page_tokens, latent_dim]`.
-        pages: instead, the caller's tensors, as `Engine.attach` takes them (all their pages are used).
+        pages: instead, the caller's tensors, as `Engine.attach` takes them (all their pages are used); but
+            none that are only an address: copy-on-write indexes them as NumPy does, `t[:, [7]] = t[:, [3]]`.
         group: the cache group.
-        axes: of `pages`, as in `Engine.attach`; needed for copy-on-write of tensors in another order.
+        axes: of `pages`, as in `Engine.attach`.
         device: torch's name of where to allocate, "cpu", "cuda", "cuda:1"; or a device of `kvtier.testing` on
             which `pages` lie.
         write: "evict" stores a block to the host when its page is needed, "through" when it is committed.
@@ -75,8 +85,9 @@ class PagedKVCache:
         namespace: of sequences that are opened without one.
 
     Raises:
-        ConfigError: neither or both of num_pages and pages; a group that the engine does not have; a dtype
-            or device that torch does not have.
+        ConfigError: neither or both of num_pages and pages; pages that do not fit, or that cannot be copied
+            by index; a group that the engine does not have; a dtype or device that torch does not have; a
+            namespace that is no str.
     """
 
     def __init__(
@@ -84,7 +95,7 @@ class PagedKVCache:
         engine: Engine,
         *,
         num_pages: int | None = None,
-        pages: Seq[Any] | None = None,
+        pages: Any = None,
         group: int = 0,
         axes: str | None = None,
         device: object = "cpu",
@@ -96,6 +107,7 @@ class PagedKVCache:
             raise ConfigError("num_pages, pages: exactly one of the two is wanted")
         if write not in ("evict", "through"):
             raise ConfigError(f"write: {write!r}; allowed: 'evict', 'through'")
+        namespace = check_namespace(namespace)
         planner = LoadPlanner(engine.hops, load)
         groups = engine.config.groups
         group = check_extent("group", group, 0, len(groups) - 1)
@@ -108,9 +120,9 @@ class PagedKVCache:
         self.page_tokens = layout.page_tokens
         self.block_tokens = engine.config.block_tokens
         self._extent = ExtentSize.of(self.page_tokens, self.block_tokens)
-        self._tensors = list(pages) if pages is not None else _allocate(layout, num_pages, device)
+        tensors = _allocate(layout, num_pages, device) if pages is None else pages
         on = None if isinstance(device, str) else device
-        self._attached = engine.attach(self._tensors, group, axes=axes, device=on)
+        self._tensors, self._attached = attach_tensors(engine, tensors, group, self._axes, on)
         self._dropped_log = engine.dropped_log()
         self._pool = PagePool(self._attached.num_pages)
         self._planner = planner
@@ -134,22 +146,22 @@ class PagedKVCache:
         Args:
             token_ids: int32 `[num_tokens]`, or what converts to it.
             namespace: as in `block_keys`; None is the cache's own.
-            extra: as in `block_keys`.
+            extra: as in `block_keys`; its ranges may reach beyond the prompt, over tokens appended later.
             stream: where the caller's kernels run.
 
         Returns:
             The sequence; or OutOfPages, and nothing has changed.
 
         Raises:
-            ConfigError: no token, or token ids that are not one row of 32-bit integers.
+            ConfigError: no token, or token ids that are not one row of 32-bit integers; a namespace or an
+                extra that `block_keys` would not take.
             ClosedError: the cache or the engine is closed.
         """
         tokens = token_array(token_ids)
         if len(tokens) == 0:
             raise ConfigError("token_ids is empty; allowed: at least one token")
-        if extra is not None and not isinstance(extra, bytes | KeyExtra):
-            extra = KeyExtra(spans=tuple(extra))
-        seq = PagedSequence(self, tokens, self._namespace if namespace is None else namespace, extra, stream)
+        namespace = self._namespace if namespace is None else namespace
+        seq = PagedSequence(self, tokens, namespace, KeyChain.of(self._config, namespace, extra), stream)
         seq._extend_keys()
         keys = seq._keys.view()
         usable = min(len(keys), (len(tokens) - 1) // self.block_tokens)
@@ -250,12 +262,12 @@ class PagedKVCache:
             if copy:
                 old = seq._extents[-1]
                 copied = tuple(zip(old.pages, taken, strict=False))
-                seq._stream = stream
                 try:
-                    self._copy_pages(copied)
+                    copy_pages(self._tensors, self._axes, copied)
                 except BaseException:
                     self._pool.give(taken)
                     raise
+                seq._stream = stream
                 del seq._extents[-1]
                 seq._pages.replace(kept_pages, ())
                 self._pool.release(old)
@@ -271,14 +283,14 @@ class PagedKVCache:
                 allowed = f"{seq.committed_tokens} to {seq.num_tokens}"
                 raise ConfigError(f"num_tokens: {num_tokens}; allowed: {allowed}")
             self._apply_drops()
-            seq.committed_tokens = num_tokens
-            seq._stream = stream
             seq._extend_keys()
-            seq._publish(self._pool)
             begin, end = seq._stored_blocks, num_tokens // self.block_tokens
             if self._write == "through" and begin < end:
-                self._store_blocks(seq, begin, end)
+                self._store_blocks(seq, begin, end, stream)  # what can fail comes before what changes
                 seq._stored_blocks = end
+            seq.committed_tokens = num_tokens
+            seq._stream = stream
+            seq._publish(self._pool)
 
     def _fork(self, seq: PagedSequence) -> PagedSequence:
         with self._lock:
@@ -312,14 +324,14 @@ class PagedKVCache:
         if begin < end and seq._extents[seq._published].refs == 1 and seq._broken is None:
             seq._extend_keys()
             with contextlib.suppress(ClosedError):  # then nobody wants them any more
-                self._store_blocks(seq, begin, end)
+                self._store_blocks(seq, begin, end, seq._stream)
 
-    def _store_blocks(self, seq: PagedSequence, begin: int, end: int) -> None:
+    def _store_blocks(self, seq: PagedSequence, begin: int, end: int, stream: object) -> None:
         """Starts to store the sequence's blocks `[begin, end)`, unless they were dropped."""
         with self._engine.no_drop():
             self._apply_drops()
             if not seq._dropped:
-                store_blocks(self._engine, self._attached, seq, begin, end)
+                store_blocks(self._engine, self._attached, seq, begin, end, stream)
 
     def _apply_drops(self) -> None:
         """Hides what was dropped from the engine since the last time."""
@@ -350,19 +362,17 @@ class PagedKVCache:
                 self._pool.reclaim(extent)
         return self._pool.take(count)
 
-    def _copy_pages(self, pairs: Seq[tuple[int, int]]) -> None:
-        """Copies pages in the framework's memory, on its current stream."""
-        before = (slice(None),) * self._axes.index("P")
-        source = (*before, [pair[0] for pair in pairs])
-        target = (*before, [pair[1] for pair in pairs])
-        for tensor in self._tensors:
-            tensor[target] = tensor[source]
-
     # --- what kernels take ----------------------------------------------------------------------------
 
     def layer(self, index: int) -> Any:
-        """The tensor of one layer (of `pages`, the index-th), its shape as the class says."""
-        return self._tensors[index]
+        """The tensor of one layer (of `pages`, the index-th), its shape as the class says.
+
+        Where a tensor holds all layers it is a view into it (keys and values apart: first key, then value).
+        """
+        if "L" not in self._axes:
+            return self._tensors[index]
+        layer, part = divmod(index, len(self._tensors))
+        return self._tensors[part][(slice(None),) * self._axes.index("L") + (layer,)]
 
     def seq_lens(self, seqs: Seq[PagedSequence]) -> NDArray[np.int32]:
         """Tokens of each sequence, int32 `[num_seqs]`: vLLM's seq_lens, FlashAttention's cache_seqlens."""

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from kvtier.config import Config
 from kvtier.costs import Plan
 from kvtier.engine import LoadTicket
-from kvtier.errors import ConfigError, DeviceError
-from kvtier.keys import KeyExtra, block_keys
+from kvtier.errors import DeviceError
+from kvtier.keys import KeyChain, token_array
 from kvtier.page_pool import Appended, Column, Extent, OutOfPages, PagePool
 
 
@@ -98,12 +98,12 @@ class PagedSequence:
         cache: Owner,
         tokens: NDArray[np.int32],
         namespace: str,
-        extra: bytes | KeyExtra | None,
+        chain: KeyChain,
         stream: object,
     ) -> None:
         self._cache = cache
         self._namespace = namespace
-        self._extra = extra
+        self._chain = chain
         self._tokens = Column(tokens)
         self._keys = Column(np.empty((0, 32), np.uint8))
         self._pages = Column(np.empty(0, np.int32))
@@ -185,15 +185,16 @@ class PagedSequence:
         """Says that the KV of the first `num_tokens` tokens (None: all) has been written to the pages.
 
         Full extents become matchable; with write="through" full blocks are stored to the host. Waits only for
-        the load of `open`.
+        the load of `open`. Where it raises, nothing has changed.
 
         Args:
             num_tokens: tokens, not fewer than before.
             stream: where the kernels that wrote them run; stores are ordered behind it, that of `close` too.
 
         Raises:
-            ConfigError: fewer tokens than before, or more than there are.
-            ClosedError: the sequence or the cache is closed.
+            ConfigError: fewer tokens than before, or more than there are; with write="through" also a stream
+                that is none.
+            ClosedError: the sequence or the cache is closed; with write="through" the engine.
         """
         self.wait()
         self._cache._commit(self, self.num_tokens if num_tokens is None else num_tokens, stream)
@@ -229,17 +230,9 @@ class PagedSequence:
 
     def _extend_keys(self) -> None:
         """Makes the keys of whole blocks that have none yet."""
-        config = self._cache._config
-        have = self._keys.size
-        tokens = self._tokens.view()
-        if len(tokens) // config.block_tokens == have:
-            return
-        at, extra, parent = have * config.block_tokens, self._extra, None
-        if have:
-            spans = extra.spans if isinstance(extra, KeyExtra) else ()
-            extra = KeyExtra(spans=[(begin - at, end - at, what) for begin, end, what in spans if end > at])
-            parent = self._keys.view()[-1]
-        self._keys.replace(have, block_keys(tokens[at:], config, self._namespace, extra, parent))
+        keys, tokens = self._keys.view(), self._tokens.view()
+        if len(tokens) // self._chain.block_tokens > len(keys):
+            self._keys.replace(len(keys), self._chain.more(tokens, keys))
 
     def _known_keys(self) -> NDArray[np.uint8]:
         """Keys of the blocks whose KV is there or being loaded, uint8 `[num_blocks, 32]`, not a copy."""
@@ -296,7 +289,7 @@ class PagedSequence:
 
     def _twin(self) -> "PagedSequence":
         """A second sequence like this one, which has no load, in the same extents; it does not hold them."""
-        twin = PagedSequence(self._cache, self._tokens.view(), self._namespace, self._extra, self._stream)
+        twin = PagedSequence(self._cache, self._tokens.view(), self._namespace, self._chain, self._stream)
         twin._keys = Column(self._keys.view())
         twin._pages = Column(self._pages.view())
         twin._extents = list(self._extents)
@@ -306,19 +299,3 @@ class PagedSequence:
         twin.cached_tokens = self.cached_tokens
         twin.committed_tokens = self.committed_tokens
         return twin
-
-
-def token_array(token_ids: ArrayLike) -> NDArray[np.int32]:
-    """Token ids as int32 `[num_tokens]`.
-
-    Raises:
-        ConfigError: not one row of integers from 0 to 2**31 - 1.
-    """
-    tokens = np.asarray(token_ids)
-    if tokens.size == 0:
-        return np.empty(0, np.int32)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ConfigError(f"token_ids is {tokens.dtype} {tokens.shape}; allowed: integers, [num_tokens]")
-    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
-        raise ConfigError(f"token_ids is in [{tokens.min()}, {tokens.max()}]; allowed: 0 to 2**31 - 1")
-    return tokens.astype(np.int32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvtier import Config, ConfigError, KeyExtra, KVLayout, block_keys
-from kvtier.keys import empty_keys, mix_hashes, root_key
+from kvtier.keys import KeyChain, empty_keys, mix_hashes, root_key
 
 LAYOUT = KVLayout(1, 1, 4, "float16", 16)
 CONFIG = Config(groups=[LAYOUT], host="1MiB", model="m@1")
@@ -95,6 +95,17 @@ def test_a_span_changes_the_blocks_from_where_it_begins() -> None:
     assert (both != image).any(axis=1).all()
 
 
+def test_keys_of_a_prompt_that_grows_are_those_of_the_whole() -> None:
+    spans = [(50, 90, b"b"), (50, 70, b"c"), (20, 40, b"a"), (98, 99, b"d")]
+    extra = KeyExtra(prompt=b"p", spans=spans)
+    chain = KeyChain.of(CONFIG, "tenant", extra)
+    keys = np.empty((0, 32), np.uint8)
+    for end in (0, 5, 20, 33, 60, 64, 100):
+        keys = np.concatenate([keys, chain.more(TOKENS[:end], keys)])
+        assert len(keys) == end // 16
+    assert (keys == block_keys(TOKENS, CONFIG, "tenant", extra)).all()
+
+
 def test_a_span_that_began_before_the_parent_continues() -> None:
     whole = block_keys(TOKENS, CONFIG, extra=[(20, 40, b"image")])
     rest = block_keys(TOKENS[32:], CONFIG, parent=whole[1], extra=[(-12, 8, b"image")])
@@ -132,6 +143,10 @@ def test_bad_token_ids_are_refused_with_what_is_allowed(tokens: Any, message: st
         ({"extra": [(4, 4, b"")]}, r"extra\[0\] covers tokens \[4, 4\)"),
         ({"extra": [(-1, 4, b"")]}, "begin at 0 or later"),
         ({"extra": [(0, 101, b"")]}, r"end within \[1, 100\]"),
+        ({"extra": [("0", 4, b"")]}, r"extra\[0\] is \('0', 4, b''\)"),
+        ({"extra": [(0, 1.5, b"")]}, r"extra\[0\] is \(0, 1.5, b''\)"),
+        ({"extra": np.array(5)}, r"extra is array\(5\)"),
+        ({"extra": KeyExtra(spans=5)}, "extra.spans is 5"),  # type: ignore[arg-type]
         ({"extra": KeyExtra(prompt="x")}, "extra.prompt is 'x'"),  # type: ignore[arg-type]
     ],
 )

@@ -3,9 +3,11 @@
 The KV of a token is made from all tokens before it, so that a page in the wrong place is seen in its bytes.
 """
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from types import SimpleNamespace
@@ -18,8 +20,9 @@ import torch
 import kvtier
 from kvtier import page_tables
 from kvtier.engine import Dropped, DroppedLog
+from kvtier.keys import KeyChain
 from kvtier.metrics import Hops, HopStats
-from kvtier.page_pool import Extent, PagePool
+from kvtier.page_pool import Column, Extent, PagePool
 from kvtier.paged import OutOfPages, PagedKVCache, PagedSequence
 
 LAYERS, HEADS, DIM = 2, 2, 4
@@ -30,14 +33,24 @@ class Server:
     """A model that writes KV where the cache says, and reads it back from there."""
 
     def __init__(
-        self, page: int = 4, block: int = 4, pages: int = 8, host: str = "1MiB", **options: Any
+        self,
+        page: int = 4,
+        block: int = 4,
+        pages: int = 8,
+        host: str = "1MiB",
+        axes: str | None = None,
+        **options: Any,
     ) -> None:
         layout = kvtier.KVLayout(LAYERS, HEADS, DIM, "int32", page)
         self.config = kvtier.Config(groups=[layout], block_tokens=block, model="m@1", host=host, chunk="1MiB")
         self.engine = kvtier.open(self.config)
-        self.tensors = [np.zeros((pages, 2, page, HEADS, DIM), np.int32) for _ in range(LAYERS)]
+        given: Any = [np.zeros((pages, 2, page, HEADS, DIM), np.int32) for _ in range(LAYERS)]
+        if axes is not None:  # one tensor for all layers
+            extent = {"P": pages, "L": LAYERS, "K": 2, "T": page, "H": HEADS, "D": DIM}
+            given = np.zeros([extent[axis] for axis in axes], np.int32)
         self.page = page
-        self.cache = PagedKVCache(self.engine, pages=self.tensors, **options)
+        self.cache = PagedKVCache(self.engine, pages=given, axes=axes, **options)
+        self.tensors = [self.cache.layer(i) for i in range(LAYERS)]
 
     def close(self) -> None:
         self.cache.close()
@@ -196,7 +209,18 @@ def test_namespaces_and_extras_share_nothing(serve: Callable[..., Server]) -> No
         assert other._namespace == "b"
 
 
-@pytest.mark.parametrize("extra", [None, b"lora", [(1, 3, b"x"), (6, 7, b"y")]])
+@pytest.mark.parametrize("extra", [bytearray(b"lora"), memoryview(b"lora"), ((0, 3, bytearray(b"cat")),)])
+def test_an_extra_is_read_as_block_keys_reads_it(serve: Callable[..., Server], extra: Any) -> None:
+    server = serve(pages=16)
+    tokens = prompt(9)
+    for kind in (b"lora", [(0, 3, b"cat")]):
+        server.run(tokens, extra=kind)
+    assert server.run(tokens, extra=extra) == 8
+
+
+@pytest.mark.parametrize(
+    "extra", [None, b"lora", [(1, 3, b"x"), (6, 7, b"y")], [(5, 30, b"x"), (5, 9, b"y"), (20, 28, b"z")]]
+)
 def test_keys_of_a_grown_sequence_are_those_of_the_whole(serve: Callable[..., Server], extra: Any) -> None:
     server = serve(pages=16)
     tokens = prompt(30)
@@ -206,6 +230,22 @@ def test_keys_of_a_grown_sequence_are_those_of_the_whole(serve: Callable[..., Se
             seq.commit()
         whole = kvtier.block_keys(tokens, server.config, extra=extra)
         np.testing.assert_array_equal(seq._keys.view(), whole)
+
+
+def test_an_extra_may_reach_over_tokens_to_come(serve: Callable[..., Server]) -> None:
+    server = serve(pages=8)
+    tokens = prompt(14)
+    seq = server.open(tokens[:2], extra=[(0, 100, b"cat"), (10**30, 10**31, b"dog")])
+    seq.append(tokens[2:])
+    server.engine.drop(namespace="zzz")  # heard of by whoever calls next
+    server.run(prompt(9, 1))
+    server.cache.flush()
+    server.compute(seq, tokens)
+    whole = kvtier.block_keys(tokens, server.config, extra=[(0, 14, b"cat")])
+    np.testing.assert_array_equal(seq._keys.view(), whole)
+    seq.close()
+    server.fill()
+    assert server.run(tokens, extra=[(0, 14, b"cat")]) == 12
 
 
 # --- eviction and return ------------------------------------------------------------------------------
@@ -547,6 +587,58 @@ def test_copy_on_write_follows_the_axes_of_the_callers_tensors() -> None:
         np.testing.assert_array_equal(keys_values[:, twin.page_ids[0]], keys_values[:, seq.page_ids[0]])
 
 
+@pytest.mark.parametrize("axes", ["LPKTHD", "PLKTHD"])
+def test_one_tensor_can_hold_all_layers(serve: Callable[..., Server], axes: str) -> None:
+    server = serve(axes=axes)
+    tokens = prompt(18)
+    server.run(tokens)
+    server.fill()
+    with server.open(tokens) as seq:
+        assert seq.wait() == 16
+        server.compute(seq, tokens)
+        with seq.fork() as twin:
+            longer = np.append(tokens, prompt(3, 1)).astype(np.int32)
+            assert len(twin.append(longer[18:]).copied) == 1
+            server.compute(twin, longer)
+            server.check(twin, longer)
+        server.check(seq, tokens)
+
+
+def test_layers_of_keys_and_values_apart_take_turns(serve: Callable[..., Server]) -> None:
+    engine = serve().engine
+    keys, values = np.zeros((2, LAYERS, 8, 4, HEADS, DIM), np.int32)
+    with closing(PagedKVCache(engine, pages=[keys, values], axes="LPTHD")) as cache:
+        for i, part in enumerate((keys[0], values[0], keys[1], values[1])):
+            assert cache.layer(i).shape == part.shape
+            assert cache.layer(i).ctypes.data == part.ctypes.data
+
+
+class Opaque:
+    """An array that says where it is, and no more."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.__array_interface__ = array.__array_interface__
+
+
+def test_pages_that_cannot_be_copied_are_refused_and_detached(serve: Callable[..., Server]) -> None:
+    engine = serve().engine
+    arrays = [np.zeros((8, 2, 4, HEADS, DIM), np.int32) for _ in range(LAYERS)]
+    raw = [(a.ctypes.data, a.shape, a.strides, a.itemsize) for a in arrays]
+    opaque = Opaque(arrays[1])
+    wrong: list[tuple[list[Any], str]] = [
+        (raw, r"pages\[0\] is a tuple; allowed: tensors whose pages can be copied"),
+        ([kvtier.RawTensor(*spec) for spec in raw], r"pages\[0\] is a RawTensor; allowed"),
+        ([arrays[0], opaque], r"pages\[1\] is a Opaque; allowed"),
+    ]
+    for pages, message in wrong:
+        with pytest.raises(kvtier.ConfigError, match=message):
+            PagedKVCache(engine, pages=pages)
+    seen = weakref.ref(opaque)
+    del wrong, pages, opaque
+    gc.collect()
+    assert seen() is None
+
+
 def test_only_committed_sequences_fork(serve: Callable[..., Server]) -> None:
     seq = serve().open(prompt(5))
     with pytest.raises(kvtier.ConfigError, match="5 tokens are not committed"):
@@ -565,16 +657,83 @@ def test_commit_moves_forward_only(serve: Callable[..., Server]) -> None:
     assert seq.committed_tokens == 5
 
 
-@pytest.mark.parametrize("tokens", [[], [[1, 2]], [1.5], [-1], [2**31]])
+@pytest.mark.parametrize(
+    ("what", "write"), [("keys", "evict"), ("keys", "through"), ("stream", "through"), ("engine", "through")]
+)
+def test_a_commit_that_raises_has_changed_nothing(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, what: str, write: str
+) -> None:
+    server = serve(write=write)
+    tokens = prompt(10)
+    seq = server.open(tokens[:3])
+    seq.append(tokens[3:])
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise kvtier.DeviceError("no")
+
+    with monkeypatch.context() as patch:
+        if what == "keys":
+            patch.setattr(KeyChain, "more", refuse)
+        if what == "engine":
+            patch.setattr(server.cache, "_engine", Proxy(server.engine, store=refuse))
+        with pytest.raises((kvtier.ConfigError, kvtier.DeviceError)):
+            seq.commit(stream="none" if what == "stream" else None)
+    assert seq.committed_tokens == 0
+    assert not list(server.cache._pool.shareable)
+    assert len(server.cache.slot_mapping([seq])) == 10
+    server.compute(seq, tokens)
+    server.engine.flush()
+    assert server.engine.stats().store_stored == (2 if write == "through" else 0)
+    assert server.run(tokens) == 8
+
+
+@pytest.mark.parametrize("tokens", [[[1, 2]], [1.5], [-1], [2**31], [[1], [2, 3]], np.empty((0, 3)), 5])
 def test_bad_tokens_are_refused(serve: Callable[..., Server], tokens: Any) -> None:
     server = serve()
     with pytest.raises(kvtier.ConfigError, match="token_ids"):
         server.cache.open(tokens)
     seq = server.open(prompt(1))
-    if tokens:
-        with pytest.raises(kvtier.ConfigError, match="token_ids"):
-            seq.append(tokens)
+    with pytest.raises(kvtier.ConfigError, match="token_ids"):
+        seq.append(tokens)
     assert seq.num_tokens == 1
+
+
+def test_no_tokens_are_no_prompt_but_can_be_appended(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with pytest.raises(kvtier.ConfigError, match="token_ids is empty"):
+        server.cache.open([])
+    assert server.open(prompt(1)).append([]) == kvtier.paged.Appended(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"namespace": 5}, "namespace is 5; allowed: a str"),
+        ({"namespace": "\ud800"}, "namespace is '.*'; allowed: a str that UTF-8 can hold"),
+        ({"extra": 5}, "extra is 5; allowed: bytes, a list"),
+        ({"extra": np.array(5)}, r"extra is array\(5\); allowed: bytes, a list"),
+        ({"extra": "lora"}, "extra is 'lora'; allowed: bytes, a list"),
+        ({"extra": [(0, 4)]}, r"extra\[0\] is \(0, 4\); allowed"),
+        ({"extra": [(0, "4", b"cat")]}, r"extra\[0\] is \(0, '4', b'cat'\); allowed"),
+        (
+            {"extra": [(-1, 4, b"cat")]},
+            r"extra\[0\] covers tokens \[-1, 4\); allowed: .* begin at 0 or later$",
+        ),
+        (
+            {"extra": [(4, 4, b"cat")]},
+            r"extra\[0\] covers tokens \[4, 4\); allowed: ranges that are not empty",
+        ),
+        ({"extra": kvtier.KeyExtra(prompt=5)}, "extra.prompt is 5; allowed: bytes"),  # type: ignore[arg-type]
+        ({"extra": kvtier.KeyExtra(spans=5)}, "extra.spans is 5; allowed: a list"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_namespace_or_extra_that_makes_no_keys_is_refused_before_there_is_a_block(
+    serve: Callable[..., Server], wrong: dict[str, Any], message: str
+) -> None:
+    server = serve()
+    with pytest.raises(kvtier.ConfigError, match=message):
+        server.cache.open([1, 2], **wrong)
+    assert server.cache.stats().used_pages == server.cache.stats().sequences == 0
 
 
 def test_bad_arguments_are_refused(serve: Callable[..., Server]) -> None:
@@ -585,6 +744,7 @@ def test_bad_arguments_are_refused(serve: Callable[..., Server]) -> None:
         ({"num_pages": 2, "write": "sometimes"}, "write: 'sometimes'; allowed"),
         ({"num_pages": 2, "group": 1}, "group is 1; allowed: an integer from 0 to 0"),
         ({"num_pages": 0}, "num_pages is 0; allowed"),
+        ({"num_pages": 2, "namespace": 5}, "namespace is 5; allowed"),
         ({"num_pages": 2, "device": object()}, "device: <object"),
         ({"num_pages": 2, "device": "nope"}, "device: 'nope'; allowed: one that torch has"),
         ({"num_pages": 2, "device": "cuda:99"}, "device: 'cuda:99'; allowed: one that torch has"),
@@ -965,6 +1125,24 @@ def test_an_unpublished_extent_with_a_running_store_is_kept_until_it_is_over() -
 
 
 # --- the bookkeeping alone ----------------------------------------------------------------------------
+
+
+def test_a_column_shows_only_rows_that_are_filled_in() -> None:
+    seen = []
+
+    class Watched(np.ndarray[Any, Any]):
+        def __setitem__(self, at: Any, rows: Any) -> None:
+            seen.append((column.size, column.view().tolist()))
+            super().__setitem__(at, rows)
+
+    column = Column(np.arange(4).view(Watched))
+    column.replace(2, ())
+    seen.clear()
+    column.replace(2, [7, 8])
+    assert seen == [(2, [0, 1])]
+    assert column.view().tolist() == [0, 1, 7, 8]
+    column.replace(4, range(9))
+    assert (column.size, column.view().tolist()) == (13, [0, 1, 7, 8, *range(9)])
 
 
 def test_pool_takes_all_or_nothing() -> None:

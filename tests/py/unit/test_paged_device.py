@@ -8,9 +8,22 @@ import pytest
 
 import kvtier
 from kvtier.paged import PagedKVCache, PagedSequence
-from kvtier.testing import SimulatedDevice, Stream
+from kvtier.testing import DeviceArray, SimulatedDevice, Stream
 
 NUM_PAGES = 8
+
+
+class Tensor(DeviceArray):
+    """Pages that a list of them indexes, as a framework's; the default stream writes what is written so."""
+
+    device: Any
+
+    def __getitem__(self, index: Any) -> Any:
+        return [self[page] for page in index[0]] if isinstance(index, tuple) else super().__getitem__(index)
+
+    def __setitem__(self, index: Any, values: list[DeviceArray]) -> None:
+        for page, value in zip(index[0], values, strict=True):
+            self.device.copy(self[page], value)
 
 
 class Rig:
@@ -21,7 +34,8 @@ class Rig:
         self.config = kvtier.Config(groups=[layout], block_tokens=4, model="m@1", host="2MiB", chunk="1MiB")
         self.engine = kvtier.open(self.config)
         self.device = SimulatedDevice(seed=seed)
-        self.pages = self.device.empty((NUM_PAGES, 2, page, 1, 8), np.int32)
+        pages = self.device.empty((NUM_PAGES, 2, page, 1, 8), np.int32)
+        self.pages = Tensor(self.device, pages.ptr, pages.shape, pages.strides, pages.dtype)
         self.write(-1)
         self.stream = self.device.stream()
         self.cache = PagedKVCache(self.engine, pages=[self.pages], **options)
@@ -65,6 +79,40 @@ def test_closing_stores_the_tail_behind_the_stream_that_wrote_it(seed: int, fork
     last = seq.fork() if forked else seq
     seq.close()
     last.close()
+    with pytest.raises(kvtier.TimeoutError):
+        rig.engine.flush(0.05)
+    rig.device.release(rig.stream)
+    rig.engine.flush()
+    rig.write(-1)
+    again = rig.open(range(13))
+    assert again.wait() == 12
+    got = rig.device.read(rig.pages).result()[again.page_ids[0], :, :12]
+    assert set(got.ravel().tolist()) == {777}
+    assert not rig.device.violations()
+    rig.close()
+
+
+def test_after_a_copy_on_write_that_failed_the_tail_is_stored_behind_the_stream_that_wrote_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(page=16)
+    seq = rig.open(range(12), rig.stream)
+    rig.device.hold(rig.stream)
+    rig.device.write(rig.pages[int(seq.page_ids[0])], 777, rig.stream)
+    seq.commit(stream=rig.stream)
+    twin = seq.fork()
+    before = rig.cache.stats()
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__setitem__", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            seq.append([5], stream=rig.device.stream())
+    assert rig.cache.stats() == before
+    twin.close()
+    seq.close()
     with pytest.raises(kvtier.TimeoutError):
         rig.engine.flush(0.05)
     rig.device.release(rig.stream)
