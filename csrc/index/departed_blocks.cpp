@@ -19,15 +19,18 @@ BlockPast DepartedBlocks::past_of(const Place& place) {
 }
 
 // kNone when it is not remembered.
-std::uint32_t DepartedBlocks::place_of(std::uint64_t digest) const {
-  const std::size_t newest = (next_ == 0 ? ring_.size() : next_) - 1;
-  if (digest == newest_ && !ring_[newest].vacant()) return static_cast<std::uint32_t>(newest);
+std::uint32_t DepartedBlocks::place_of(std::uint64_t digest) {
+  // Whatever is added in its place is the last one then.
+  if (digest == last_digest_ && !ring_[last_place_].vacant()) return last_place_;
   std::size_t since = 0;
   for (std::uint32_t at = last_of_[bucket_of(digest)]; at != kNone; at = ring_[at].before) {
     const std::size_t since_here = added_since(at);
     if (since_here <= since) return kNone;  // it was added anew since the link was made
     since = since_here;
-    if (ring_[at].label == label(digest) && !ring_[at].vacant()) return at;
+    if (ring_[at].label == label(digest) && !ring_[at].vacant()) {
+      last_digest_ = digest;
+      return last_place_ = at;
+    }
   }
   return kNone;
 }
@@ -43,7 +46,8 @@ std::optional<BlockPast> DepartedBlocks::add(std::uint64_t digest, const BlockPa
   place.block_class = past.block_class & 0xfU;
   place.before = last;
   last = static_cast<std::uint32_t>(next_);
-  newest_ = digest;
+  last_digest_ = digest;
+  last_place_ = last;
   if (++next_ == ring_.size()) next_ = 0;
   return forgotten;
 }
@@ -56,7 +60,7 @@ std::optional<BlockPast> DepartedBlocks::take(std::uint64_t digest) {
   return past;
 }
 
-std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) const {
+std::optional<BlockPast> DepartedBlocks::find(std::uint64_t digest) {
   const std::uint32_t at = place_of(digest);
   return at == kNone ? std::nullopt : std::optional(past_of(ring_[at]));
 }

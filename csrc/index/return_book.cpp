@@ -103,7 +103,7 @@ void ReturnBook::pass(Tick ticks) {
 
 double ReturnBook::returning(const BlockKey& key, GroupId group, Tick unused, Tick ticks) {
   if (now() - learned_at_ >= kLearnTicks) {
-    hazards_.learn();
+    hazards_.learn_returns();
     learned_at_ = now();
   }
   const std::optional<BlockPast> past = known_.find(block_digest(key, group, seed_));

@@ -27,7 +27,9 @@ ReturnHazards::ReturnHazards(std::uint32_t num_classes)
       returns_(std::size_t{num_classes} * kBins),
       block_ticks_(returns_.size()),
       values_(returns_.size()),
-      left_(returns_.size()) {
+      left_(returns_.size()),
+      share_(returns_.size()),
+      wait_(returns_.size()) {
   learn();
 }
 
@@ -56,32 +58,38 @@ std::vector<double> ReturnHazards::common_hazard() const {
 }
 
 void ReturnHazards::learn() {
-  const std::vector<double> common = common_hazard();
-  for (std::size_t c = 0; c < num_classes_; ++c) learn_class(c, common);
+  learn_returns();
+  for (std::size_t c = 0; c < num_classes_; ++c) learn_values(c);
 }
 
-void ReturnHazards::learn_class(std::size_t block_class, const std::vector<double>& common) {
-  const auto at = [&](std::uint32_t b) { return b * num_classes_ + block_class; };
-  double returns = kRatioReturns;
-  double expected = kRatioReturns;
+void ReturnHazards::learn_returns() {
+  const std::vector<double> common = common_hazard();
+  std::vector<double> returns(num_classes_, kRatioReturns);
+  std::vector<double> expected(num_classes_, kRatioReturns);
   for (std::uint32_t b = 0; b < kBins; ++b) {
-    returns += returns_[at(b)];
-    expected += block_ticks_[at(b)] * common[b];
+    for (std::size_t c = 0; c < num_classes_; ++c) {
+      returns[c] += returns_[b * num_classes_ + c];
+      expected[c] += block_ticks_[b * num_classes_ + c] * common[b];
+    }
   }
-  // Per bin: the share that returns of those who are left at its beginning, and how long it is waited for.
-  double share[kBins];
-  double wait[kBins];
   for (std::uint32_t b = 0; b < kBins; ++b) {
-    const double own = common[b] * returns / expected;
-    const double hazard = (returns_[at(b)] + kBinReturns) / (block_ticks_[at(b)] + kBinReturns / own);
     const double width = b + 1 < kBins ? static_cast<double>(begin(b + 1) - begin(b)) : 1.0;
-    share[b] = hazard * width / (1 + hazard * width);
-    wait[b] = width * (1 - 0.5 * share[b]);
+    const std::size_t row = b * num_classes_;
+    for (std::size_t c = 0; c < num_classes_; ++c) {
+      const double own = common[b] * returns[c] / expected[c];
+      const double hazard = (returns_[row + c] + kBinReturns) / (block_ticks_[row + c] + kBinReturns / own);
+      share_[row + c] = hazard * width / (1 + hazard * width);
+      wait_[row + c] = width * (1 - 0.5 * share_[row + c]);
+    }
   }
-  double* left = &left_[block_class * kBins];
-  left[0] = 1;
-  for (std::uint32_t b = 1; b < kBins; ++b) left[b] = std::max(kLeastLeft, left[b - 1] * (1 - share[b - 1]));
+  std::fill_n(left_.begin(), num_classes_, 1.0);
+  for (std::size_t at = num_classes_; at < left_.size(); ++at) {
+    left_[at] = std::max(kLeastLeft, left_[at - num_classes_] * (1 - share_[at - num_classes_]));
+  }
+}
 
+void ReturnHazards::learn_values(std::size_t block_class) {
+  const auto at = [&](std::uint32_t b) { return b * num_classes_ + block_class; };
   // Drawn as a curve of returns against time held, from the first bin to the last, what the best horizon
   // promises is the steepest line from where one stands to the curve ahead: to a corner of its upper hull.
   struct Corner {
@@ -93,30 +101,30 @@ void ReturnHazards::learn_class(std::size_t block_class, const std::vector<doubl
   const auto steepness = [](const Corner& from, const Corner& to) {
     return (from.left - to.left) / (from.ahead - to.ahead);
   };
-  Corner next{0, std::max(kLeastLeft, left[kBins - 1] * (1 - share[kBins - 1]))};  // behind bin b
+  Corner next{0, std::max(kLeastLeft, left_[at(kBins - 1)] * (1 - share_[at(kBins - 1)]))};  // behind bin b
   for (std::uint32_t b = kBins; b-- > 0;) {
     while (corners > 1 &&
            steepness(next, hull[corners - 1]) <= steepness(hull[corners - 1], hull[corners - 2]))
       --corners;
     hull[corners++] = next;
     // Half of the bin is over, and few of its own have returned in it.
-    const double scale = next.left / (1 - 0.5 * share[b]);
-    const Corner here{next.ahead + 0.5 * wait[b] * scale, next.left + 0.5 * share[b] * scale};
+    const double scale = next.left / (1 - 0.5 * share_[at(b)]);
+    const Corner here{next.ahead + 0.5 * wait_[at(b)] * scale, next.left + 0.5 * share_[at(b)] * scale};
     std::size_t best = corners - 1;
     double value = steepness(here, hull[best]);
     while (best > 0 && steepness(here, hull[best - 1]) > value) value = steepness(here, hull[--best]);
     values_[at(b)] = static_cast<float>(value);
-    next = {next.ahead + wait[b] * left[b], left[b]};
+    next = {next.ahead + wait_[at(b)] * left_[at(b)], left_[at(b)]};
   }
 }
 
 // The share of the class that has not returned by `age`: evenly fewer within a bin.
 double ReturnHazards::waiting(std::uint32_t block_class, Tick age) const {
   const std::uint32_t b = bin(age);
-  const double* left = &left_[std::size_t{block_class} * kBins];
-  if (b + 1 == kBins) return left[b];
+  const double left = left_[b * num_classes_ + block_class];
+  if (b + 1 == kBins) return left;
   const double part = static_cast<double>(age - begin(b)) / static_cast<double>(begin(b + 1) - begin(b));
-  return left[b] + (left[b + 1] - left[b]) * part;
+  return left + (left_[(b + 1) * num_classes_ + block_class] - left) * part;
 }
 
 double ReturnHazards::returning(std::uint32_t block_class, Tick age, Tick ticks) const {

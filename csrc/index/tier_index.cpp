@@ -316,6 +316,7 @@ void TierIndex::free_slot(Entry& entry) {
   entry.state = SlotState::free;
   Entry* parent = index_.erase(entry);  // non-null: it was its last child
   if (leaf_first_ && parent != nullptr && tracked(*parent) && evictable(*parent)) {
+    index_.fetch_for_removal(*parent);  // a prompt goes tail first: this is likely the next victim
     let_go(*parent);
   }
 }

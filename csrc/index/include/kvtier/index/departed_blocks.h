@@ -48,7 +48,7 @@ class DepartedBlocks {
   std::optional<BlockPast> add(std::uint64_t digest, const BlockPast& past);
   // Forgets it, and says what was known. Its place stays empty until its turn comes.
   std::optional<BlockPast> take(std::uint64_t digest);
-  std::optional<BlockPast> find(std::uint64_t digest) const;
+  std::optional<BlockPast> find(std::uint64_t digest);
   // These are about to be searched: asks for the places where that begins, many at a time.
   void fetch(std::span<const BlockKey> keys, GroupId group, std::uint64_t seed) const;
   // Requires one that is remembered.
@@ -75,7 +75,7 @@ class DepartedBlocks {
     return static_cast<std::size_t>(((digest >> 32) * last_of_.size()) >> 32);
   }
   static BlockPast past_of(const Place& place);
-  std::uint32_t place_of(std::uint64_t digest) const;
+  std::uint32_t place_of(std::uint64_t digest);
   // How many were added since, and itself.
   std::size_t added_since(std::uint32_t place) const {
     return place < next_ ? next_ - place : next_ + ring_.size() - place;
@@ -84,7 +84,9 @@ class DepartedBlocks {
   HugeVector<Place> ring_;
   HugeVector<std::uint32_t> last_of_;  // by bucket: the place added last, or kNone
   std::size_t next_ = 0;               // place in the ring of the next one
-  std::uint64_t newest_ = 0;           // digest of what was added last: a prompt's next block asks for it
+  // What was added or found last: a prompt's next block asks for it, and who found one takes it.
+  std::uint64_t last_digest_ = 0;
+  std::uint32_t last_place_ = 0;
 };
 
 }  // namespace kvtier

@@ -70,6 +70,11 @@ class Index {
   void fetch(const BlockKey& key, GroupId group) const {
     __builtin_prefetch(&table_[home(tag(hash(key, group)))], 1);
   }
+  // Asks for what unlink() and erase() of this entry will read soon.
+  void fetch_for_removal(const Entry& entry) const {
+    fetch(entry.key, entry.group);
+    if (entry.parent != kEmpty) __builtin_prefetch(&entries_[entry.parent], 1);
+  }
   // Uniform whatever the keys are; another one in every process.
   std::uint64_t hash(const BlockKey& key, GroupId group) const;
 
