@@ -53,7 +53,7 @@ class ReturnHazardPolicy final : public EvictionPolicy {
         seed_(options.seed),
         records_(options.records),
         cohorts_(options.records, kNumQueues),
-        hazards_(kNumBlockClasses),
+        hazards_(kNumBlockClasses, std::max(kLeastUsesUntilHalf, 16 * blocks_)),
         departed_(departed_capacity()),
         clock_(blocks_) {}
 
@@ -186,9 +186,6 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   void count_return(Record& record) {
     hazards_.returned(record.block_class, cohorts_.now() - record.used);
     record.returns = one_more(record.returns);
-    if (++uses_since_halved_ < std::max(kLeastUsesUntilHalf, 16 * blocks_)) return;
-    hazards_.halve();
-    uses_since_halved_ = 0;
   }
 
   // A prompt becomes ready head first or tail first, and block by block.
@@ -240,6 +237,7 @@ class ReturnHazardPolicy final : public EvictionPolicy {
     cohorts_.pass(ticks, [this](Tick age, std::span<const std::uint32_t> blocks, Tick step) {
       hazards_.waited(age, blocks.first(kNumBlockClasses), step);
     });
+    hazards_.passed(ticks);
   }
 
   void rank() {
@@ -268,7 +266,6 @@ class ReturnHazardPolicy final : public EvictionPolicy {
   ReturnHazards hazards_;
   DepartedBlocks departed_;
   Tick learned_at_ = 0;
-  std::size_t uses_since_halved_ = 0;
   TickClock clock_;
   std::vector<EntryId> prompt_;  // blocks inserted in a row whose chain is not known yet
   std::uint32_t last_inserted_ = kNowhere;

@@ -21,10 +21,9 @@ constexpr std::uint8_t kUnknownClass = 2 * internal::kNew;
 ReturnBook::ReturnBook(std::size_t blocks, std::uint64_t seed)
     : seed_(seed),
       cohorts_(0, internal::kNumBlockClasses),
-      hazards_(internal::kNumBlockClasses),
+      hazards_(internal::kNumBlockClasses, std::max(kLeastUses, 16 * blocks)),
       known_(blocks + kLeastKnown),
-      clock_(blocks),
-      uses_until_halved_(std::max(kLeastUses, 16 * blocks)) {}
+      clock_(blocks) {}
 
 void ReturnBook::appears(const BlockKey& key, GroupId group, const BlockKey* parent, Arrival arrival) {
   const std::uint64_t digest = block_digest(key, group, seed_);
@@ -66,9 +65,6 @@ void ReturnBook::count_return(BlockPast& past) {
   past.returns = internal::one_more(past.returns);
   past.used = now();
   past.block_class = class_of(past, /*had_child=*/true);
-  if (++uses_since_halved_ < uses_until_halved_) return;
-  hazards_.halve();
-  uses_since_halved_ = 0;
 }
 
 void ReturnBook::remember(std::uint64_t digest, const BlockPast& past) {
@@ -99,6 +95,7 @@ void ReturnBook::pass(Tick ticks) {
   cohorts_.pass(ticks, [this](Tick age, std::span<const std::uint32_t> blocks, Tick step) {
     hazards_.waited(age, blocks, step);
   });
+  hazards_.passed(ticks);
 }
 
 double ReturnBook::returning(const BlockKey& key, GroupId group, Tick unused, Tick ticks) {

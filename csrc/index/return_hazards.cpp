@@ -22,8 +22,9 @@ Tick ReturnHazards::begin(std::uint32_t bin) {
   return (Tick{1} << octave) + ((bin - kExact) % 4) * (Tick{1} << (octave - 2));
 }
 
-ReturnHazards::ReturnHazards(std::uint32_t num_classes)
+ReturnHazards::ReturnHazards(std::uint32_t num_classes, std::size_t returns_until_halved)
     : num_classes_(num_classes),
+      returns_until_halved_(returns_until_halved),
       returns_(std::size_t{num_classes} * kBins),
       block_ticks_(returns_.size()),
       values_(returns_.size()),
@@ -35,11 +36,19 @@ ReturnHazards::ReturnHazards(std::uint32_t num_classes)
 
 void ReturnHazards::returned(std::uint32_t block_class, Tick age) {
   returns_[bin(age) * num_classes_ + block_class] += 1;
+  if (++returns_since_halved_ >= returns_until_halved_) halve();
+}
+
+void ReturnHazards::passed(Tick ticks) {
+  ticks_since_halved_ += std::min(ticks, kTicksUntilHalved - ticks_since_halved_);
+  if (ticks_since_halved_ == kTicksUntilHalved && returns_since_halved_ >= kLeastReturnsHalved) halve();
 }
 
 void ReturnHazards::halve() {
   for (double& returns : returns_) returns *= 0.5;
   for (double& block_ticks : block_ticks_) block_ticks *= 0.5;
+  returns_since_halved_ = 0;
+  ticks_since_halved_ = 0;
 }
 
 std::vector<double> ReturnHazards::common_hazard() const {

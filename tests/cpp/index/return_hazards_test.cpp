@@ -121,17 +121,34 @@ TEST(ReturnHazards, the_share_that_returns_within_a_time) {
   EXPECT_EQ(hazards.returning(1, 0xffffffffU, 1), 0) << "the last bin has no end";
 }
 
-TEST(ReturnHazards, what_is_halved_gives_way_to_what_follows) {
+TEST(ReturnHazards, what_was_learned_gives_way_to_what_follows) {
   ReturnHazards steady(1);
-  ReturnHazards changed(1);
-  for (ReturnHazards* each : {&steady, &changed}) teach(*each, 0, 30, 500);
-  for (int n = 0; n < 6; ++n) changed.halve();
-  for (ReturnHazards* each : {&steady, &changed}) {
-    teach(*each, 0, 120, 500);
+  ReturnHazards by_count(1, /*returns_until_halved=*/50'000);
+  ReturnHazards by_time(1);
+  for (ReturnHazards* each : {&steady, &by_count, &by_time}) {
+    teach(*each, 0, 30, 500);
+    for (int hour = 0; hour < 6; ++hour) {
+      if (each == &by_time) each->passed(3600);
+      teach(*each, 0, 120, 80);
+    }
     each->learn();
   }
-  EXPECT_LT(value(changed, 0, 20), value(steady, 0, 20) / 2);
-  EXPECT_GT(value(changed, 0, 100), value(steady, 0, 100));
+  for (ReturnHazards* each : {&by_count, &by_time}) {
+    EXPECT_LT(value(*each, 0, 20), value(steady, 0, 20) / 2);
+    EXPECT_GT(value(*each, 0, 100), value(steady, 0, 100));
+  }
+}
+
+TEST(ReturnHazards, a_night_without_returns_forgets_nothing) {
+  ReturnHazards awake(1);
+  ReturnHazards slept(1);
+  for (ReturnHazards* each : {&awake, &slept}) {
+    teach(*each, 0, 30, 500);
+    each->passed(3600);
+  }
+  for (int night = 0; night < 100; ++night) slept.passed(10 * 3600);
+  for (ReturnHazards* each : {&awake, &slept}) each->learn();
+  EXPECT_EQ(value(slept, 0, 20), value(awake, 0, 20));
 }
 
 }  // namespace

@@ -49,8 +49,6 @@ class ReturnBook {
   ReturnHazards hazards_;
   DepartedBlocks known_;
   TickClock clock_;
-  std::size_t uses_until_halved_;
-  std::size_t uses_since_halved_ = 0;
   Tick learned_at_ = 0;
   std::optional<Tick> began_;  // when the first block appeared
   std::uint64_t last_ = 0;     // digest of what appeared last

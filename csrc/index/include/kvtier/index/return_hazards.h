@@ -26,7 +26,9 @@ using Tick = std::uint32_t;
 // of its own.
 class ReturnHazards {
  public:
-  explicit ReturnHazards(std::uint32_t num_classes);
+  // What was counted weighs half after so many returns, or an hour of ticks with a thousand of them: what is
+  // learned follows the traffic, however long it was another one, and is not forgotten over night.
+  explicit ReturnHazards(std::uint32_t num_classes, std::size_t returns_until_halved = ~std::size_t{0});
 
   void returned(std::uint32_t block_class, Tick age);
   // blocks[class] of this age were waited for, so many ticks each.
@@ -36,8 +38,7 @@ class ReturnHazards {
       waits[c] += static_cast<double>(blocks[c]) * static_cast<double>(ticks);
     }
   }
-  // Counts for half from now on.
-  void halve();
+  void passed(Tick ticks);
   // Brings values() and returning() up to date with what was counted: some ten microseconds.
   void learn();
   // returning() alone: less than half of it.
@@ -56,6 +57,8 @@ class ReturnHazards {
  private:
   static constexpr std::uint32_t kBins = 92;  // up to 2^24 ticks
   static constexpr std::uint32_t kExact = 8;  // ages below have bins of their own
+  static constexpr Tick kTicksUntilHalved = 3600;
+  static constexpr std::size_t kLeastReturnsHalved = 1024;
   static std::uint32_t bin(Tick age) {
     if (age < kExact) return age;
     const auto octave = static_cast<std::uint32_t>(std::bit_width(age)) - 1;
@@ -63,10 +66,14 @@ class ReturnHazards {
   }
   static Tick begin(std::uint32_t bin);
   std::vector<double> common_hazard() const;
+  void halve();
   void learn_values(std::size_t block_class);
   double waiting(std::uint32_t block_class, Tick age) const;
 
   std::size_t num_classes_;
+  std::size_t returns_until_halved_;
+  std::size_t returns_since_halved_ = 0;
+  Tick ticks_since_halved_ = 0;
   // [bin][class]: a tick asks for all classes of an age
   std::vector<double> returns_;
   std::vector<double> block_ticks_;
