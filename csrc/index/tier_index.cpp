@@ -37,15 +37,16 @@ TierIndex::TierIndex(const Options& options)
       leaf_first_(options.leaf_first.value_or(chosen(options.eviction).leaf_first)),
       index_(std::accumulate(options.slots_per_class.begin(), options.slots_per_class.end(), std::size_t{0}),
              options.hash_seed) {
+  const bool one_class = options.slots_per_class.size() == 1;
   for (const std::uint32_t slots : options.slots_per_class) {
-    EvictionOptions policy{.records = index_.capacity(), .blocks = slots, .seed = options.hash_seed};
+    EvictionOptions policy{.records = slots, .blocks = slots, .seed = options.hash_seed};
     if (!options.block_bytes.empty()) {
       policy.block_bytes = options.block_bytes[classes_.size() % classes_per_volume_];
     }
     classes_.push_back(
         {SlotPool(slots),
          options.make_eviction ? options.make_eviction(policy) : chosen(options.eviction).make(policy),
-         nullptr});
+         nullptr, HugeVector<EntryId>(one_class ? 0 : slots)});
   }
 }
 
@@ -70,8 +71,8 @@ TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, Na
   Entry& entry = index_.insert(key, group);
   entry.name_space = name_space;
   entry.depth = depth;
-  entry.slot = *slot;
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
+  put_into(tier_class, entry, *slot);
   entry.priority = priority;
   entry.ahead = arrival == Arrival::ahead;
   if (parent != nullptr) link_parent(entry, *parent);
@@ -105,15 +106,15 @@ Entry* TierIndex::restore(const BlockKey& key, GroupId group, NamespaceId name_s
   Entry& entry = index_.insert(key, group);
   entry.name_space = name_space;
   entry.depth = depth;
-  entry.slot = slot;
   entry.volume = static_cast<std::uint8_t>(volume & 0x7fU);
+  put_into(tier_class, entry, slot);
   make_ready(entry);
   return &entry;
 }
 
 const Entry* TierIndex::next_victim(std::size_t class_index, Priority priority) {
   const std::optional<EntryId> found = victim(classes_[class_index], priority);
-  return found ? &index_.at(*found) : nullptr;
+  return found ? &known_as(classes_[class_index], *found) : nullptr;
 }
 
 std::optional<EntryId> TierIndex::victim(Class& tier_class, Priority newcomer) {
@@ -130,7 +131,7 @@ std::optional<EntryId> TierIndex::victim(Class& tier_class, Priority newcomer) {
 bool TierIndex::evict_one(Class& tier_class, Priority newcomer) {
   const std::optional<EntryId> found = victim(tier_class, newcomer);
   if (!found) return false;
-  Entry& entry = index_.at(*found);
+  Entry& entry = known_as(tier_class, *found);
   KVTIER_CHECK(entry.state == SlotState::ready && entry.pins == 0);
   orphans_ += entry.children;
   remove(entry, Departure::evicted);
@@ -149,7 +150,7 @@ void TierIndex::set_priority(Entry& entry, Priority priority) {
 
 void TierIndex::make_queues(Class& tier_class, Priority priority) {
   if (priority == Priority::normal || tier_class.others) return;
-  tier_class.others = std::make_unique<AgeQueues>(index_.capacity(), kNumQueues);
+  tier_class.others = std::make_unique<AgeQueues>(tier_class.slots.capacity(), kNumQueues);
   has_priorities_ = true;
 }
 
@@ -176,19 +177,33 @@ Entry* TierIndex::due(std::int64_t now_us) {
   return next && first && *next <= now_us ? &index_.at(*first) : nullptr;
 }
 
+void TierIndex::put_into(Class& tier_class, Entry& entry, SlotId slot) {
+  entry.slot = slot;
+  if (!tier_class.in_slot.empty()) tier_class.in_slot[raw(slot)] = index_.id(entry);
+}
+
+EntryId TierIndex::known_id(const Entry& entry) const {
+  return classes_.size() == 1 ? index_.id(entry) : EntryId{raw(entry.slot)};
+}
+
+Entry& TierIndex::known_as(const Class& tier_class, EntryId id) {
+  return index_.at(classes_.size() == 1 ? id : tier_class.in_slot[raw(id)]);
+}
+
 void TierIndex::track(Entry& entry) {
   Class& tier_class = class_for(entry);
   if (entry.priority != Priority::normal) {
-    tier_class.others->push(index_.id(entry), queue_of(entry.priority));
+    tier_class.others->push(known_id(entry), queue_of(entry.priority));
   } else {
     const Entry* parent = index_.parent(entry);
-    if (parent != nullptr && parent->priority != Priority::normal)
-      parent = nullptr;  // the policy has no such
-    tier_class.policy->insert(index_.id(entry),
+    const bool is_known = parent != nullptr && parent->priority == Priority::normal &&
+                          parent->volume == entry.volume;  // a group is of one class in each
+    if (!is_known) parent = nullptr;
+    tier_class.policy->insert(known_id(entry),
                               {.key = entry.key,
                                .group = entry.group,
                                .depth = entry.depth,
-                               .parent = parent == nullptr ? std::nullopt : std::optional(index_.id(*parent)),
+                               .parent = parent == nullptr ? std::nullopt : std::optional(known_id(*parent)),
                                .expected = is_expected(entry),
                                .arrival = entry.ahead ? Arrival::ahead : Arrival::used});
   }
@@ -198,25 +213,25 @@ void TierIndex::track(Entry& entry) {
 
 void TierIndex::untrack(Entry& entry, Departure why) {
   if (entry.priority != Priority::normal) {
-    class_for(entry).others->erase(index_.id(entry));
+    class_for(entry).others->erase(known_id(entry));
   } else {
-    class_for(entry).policy->erase(index_.id(entry), {entry.key, entry.group}, why);
+    class_for(entry).policy->erase(known_id(entry), {entry.key, entry.group}, why);
   }
 }
 
 void TierIndex::hold(Entry& entry) {
   if (entry.priority != Priority::normal) {
-    class_for(entry).others->hold(index_.id(entry));
+    class_for(entry).others->hold(known_id(entry));
   } else {
-    class_for(entry).policy->hold(index_.id(entry));
+    class_for(entry).policy->hold(known_id(entry));
   }
 }
 
 void TierIndex::let_go(Entry& entry) {
   if (entry.priority != Priority::normal) {
-    class_for(entry).others->let_go(index_.id(entry));
+    class_for(entry).others->let_go(known_id(entry));
   } else {
-    class_for(entry).policy->let_go(index_.id(entry));
+    class_for(entry).policy->let_go(known_id(entry));
   }
 }
 
@@ -291,9 +306,9 @@ void TierIndex::touch(Entry& entry) {
   KVTIER_CHECK(entry.linked && entry.state == SlotState::ready);
   entry.ahead = false;
   if (entry.priority != Priority::normal) {
-    class_for(entry).others->move(index_.id(entry), queue_of(entry.priority));
+    class_for(entry).others->move(known_id(entry), queue_of(entry.priority));
   } else {
-    class_for(entry).policy->touch(index_.id(entry));
+    class_for(entry).policy->touch(known_id(entry));
   }
   if (observer_ != nullptr) observer_->used(entry.key, entry.group);
 }
@@ -328,14 +343,14 @@ void TierIndex::advance(std::int64_t now_us) {
 
 void TierIndex::expect(const BlockKey& key, GroupId group) {
   if (++expected_[index_.hash(key, group)] > 1) return;
-  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect(index_.id(*entry));
+  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect(known_id(*entry));
 }
 
 void TierIndex::expect_no_more(const BlockKey& key, GroupId group) {
   const auto found = expected_.find(index_.hash(key, group));
   if (found == expected_.end() || --found->second > 0) return;
   expected_.erase(found);
-  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect_no_more(index_.id(*entry));
+  if (Entry* const entry = in_policy(key, group)) class_for(*entry).policy->expect_no_more(known_id(*entry));
 }
 
 bool TierIndex::is_expected(const Entry& entry) const {
@@ -348,13 +363,15 @@ Entry* TierIndex::in_policy(const BlockKey& key, GroupId group) {
 }
 
 double TierIndex::bytes_per_block() const {
-  double bytes = index_.bytes_per_entry() + sizeof(SlotState) + sizeof(SlotId);
+  auto bytes = static_cast<double>(expiries_.size() * Expiries::kBytesPerEntry);
   for (const Class& each : classes_) {
-    bytes += each.policy->bytes_per_record();
-    if (each.others) bytes += AgeQueues::kBytesPerRecord;
+    double per_slot = each.policy->bytes_per_record();
+    if (each.others) per_slot += AgeQueues::kBytesPerRecord;
+    if (!each.in_slot.empty()) per_slot += sizeof(EntryId);
+    bytes += per_slot * each.slots.capacity();
   }
-  const auto expiries = static_cast<double>(expiries_.size() * Expiries::kBytesPerEntry);
-  return bytes + expiries / static_cast<double>(std::max<std::size_t>(1, index_.capacity()));
+  return index_.bytes_per_entry() + sizeof(SlotState) + sizeof(SlotId) +
+         bytes / static_cast<double>(std::max<std::size_t>(1, index_.capacity()));
 }
 
 }  // namespace kvtier

@@ -358,6 +358,22 @@ TEST(TierIndex, stays_within_its_budget_of_memory) {
   EXPECT_LE(bytes_per_block((1U << 16) + 1, "lru"), 128.0);
 }
 
+TEST(TierIndex, a_policy_takes_memory_for_its_own_volume_alone) {
+  constexpr std::uint32_t kSlots = 1U << 12;
+  std::vector<EvictionOptions> asked;
+  TierIndex::Options options{
+      .slots_per_class = std::vector<std::uint32_t>(16, kSlots), .class_of_group = {0}, .num_volumes = 16};
+  options.leaf_first = true;
+  options.make_eviction = [&asked](const EvictionOptions& of) {
+    asked.push_back(of);
+    return find_eviction("lru")->make(of);
+  };
+  const TierIndex tier(options);
+  ASSERT_EQ(asked.size(), 16U);
+  for (const EvictionOptions& each : asked) EXPECT_EQ(each.records, kSlots);
+  EXPECT_LE(tier.bytes_per_block(), bytes_per_block(kSlots, "lru") + 4.1);
+}
+
 // Everything at random, against a model that keeps a plain list of what it holds.
 class AgainstModel {
  public:
@@ -658,6 +674,57 @@ TEST(TierIndex, each_volume_has_slots_and_victims_of_its_own) {
   EXPECT_TRUE(resident(tier, 1));   // older, on the other one
   EXPECT_EQ(tier.next_victim(0)->key, key_of(1));
   EXPECT_EQ(tier.next_victim(1)->key, key_of(3));
+}
+
+// The same at random to two volumes of one tier and to two tiers of one volume each.
+TEST(TierIndex, with_every_policy_a_volume_decides_as_if_it_was_alone) {
+  constexpr std::uint32_t kSlots = 12;
+  for (const EvictionChoice& choice : eviction_choices()) {
+    SCOPED_TRACE(choice.name);
+    TierIndex both({.slots_per_class = {kSlots, kSlots},
+                    .class_of_group = {0},
+                    .num_volumes = 2,
+                    .eviction = choice.name});
+    std::vector<TierIndex> alone;
+    for (std::uint32_t volume = 0; volume < 2; ++volume) {
+      alone.push_back(
+          TierIndex({.slots_per_class = {kSlots}, .class_of_group = {0}, .eviction = choice.name}));
+      alone[volume].slots(0).grow(kSlots);
+      both.slots(volume).grow(kSlots);
+    }
+    std::mt19937 random(9);  // NOLINT: the same every time
+    for (int step = 0; step < 4000; ++step) {
+      const std::uint64_t block = random() % 80;
+      const auto volume = static_cast<std::uint32_t>(block % 2);
+      const unsigned what = random() % 8;
+      for (TierIndex* tier : {&both, &alone[volume]}) {
+        const std::uint32_t here = tier == &both ? volume : 0;
+        Entry* found = tier->index().find(key_of(block), kGroup);
+        if (found == nullptr) {
+          Entry* parent = block < 2 ? nullptr : tier->index().find(key_of(block - 2), kGroup);
+          const auto priority = what == 0 ? Priority::low : what == 1 ? Priority::high : Priority::normal;
+          const TierIndex::Reservation place = tier->reserve(
+              key_of(block), kGroup, kTenant, static_cast<std::uint32_t>(block / 2), parent, here, priority);
+          if (place.outcome == ReserveOutcome::reserved) tier->commit(*place.entry);
+        } else if (what == 0) {
+          tier->drop(*found);
+        } else if (what == 1) {
+          tier->set_priority(*found, Priority::normal);
+        } else if (what == 2 && found->pins == 0) {
+          tier->pin(*found);
+        } else if (what == 3 && found->pins > 0) {
+          tier->unpin(*found);
+        } else {
+          tier->touch(*found);
+        }
+      }
+      for (std::uint64_t each = 0; each < 80; ++each) {
+        ASSERT_EQ(resident(both, each), resident(alone[each % 2], each)) << each << " in step " << step;
+      }
+    }
+    EXPECT_EQ(both.evictions(), alone[0].evictions() + alone[1].evictions());
+    EXPECT_GT(both.evictions(), 100U);
+  }
 }
 
 TEST(TierIndexDeathTest, misuse_is_a_bug) {

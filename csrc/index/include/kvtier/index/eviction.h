@@ -32,7 +32,7 @@ struct BlockFacts {
   const BlockKey& key;  // valid during the call
   GroupId group{0};
   std::uint32_t depth = 0;                       // blocks before it in its sequence
-  std::optional<EntryId> parent = std::nullopt;  // the resident block that it hangs on
+  std::optional<EntryId> parent = std::nullopt;  // the block that it hangs on, if this policy knows it
   bool expected = false;                         // as after EvictionPolicy::expect()
   Arrival arrival = Arrival::used;               // ahead: the next touch() is the use that it came for
 };

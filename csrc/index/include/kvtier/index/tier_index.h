@@ -22,6 +22,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "kvtier/core/huge_vector.h"
 #include "kvtier/index/age_queues.h"
 #include "kvtier/index/event_feed.h"
 #include "kvtier/index/expiries.h"
@@ -163,10 +164,16 @@ class TierIndex {
     SlotPool slots;
     std::unique_ptr<EvictionPolicy> policy;  // of the blocks of normal priority
     std::unique_ptr<AgeQueues> others;       // of those of low and of high; null before the first
+    HugeVector<EntryId> in_slot;             // of several classes: see known_id()
   };
   static std::optional<EntryId> victim(Class& tier_class, Priority newcomer);
   bool evict_one(Class& tier_class, Priority newcomer);
   void make_queues(Class& tier_class, Priority priority);
+  void put_into(Class& tier_class, Entry& entry, SlotId slot);
+  // As what its class's policy knows the block: the number of its slot, so that policies take memory for
+  // their own blocks only. Of one class alone the entry's own id is as good.
+  EntryId known_id(const Entry& entry) const;
+  Entry& known_as(const Class& tier_class, EntryId id);
   // What the policy, or what stands in its place for other priorities, is told.
   void track(Entry& entry);
   void untrack(Entry& entry, Departure why);
