@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <span>
 #include <system_error>
 #include <utility>
 
@@ -17,6 +18,7 @@ namespace kvtier {
 namespace {
 
 constexpr char kCatalogFile[] = "catalog.mdb";
+constexpr std::size_t kForgottenAtOnce = 4096;
 
 bool is_ours(Verdict verdict, const slot_format::HeaderFields& fields,
              const std::optional<NamespaceTag>& name_space) {
@@ -95,9 +97,20 @@ class Purge {
     CatalogOptions options;
     options.max_bytes = bound;
     Result<std::unique_ptr<Catalog>> catalog = open_catalog(store_.path(), options);
-    if (catalog && (*catalog)->read_all() && (*catalog)->commit(forgotten_)) return Status::ok();
+    if (catalog && (*catalog)->read_all() && forget_in(**catalog)) return Status::ok();
     KVTIER_RETURN_IF_ERROR(store_.remove_file(kCatalogFile));
     return store_.sync();
+  }
+
+  // In pieces: a transaction writes its pages anew, and may use those that the one before has left.
+  bool forget_in(Catalog& catalog) const {
+    std::span<const CatalogChange> left = forgotten_;
+    while (!left.empty()) {
+      const std::size_t n = std::min(left.size(), kForgottenAtOnce);
+      if (!catalog.commit(left.first(n))) return false;
+      left = left.subspan(n);
+    }
+    return true;
   }
 
   const Directory& store_;
