@@ -14,6 +14,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import signal
 import sys
 import time
@@ -99,7 +100,8 @@ class Pages:
 
 def huge_buffer(size: int) -> np.ndarray:
     """Written uint8 memory in transparent huge pages, beginning with one."""
-    room = mmap.mmap(-1, size + HUGE_PAGE)
+    # Private: the kernel gives shared anonymous memory none by this advice (shmem_enabled "never").
+    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     room.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(room, np.uint8)
     begin = -memory.ctypes.data % HUGE_PAGE
@@ -117,6 +119,50 @@ def collapse(address: int, size: int) -> bool:
     length = (address + size - begin) // HUGE_PAGE * HUGE_PAGE
     advise = lambda what: libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), what)  # noqa: E731
     return advise(14) == 0 and advise(25) == 0  # MADV_HUGEPAGE, MADV_COLLAPSE
+
+
+class Memory:
+    """What this process' memory grew by since, and how much of that is in huge pages, by /proc/PID/smaps.
+
+    So buffers count, and what the interpreter had loaded before does not; nor do files on a drive.
+    """
+
+    def __init__(self) -> None:
+        self._before = memory_kib(Path("/proc/self/smaps"))
+
+    def grown(self) -> dict:
+        """MiB and the share in huge pages; "started": the same of all of what this process started."""
+        now, started = memory_kib(Path("/proc/self/smaps")), (0, 0)
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                if int(process.name) != os.getpid() and os.getpgid(int(process.name)) == os.getpid():
+                    some = memory_kib(process / "smaps")
+                    started = (started[0] + some[0], started[1] + some[1])
+        own = (now[0] - self._before[0], now[1] - self._before[1])
+        return _share(*own) | ({"started": _share(*started)} if started[0] else {})
+
+
+def _share(kib: int, huge: int) -> dict:
+    return {"mib": kib >> 10, "in_huge_pages": round(huge / kib, 3) if kib > 0 else 0.0}
+
+
+def memory_kib(smaps: Path) -> tuple[int, int]:
+    """KiB in memory, and how many of these are in huge pages."""
+    total = huge = 0
+    for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text())[1:]:
+        first, *lines = mapping.splitlines()
+        path = first.split(maxsplit=5)[5] if len(first.split(maxsplit=5)) == 6 else ""
+        if path.startswith("/") and not path.startswith(("/dev/shm/", "/dev/zero", "/memfd:")):
+            continue
+        kib = {
+            name: int(rest.split()[0])
+            for name, _, rest in (line.partition(":") for line in lines)
+            if rest.endswith(" kB")
+        }
+        reserved = kib.get("Private_Hugetlb", 0) + kib.get("Shared_Hugetlb", 0)  # not in Rss
+        total += kib.get("Rss", 0) + reserved
+        huge += kib.get("AnonHugePages", 0) + kib.get("ShmemPmdMapped", 0) + reserved
+    return total, huge
 
 
 def keys_of(number: int, count: int) -> list[bytes]:
@@ -198,6 +244,7 @@ class Server:
         self.home = Path()
         self.on_disk = False
         self.stamped = -1
+        self.memory = Memory()
 
     def op_open(self, home, size, blocks, capacity, seed, on_disk, options) -> dict:
         self._another()
@@ -242,8 +289,13 @@ class Server:
         return {"seconds": took, **self.store.pages.compare(found)}
 
     def op_found(self, number) -> dict:
+        keys = self.keys(number)  # stamps the pages and hashes: the harness' own work
         begin = time.perf_counter()
-        return {"found": self.store.found(self.keys(number)), "seconds": time.perf_counter() - begin}
+        found = self.store.found(keys)
+        return {"found": found, "seconds": time.perf_counter() - begin}
+
+    def op_memory(self) -> dict:
+        return self.memory.grown()
 
     def op_forget(self, number) -> dict:
         self.store.forget(self.keys(number))

@@ -84,19 +84,18 @@ class Manager(Store):
 class Files(Store):
     """FileSystemTierManager with 16 + 16 threads behind vLLM's CPU memory; torch copies to and from it."""
 
-    def prepare(self, home, size, blocks, capacity, options):
-        self._import()
-        self.view = huge_buffer(blocks * size).reshape(blocks, size)
-        self.memory = torch.from_numpy(self.view)
-        self.source, self.target = torch.from_numpy(self.pages.source), torch.from_numpy(self.pages.target)
-        self.per_job = max(1, min(16, blocks // 16))
-
-    def _import(self):
+    def __init__(self):
         from vllm.v1.kv_offload.tiering.base import TransferJob
         from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
         self.job_type, self.tier_type = TransferJob, FileSystemTierManager
         self.job = self.asked = 0
+
+    def prepare(self, home, size, blocks, capacity, options):
+        self.view = huge_buffer(blocks * size).reshape(blocks, size)
+        self.memory = torch.from_numpy(self.view)
+        self.source, self.target = torch.from_numpy(self.pages.source), torch.from_numpy(self.pages.target)
+        self.per_job = max(1, min(16, blocks // 16))
 
     def open(self, home, size, blocks, capacity, options):
         self._start(home)
@@ -197,7 +196,6 @@ class Files(Store):
         self.tier.shutdown()
 
     def steps_open(self, count, options):
-        self._import()
         self.view = huge_buffer(FILE_ROWS * FILE_BYTES).reshape(FILE_ROWS, FILE_BYTES)
         self.per_job = FILE_JOB
         self._start(self.home)

@@ -7,6 +7,7 @@ block for block.
 """
 
 import re
+import reprlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,8 +25,12 @@ from kvtier.layout import KVLayout
 from kvtier.traces import Trace
 
 Progress = Callable[[int], None]  # requests done
-_BLOCKS = re.compile(r"\s*([0-9_]+)\s*blocks?\s*", re.IGNORECASE)
+_BLOCKS = re.compile(r"\s*([0-9][0-9_]*)\s*blocks?\s*", re.IGNORECASE)
+_MOST_BLOCKS = 100_000_000  # of a tier: a simulation's memory goes by them, some 100 bytes each
+_MOST_DIGITS = 20  # of a number of blocks
+MOST_AHEAD = 2**32 - 1  # requests
 _SECONDS_PER_DAY = 86400.0
+LEAST_SECONDS = 60.0  # of a trace, for figures of a day
 WORD_BYTES = 8  # of each block, proved by a real replay, whose blocks are multiples of it
 _SEED = 7
 _LONGEST_WAIT = 120.0
@@ -61,10 +66,11 @@ def capacity_blocks(size: int | str, bytes_per_block: int | None, key: str) -> i
         Whole blocks.
 
     Raises:
-        ConfigError: Not a capacity, or less than one block.
+        ConfigError: Not a capacity, less than one block, or more than a simulation may hold.
     """
     if isinstance(size, str) and (match := _BLOCKS.fullmatch(size)):
-        blocks = int(match[1].replace("_", ""))
+        digits = match[1].replace("_", "")
+        blocks = int(digits) if len(digits) <= _MOST_DIGITS else 10**_MOST_DIGITS
     else:
         size_bytes = parse_size(size, key)
         if bytes_per_block is None:
@@ -73,8 +79,10 @@ def capacity_blocks(size: int | str, bytes_per_block: int | None, key: str) -> i
                 '"10000blocks"'
             )
         blocks = size_bytes // bytes_per_block
-    if not 1 <= blocks < 2**31:
-        raise ConfigError(f"{key} is {size!r}, {blocks} blocks; allowed: 1 to 2147483647 blocks")
+    if not 1 <= blocks <= _MOST_BLOCKS:
+        count = f"{blocks}" if blocks < 10**_MOST_DIGITS else "far more"
+        shown = reprlib.repr(size)
+        raise ConfigError(f"{key} is {shown}, {count} blocks; allowed: 1 to {_MOST_BLOCKS} blocks")
     return blocks
 
 
@@ -92,6 +100,9 @@ class Tiers:
         bytes_per_block: Bytes of a block; None where nothing is counted in bytes.
         plain: As in the literature: blocks are touched or inserted one by one, tail first, and no policy runs
             leaf first. Otherwise as in the engine.
+        share_of_budget: The whole trace writes no more than its length's share of the budget. Otherwise the
+            bucket holds a whole day's bytes at first, as a new store's, and a trace of an hour may write them
+            all. Not for traces of less than a minute.
     """
 
     host_blocks: int
@@ -102,11 +113,12 @@ class Tiers:
     write_bytes_per_day: int | None = None
     bytes_per_block: int | None = None
     plain: bool = False
+    share_of_budget: bool = False
 
     def __post_init__(self) -> None:
         for key, low in (("host_blocks", 1), ("disk_blocks", 0)):
-            if not low <= getattr(self, key) < 2**31:
-                raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {low} to 2147483647")
+            if not low <= getattr(self, key) <= _MOST_BLOCKS:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}; allowed: {low} to {_MOST_BLOCKS}")
         check_policy(self.policy)
         check_policy(self.eviction_on_disk, "disk_policy")
         if self.admission not in ADMISSIONS:
@@ -118,6 +130,17 @@ class Tiers:
     def eviction_on_disk(self) -> str:
         """The disk tier's policy."""
         return DISK_EVICTION if self.disk_policy is None else self.disk_policy
+
+    def bucket_bytes(self, trace: Trace) -> int | None:
+        """What the bucket of the write budget holds, full at first, and fills with in a day; None: no limit.
+
+        A bucket of B bytes gives B x (1 + days) in so many days. That is to be the budget's B x days.
+        """
+        budget = self.write_bytes_per_day
+        if budget is None or not self.share_of_budget or not has_days(trace):
+            return budget
+        days = trace.seconds / _SECONDS_PER_DAY
+        return int(budget * (days / (1 + days)))
 
 
 @dataclass(frozen=True)
@@ -203,10 +226,10 @@ def simulate(
         progress: Told from time to time; what it raises ends the simulation.
 
     Raises:
-        ConfigError: Look-ahead in the plain form, or less than none.
+        ConfigError: Look-ahead in the plain form, less than none, or of too many requests.
     """
-    if look_ahead < 0:
-        raise ConfigError(f"look_ahead is {look_ahead}; allowed: 0 or more")
+    if not 0 <= look_ahead <= MOST_AHEAD:
+        raise ConfigError(f"look_ahead is {look_ahead}; allowed: 0 to {MOST_AHEAD}")
     if look_ahead and tiers.plain:
         raise ConfigError("look-ahead is not for the plain form; an engine's has it")
     begun = time.perf_counter()
@@ -220,7 +243,7 @@ def simulate(
         disk_eviction=_eviction(tiers.eviction_on_disk),
         plain=tiers.plain,
         admission=getattr(_core.Admission, tiers.admission.replace("-", "_")),
-        write_bytes_per_day=tiers.write_bytes_per_day,
+        write_bytes_per_day=tiers.bucket_bytes(trace),
         block_bytes=tiers.bytes_per_block or 0,
         seed=seed,
         writes_at_once=0,
@@ -291,9 +314,35 @@ def times_to_first_token(trace: Trace, hits: Replay | None, speeds: Speeds) -> n
     return load + left / speeds.prefill_tokens_per_s
 
 
-def written_per_day(trace: Trace, replay: Replay) -> float:
-    """Bytes written to disk in a day of such traffic."""
-    return replay.disk_bytes_written * _SECONDS_PER_DAY / max(trace.seconds, 1.0)
+def has_days(trace: Trace) -> bool:
+    """Whether the trace takes long enough, a minute, to say anything of a day."""
+    return trace.seconds >= LEAST_SECONDS
+
+
+def written_per_day(trace: Trace, replay: Replay) -> float | None:
+    """Bytes written to disk in a day of such traffic, never more than the budget.
+
+    None where the bytes of a block are not known, or the trace takes less than a minute.
+    """
+    blocks = _blocks_per_day(trace, replay)
+    each = replay.tiers.bytes_per_block
+    return None if blocks is None or each is None else blocks * each
+
+
+def drive_writes_per_day(trace: Trace, replay: Replay) -> float | None:
+    """The same in capacities; None without a disk, or where the trace takes less than a minute."""
+    blocks = _blocks_per_day(trace, replay)
+    capacity = replay.tiers.disk_blocks
+    return None if blocks is None or not capacity else blocks / capacity
+
+
+def _blocks_per_day(trace: Trace, replay: Replay) -> float | None:
+    if not has_days(trace):
+        return None
+    blocks = replay.disk_blocks_written * _SECONDS_PER_DAY / trace.seconds
+    budget, each = replay.tiers.write_bytes_per_day, replay.tiers.bytes_per_block
+    # A bucket that was full at first is spent once, not once every hour.
+    return blocks if budget is None or each is None else min(blocks, budget / each)
 
 
 def replay_real(
@@ -325,7 +374,7 @@ def replay_real(
         ConfigError: `tiers` are not for a real replay.
         KVTierError: What the engine raises.
     """
-    config = _real_config(tiers, directory)
+    config = _real_config(tiers, directory, tiers.bucket_bytes(trace))
     clock = _core.ManualClock()
     longest = int(np.diff(trace.begins).max(initial=1))
     pages = np.zeros((max(longest, 1), config.groups[0].page_bytes() // WORD_BYTES), np.uint64)
@@ -411,7 +460,7 @@ class _RealRun:
         self._engine.flush(_LONGEST_WAIT)
 
 
-def _real_config(tiers: Tiers, directory: str | None) -> Config:
+def _real_config(tiers: Tiers, directory: str | None, bucket_bytes: int | None) -> Config:
     each = tiers.bytes_per_block
     if each is None or each % WORD_BYTES:
         raise ConfigError(f"bytes_per_block is {each!r}; allowed in a real replay: multiples of {WORD_BYTES}")
@@ -430,8 +479,8 @@ def _real_config(tiers: Tiers, directory: str | None) -> Config:
     if tiers.disk_blocks and directory is not None:
         disk = (Disk(directory, _core.bytes_for_blocks([spec], tiers.disk_blocks)[1]),)
     budget: int | str = "unlimited"
-    if tiers.write_bytes_per_day is not None:  # the engine counts slots, which have a header
-        budget = max(1, tiers.write_bytes_per_day * _core.bytes_for_blocks([spec], 1)[0] // each)
+    if bucket_bytes is not None:  # the engine counts slots, which have a header
+        budget = max(1, bucket_bytes * _core.bytes_for_blocks([spec], 1)[0] // each)
     return Config(
         groups=[layout],
         host=host_bytes,

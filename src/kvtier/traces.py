@@ -35,6 +35,9 @@ _FIRST_KEY = "kvtier_trace"
 _MAX_ID = 2**63
 _MAX_TIME_US = 2**62
 _LINES_BETWEEN = 1024  # of progress
+_NEW_KEYS = 1 << 16  # of a TraceRecorder, until they are sorted in
+_WHOLE_RUN = 1_000_000  # keys; a run that has as many is merged with no other
+_MOST_KEYS = 100_000_000  # as many as a simulation has blocks
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def load_trace(
     Args:
         path: JSON, one object a line.
         block_tokens: Tokens for each id; None for what the format has.
-        progress: Told from time to time; what it raises ends the reading.
+        progress: Told from time to time, 0 of 0 where a pipe is read; what it raises ends the reading.
 
     Raises:
         ConfigError: A line is not what the format wants; the message names file, line and what is wrong.
@@ -120,10 +123,11 @@ def load_trace(
     reader = _Reader(Path(path), block_tokens)
     size = Path(path).stat().st_size
     with Path(path).open("rb") as raw:
+        seekable = raw.seekable()
         for number, line in enumerate(_lines(raw, Path(path)), 1):
             reader.line(number, line)
             if progress is not None and number % _LINES_BETWEEN == 0:
-                progress(min(raw.tell(), size), size)
+                progress(min(raw.tell(), size) if seekable else 0, size)
     return reader.trace()
 
 
@@ -297,10 +301,11 @@ class TraceRecorder:
 
     Keys become small numbers in the order in which they are first seen; nothing leads back to them, and no
     namespace is written. A lookup that repeats the one before it (a server asks again while a request waits)
-    is the same request. It remembers 32 bytes and a number for each key seen.
+    is the same request. It remembers 12 bytes for each key seen, up to 30 while new ones are sorted in,
+    and 8 MiB besides.
 
-    A file that can no longer be written (a full drive) ends with its last whole request. That is logged once,
-    and harms no lookup.
+    A file that can no longer be written (a full drive) ends with its last whole request, and so does one with
+    100,000,000 keys. That is logged once, and harms no lookup.
 
     Threads: any. A call waits for the file, as write() does.
 
@@ -317,7 +322,7 @@ class TraceRecorder:
 
     def __init__(self, path: str | os.PathLike[str], block_tokens: int) -> None:
         self._lock = threading.Lock()
-        self._numbers: dict[bytes, int] = {}
+        self._numbers = _Numbers()
         self._last = b""
         self._begun = time.monotonic_ns()
         self.problem = ""
@@ -341,13 +346,15 @@ class TraceRecorder:
             if data == self._last or self._out.closed:
                 return
             self._last = data
-            numbers = self._numbers
             each = keys.shape[1]
-            ids = [numbers.setdefault(data[i : i + each], len(numbers)) for i in range(0, len(data), each)]
+            ids = self._numbers.of([hash(data[i : i + each]) for i in range(0, len(data), each)])
+            if self._numbers.count > _MOST_KEYS:
+                self._stop(f"has {_MOST_KEYS} different keys")
+                return
             try:
                 self._writer.request((time.monotonic_ns() - self._begun) // 1000, ids)
             except OSError as error:
-                self._stop(error)
+                self._stop(error.strerror or str(error))
 
     def close(self) -> None:
         """Ends the file; what is looked up later is not written. Idempotent."""
@@ -355,14 +362,68 @@ class TraceRecorder:
             try:
                 self._out.close()
             except OSError as error:
-                self._stop(error)
+                self._stop(error.strerror or str(error))
 
-    def _stop(self, error: OSError) -> None:
-        self.problem = f"{self._path}: {error.strerror or error}"
+    def _stop(self, why: str) -> None:
+        self.problem = f"{self._path}: {why}"
         _log.warning("the trace ends here: %s", self.problem)
         with contextlib.suppress(OSError):
             self._out.close()
-        self._numbers.clear()
+        self._numbers = _Numbers()
+
+
+class _Numbers:
+    """Numbers of 64-bit hashes in the order in which they are first seen; equal hashes are one key.
+
+    Of 100 million keys two have the same hash with a chance of 1 in 3,700, and are then one block.
+
+    The last ones are in a dict, which takes some hundred bytes each; the others in sorted runs, of 12. Runs
+    are merged until they have a million, which takes a tenth of a second: whoever looks up waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._new: dict[int, int] = {}
+        self._runs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]] = []
+
+    def of(self, hashes: list[int]) -> list[int]:
+        """The number of each."""
+        known = self._find([each for each in hashes if each not in self._new])
+        numbers = []
+        for each in hashes:
+            number = self._new.get(each)
+            if number is None:
+                number = known.get(each)
+            if number is None:
+                number = self._new[each] = self.count
+                self.count += 1
+            numbers.append(number)
+        if len(self._new) >= _NEW_KEYS:
+            self._sort_in()
+        return numbers
+
+    def _find(self, hashes: list[int]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        if not hashes or not self._runs:
+            return found
+        wanted = np.sort(np.array(hashes, np.int64))  # so that a run is gone through in one direction
+        for run, numbers in self._runs:
+            at = np.minimum(np.searchsorted(run, wanted), len(run) - 1)
+            there = run[at] == wanted
+            found.update(zip(wanted[there].tolist(), numbers[at[there]].tolist(), strict=True))
+        return found
+
+    def _sort_in(self) -> None:
+        run = np.fromiter(self._new, np.int64, len(self._new))
+        numbers = np.fromiter(self._new.values(), np.uint32, len(self._new))
+        self._new = {}
+        order = np.argsort(run)
+        run, numbers = run[order], numbers[order]
+        while self._runs and len(self._runs[-1][0]) < min(4 * len(run), _WHOLE_RUN):
+            longer, its_numbers = self._runs.pop()
+            at = np.searchsorted(longer, run)
+            run, numbers = np.insert(longer, at, run), np.insert(its_numbers, at, numbers)
+        self._runs.append((run, numbers))
 
 
 class _WholeLines:

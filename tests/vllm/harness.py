@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import vllm
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 
 BLOCK = 32  # the smallest page of the CPU's attention
+BEFORE_0_32 = vllm.__version__.startswith("0.31.")
 
 
 def prompt(seed: int, length: int) -> list[int]:

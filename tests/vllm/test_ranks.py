@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import BLOCK
+from harness import BEFORE_0_32, BLOCK
 from run_rank_dies import DURABLE, HERE, KILLED, STORES
 from test_server import environment
 
@@ -41,6 +41,7 @@ def run(model: Path, folder: Path, when: str) -> Any:
     return json.loads(result.read_text())
 
 
+@pytest.mark.skipif(BEFORE_0_32, reason="vLLM 0.31 waits for ever in ZeroMQ when it ends after a rank has died")
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("when", ["before", "begun", "copied"])
 def test_a_rank_killed_while_it_stores_leaves_nothing_wrong(llama: Path, tmp_path: Path, when: str) -> None:

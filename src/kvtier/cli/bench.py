@@ -6,20 +6,22 @@ are medians over the other rounds, with their extremes. Bytes are compared, and 
 wrong is not reported. Only one benchmark runs at a time on a machine.
 
 A subject is a module `bench_SUBJECT` with `add_arguments(parser)` and either `measure(args, report)`, or, if
-it measures nothing by itself, `run(args) -> int` like a command of its own.
+it measures nothing by itself, `run(args) -> int` like a command of its own. Where it has `check(args)`, that
+refuses wrong options before any other benchmark is waited for. With `--list` it measures nothing either.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import time
 from collections.abc import Callable
 from typing import Any
 
-from kvtier.cli import machine
+from kvtier.cli import machine, plots
 from kvtier.cli.bench_lock import alone
-from kvtier.cli.results import Report, add_json_argument, out_of
+from kvtier.cli.results import Report, add_json_argument, check_json, out_of
 from kvtier.errors import ConfigError
 
 SUBJECTS = {
@@ -58,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
         return status
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: must be at least 1")
-    with alone(out_of(args.json)), Report(f"bench {args.subject}", args.json) as report:
+    check_json(args.json)
+    plots.check(getattr(args, "plot", None))
+    if hasattr(subject, "check"):
+        subject.check(args)
+    turn = contextlib.nullcontext() if getattr(args, "list", False) else alone(out_of(args.json))
+    with turn, Report(f"bench {args.subject}", args.json) as report:
         report.machine |= {"seed": args.seed, "method": method(args, subject)}
         print(machine.describe(report.machine), file=report.out)
         print(f"seed: {args.seed}", file=report.out)

@@ -1,7 +1,8 @@
 """Every benchmark that this machine can run, one after the other, and the report.
 
 Each is a process of its own and writes SUBJECT-MACHINE-DATE.json into the results. What cannot run here is
-left out, with its reason, and so is what would not be over in the time given.
+left out, with its reason, and so is what would not be over in the time given. What is cut short leaves what
+it has finished, unless there is a complete file of the same subject and machine already.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,15 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.cli import machine
+from kvtier.cli.arguments import finite
 from kvtier.cli.figures import RESULTS
+from kvtier.cli.processes import Terminated, bound
 from kvtier.cli.results import Report, Result, add_json_argument, write_json
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.gpus import cuda_facts
 
 _VLLM_PYTHON = Path(".venv-vllm") / "bin" / "python"
 _INTERRUPTED = 130
+_TERMINATED = 143
 _OUT_OF_TIME = 124  # as of timeout(1)
-_STOP_SECONDS = 60.0
+_MOST_MINUTES = 100_000.0
+_KEPT_SECONDS = 60.0  # of the time given, for a step that is stopped
+_STOP_SECONDS = 300.0  # two servers, a minute and their children's end for each, and as much again
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}\.json$")
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Step:
 
     Attributes:
         name: Of the result file.
-        command: Behind `kvtier`; "{dir}" is the directory of the drive, "{minutes}" what it is given.
+        command: Behind `kvtier`; "{dir}" is the directory of the drive.
         minutes: How long it takes on a machine with 2 cores, about.
         missing: Why it cannot run here; None: it can.
         python: Which Python runs it.
@@ -118,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir", default=".", metavar="D", help="a directory on the drive (default: %(default)s)"
     )
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all (default: %(default)s)")
+    parser.add_argument("--minutes", type=finite, default=60.0, help="for all (default: %(default)s)")
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of: {', '.join(names)}")
     parser.add_argument("--without", nargs="+", choices=names, default=[], metavar="NAME", help="of the same")
@@ -130,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.results or (machine.checkout() or Path.cwd()) / RESULTS)
     if not folder.is_dir():
         raise ConfigError(f"--results {folder}: must be a directory")
-    if not args.minutes > 0:
-        raise ConfigError(f"--minutes {args.minutes}: must be above 0")
+    if not 0 < args.minutes <= _MOST_MINUTES:
+        raise ConfigError(f"--minutes {args.minutes}: must be above 0, at most {_MOST_MINUTES:.0f}")
     chosen = [s for s in STEPS if (args.only is None or s.name in args.only) and s.name not in args.without]
     with Report("bench all", args.json) as report:
         name = args.machine or machine.slug(report.machine)
@@ -139,21 +147,30 @@ def run(args: argparse.Namespace) -> int:
         print(machine.describe(report.machine), file=report.out)
         left_out: dict[str, str] = {}
         report.machine["left_out"] = left_out
-        interrupted = _all(chosen, args, lambda step: folder / f"{step.name}-{name}-{date}.json", report)
+        ended = _all(chosen, args, lambda step: folder / f"{step.name}-{name}-{date}.json", report)
         html = [sys.executable, "-m", "kvtier.cli", "bench", "report", "--results", str(folder)]
         if any(folder.glob("*.json")):
-            report.checks["report"] = subprocess.run(html, check=False).returncode == 0  # noqa: S603
+            done = subprocess.run(html, check=False, stdout=_output(report))  # noqa: S603
+            report.checks["report"] = done.returncode == 0
         for subject, why in left_out.items():
             print(f"left out: {subject}: {why}", file=report.out)
         for subject, passed in report.checks.items():
             print(f"{'ok    ' if passed else 'FAILED'} {subject}", file=report.out)
-        if interrupted:
-            raise KeyboardInterrupt
+        if ended is not None:
+            raise ended
     return report.status
 
 
-def _all(steps: list[Step], args: argparse.Namespace, target: Callable[[Step], Path], report: Report) -> bool:
-    """Runs the steps; whether somebody pressed Ctrl-C."""
+def _output(report: Report) -> int | None:
+    """Where processes print for people; None is where we do."""
+    report.out.flush()
+    return 2 if report.path == "-" else None
+
+
+def _all(
+    steps: list[Step], args: argparse.Namespace, target: Callable[[Step], Path], report: Report
+) -> KeyboardInterrupt | None:
+    """Runs the steps; what ended them before their time, if anything did."""
     left_out: dict[str, str] = report.machine["left_out"]
     can = []
     for step in steps:
@@ -176,47 +193,83 @@ def _all(steps: list[Step], args: argparse.Namespace, target: Callable[[Step], P
         )
         started = time.monotonic()
         # What is slower than thought takes what would be left over, and nothing of the steps behind it.
-        allowed = max(step.minutes, left - (behind - step.minutes) - _STOP_SECONDS / 60)
-        status = _run(step, args.dir, target(step), 60 * allowed)
-        if status == _INTERRUPTED:
-            left_out[step.name] = "interrupted"
-            return True
+        allowed = max(step.minutes, left - (behind - step.minutes) - _KEPT_SECONDS / 60)
+        status, kept = _run(step, args.dir, target(step), 60 * allowed, _output(report))
+        if status in (_INTERRUPTED, _TERMINATED):
+            left_out[step.name] = f"interrupted; {kept}"
+            return Terminated() if status == _TERMINATED else KeyboardInterrupt()
         if status == _OUT_OF_TIME:
-            left_out[step.name] = f"stopped after {allowed:.0f} min; what was finished is in its file"
+            left_out[step.name] = f"stopped after {allowed:.0f} min; {kept}"
         report.checks[step.name] = status == 0
         report.add(Result(f"duration/{step.name}", time.monotonic() - started, "s"))
-    return False
+    return None
 
 
-def _run(step: Step, directory: str, target: Path, seconds: float) -> int:
-    """Runs one, for so long; its file, whose commit is ours where it knows none, replaces an older one."""
+def _run(step: Step, directory: str, target: Path, seconds: float, output: int | None) -> tuple[int, str]:
+    """Runs one, for so long; its status, and what became of its file."""
     part = target.with_suffix(".part")
     words = [word.replace("{dir}", directory) for word in step.command]
-    command = [step.python(), "-m", "kvtier.cli", *words, "--json", str(part)]
+    command = bound([step.python(), "-m", "kvtier.cli", *words, "--json", str(part)], signal.SIGTERM)
     try:
-        # Ctrl-C reaches the child, too: it writes what was finished and ends.
-        child = subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"})  # noqa: S603
+        # Ctrl-C reaches the child, too: it writes what was finished and ends. So does it when we are killed.
+        child = subprocess.Popen(  # noqa: S603
+            command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=output
+        )
         try:
             status = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            _stop(child)
+            _stop(child, signal.SIGINT)
             status = _OUT_OF_TIME
+        except Terminated:
+            _stop(child, signal.SIGTERM)
+            status = _TERMINATED
         except KeyboardInterrupt:
             child.wait()
             status = _INTERRUPTED
-        if part.exists() and status != _INTERRUPTED:
-            document: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
-            if document["commit"] == "unknown":
-                document["commit"] = machine.commit()
-            write_json(str(target), document)
-        return status
+        return status, _keep(part, target)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does; what does not end is killed."""
-    child.send_signal(signal.SIGINT)
+def _keep(part: Path, target: Path) -> str:
+    """Makes what a step wrote its file, whose commit is ours where it knows none; in words what became of it.
+
+    An incomplete one replaces nothing, and does not come before a complete one of another day either.
+    """
+    try:
+        document: dict[str, Any] = json.loads(part.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "nothing was finished"
+    if not _is_complete(document) and (older := _complete_file(target)) is not None:
+        return f"{older.name} stays"
+    if document["commit"] == "unknown":
+        document["commit"] = machine.commit()
+    write_json(str(target), document)
+    return "what was finished is in its file"
+
+
+def _is_complete(document: Any) -> bool:
+    checks = document.get("checks") if isinstance(document, dict) else None
+    return isinstance(checks, dict) and checks.get("completed") is True
+
+
+def _complete_file(target: Path) -> Path | None:
+    """The newest complete file of the same subject and machine."""
+    subject = _DATE.sub("", target.name)
+    for path in sorted(target.parent.iterdir(), reverse=True):
+        if _DATE.sub("", path.name) == subject and path.name != subject:
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if _is_complete(document):
+                return path
+    return None
+
+
+def _stop(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Lets it unwind, servers and all; what does not end is killed."""
+    child.send_signal(number)
     try:
         child.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:

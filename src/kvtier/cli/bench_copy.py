@@ -89,10 +89,19 @@ class _Bench:
         self.s.setdefault(name, []).append(took)
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
-    """Runs the benchmark into `report`."""
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options; the same number of threads twice is once.
+
+    Raises:
+        ConfigError: The message names them.
+    """
     if args.mib < 1 or not all(1 <= t <= 64 for t in args.threads):
         raise ConfigError(f"--mib {args.mib} --threads {args.threads}: at least 1 MiB, 1 to 64 threads")
+    args.threads = list(dict.fromkeys(args.threads))
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
     if 6 * (args.mib << 20) > machine.available_bytes():
         raise ResourceError(f"--mib {args.mib}: needs about six times as much free memory")
     if (args.mib << 20) < 4 * report.machine["l3_bytes"]:

@@ -38,6 +38,7 @@ from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, results_table
 from kvtier.engine import DiskBench
 from kvtier.errors import ConfigError, ResourceError
+from kvtier.layout import check_extent
 
 SIZES = {"2MiB": 2 << 20, "256KiB": 256 << 10}
 TARGETS = {
@@ -46,6 +47,14 @@ TARGETS = {
     "read_256KiB": "ratio >= 0.97",
     "write_256KiB": "ratio >= 0.95",
     "load_to_device": "ratio >= 0.9",
+}
+METHOD = {
+    "warm_up": "a pass of each side, or a round of load_to_device and encryption, which does not count",
+    "repetitions": "n of each result: reads and writes beside fio --pairs, in ABBA order with a second fio; "
+    "encryption and load_to_device --rounds",
+    "lossless": "yes: every block read is proved by its checksums; load_to_device's bytes are compared",
+    "limit": "fio on the same file, beside each pass; of encryption the same without; of load_to_device a "
+    "plain read of as many blocks in the same round",
 }
 _RESAMPLES = 2000
 _WRITE_ROUNDS = 3  # of a pass
@@ -87,13 +96,35 @@ class _Run:
     progress: Progress
     home: Path
     rng: np.random.Generator
+    right: bool = True  # of what is measured now: else it has no figure
 
-    def check(self, name: str, passed: bool) -> None:
+    def part(self, name: str, *, right: bool = True) -> None:
+        """Another part begins, which has its figures if all of its own checks pass."""
+        self.progress.phase(name)
+        self.right = right
+
+    def check(self, name: str, passed: bool) -> bool:
         self.report.checks[name] = self.report.checks.get(name, True) and passed
+        self.right &= passed
+        return passed
+
+    def add(self, *results: Result) -> None:
+        """Adds what the part measured, unless one of its checks failed."""
+        if self.right:
+            self.report.add(*results)
+        else:
+            names = ", ".join(result.name for result in results)
+            print(f"a check failed: not reported: {names}", file=self.report.out)
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
-    """Runs the benchmark into `report`."""
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options.
+
+    Raises:
+        ConfigError: The message names them.
+        ResourceError: There is no fio.
+    """
+    check_extent("--seed", args.seed, 0)
     if args.pairs < 1 or args.mib < 16 or not 1 <= args.depth <= 1024 or args.blocks < 1:
         raise ConfigError(
             f"--pairs {args.pairs} --mib {args.mib} --depth {args.depth} --blocks {args.blocks}: "
@@ -101,6 +132,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         )
     if shutil.which("fio") is None:
         raise ResourceError("fio is not installed; it is what the figures are held against (Debian: fio)")
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
     _check_room(args)
     report.machine |= {"pairs": args.pairs, "depth": args.depth, "mib": args.mib, "fio": _fio_version()}
     report.machine["drive"] = machine.drive(Path(args.dir))
@@ -166,15 +201,16 @@ def _ours(
 
 
 def _against_fio(run: _Run, name: str, payload_bytes: int) -> None:
-    run.progress.phase(f"{name}: preparing")
+    run.part(f"{name}: preparing")
     bench = _open(run, name, payload_bytes)
     about = bench.about()
     run.report.machine[f"queue_{name}"] = about["queue"]
-    run.check("same_engine", str(about["queue"]).startswith("io_uring") and bool(about["direct_io"]))
+    io_uring = str(about["queue"]).startswith("io_uring")
+    same_engine = run.check("same_engine", io_uring and bool(about["direct_io"]))
     blocks = max(8, (run.args.mib << 20) // payload_bytes)
     try:
         for direction in ("read", "write"):
-            run.progress.phase(f"{direction} {name}")
+            run.part(f"{direction} {name}", right=same_engine)
             _ours(run, bench, "write", payload_bytes, blocks)  # random data, and images that prove it
             mine, fio, other_fio = _Side(), _Side(), _Side()
 
@@ -206,16 +242,16 @@ def _against_fio(run: _Run, name: str, payload_bytes: int) -> None:
 
 
 def _record_pairs(run: _Run, name: str, mine: _Side, fio: _Side, other_fio: _Side) -> None:
-    run.report.add(measured(name, mine.rates, "GB/s", fio.rates))
+    run.add(measured(name, mine.rates, "GB/s", fio.rates))
     for suffix, ours, theirs in (("ratio", mine, fio), ("noise", other_fio, fio)):
         ratios = [a / b for a, b in zip(ours.rates, theirs.rates, strict=True)]
         low, high = _interval(ratios, run.rng)
         middle = statistics.median(ratios)
-        run.report.add(Result(f"{name}_{suffix}", middle, "x", n=len(ratios), min=low, max=high))
+        run.add(Result(f"{name}_{suffix}", middle, "x", n=len(ratios), min=low, max=high))
     if name.startswith("write"):
-        run.report.add(measured(f"{name}_flush", mine.flush, "s"))
+        run.add(measured(f"{name}_flush", mine.flush, "s"))
     spent, theirs_spent = statistics.median(mine.cpu), statistics.median(fio.cpu)
-    run.report.add(
+    run.add(
         Result(
             f"{name}_cpu",
             spent,
@@ -276,7 +312,7 @@ def _fio_version() -> str:
 
 def _encryption(run: _Run) -> None:
     """The cost of encryption: passes without and with it, in turn."""
-    run.progress.phase("encryption")
+    run.part("encryption")
     payload_bytes = SIZES["2MiB"]
     blocks = max(8, (run.args.mib << 20) // payload_bytes)
     plain = _open(run, "plain", payload_bytes)
@@ -298,7 +334,7 @@ def _encryption(run: _Run) -> None:
         shutil.rmtree(run.home / "secret", ignore_errors=True)
     for direction in ("read", "write"):
         secret_rates, plain_rates = sides["secret", direction].rates, sides["plain", direction].rates
-        run.report.add(measured(f"{direction}_encrypted", secret_rates, "GB/s", plain_rates))
+        run.add(measured(f"{direction}_encrypted", secret_rates, "GB/s", plain_rates))
 
 
 def _load_to_device(run: _Run) -> None:
@@ -306,7 +342,7 @@ def _load_to_device(run: _Run) -> None:
 
     Of two sets of blocks the host tier holds one: each load pushes the other out, whose turn is next.
     """
-    run.progress.phase("load to device: preparing")
+    run.part("load to device: preparing")
     layout = kvtier.KVLayout(32, 8, 128, "bfloat16", 16)  # 2 MiB, an 8B model's
     blocks, block_bytes = run.args.blocks, layout.block_bytes(16)
     moved = blocks * block_bytes
@@ -347,7 +383,7 @@ def _load_to_device(run: _Run) -> None:
             for i in range(run.args.rounds + 1):
                 n = i % 2
                 memory[:] = 0
-                limit = bench.read(ids.astype(np.uint32))[0] if n == 0 else 0.0
+                limit = _plain_read(run, bench, ids) if n == 0 else 0.0
                 read_before = engine.stats().promote_good
                 tickets: list[Any] = []
 
@@ -358,15 +394,24 @@ def _load_to_device(run: _Run) -> None:
                 run.check("load_complete", tickets[0].result().valid_blocks == blocks)
                 run.check("load_from_disk_alone", engine.stats().promote_good - read_before == blocks)
                 if n == 1:
-                    limit = bench.read(ids.astype(np.uint32))[0]
-                right = all(
-                    np.array_equal(memory[layer] ^ np.uint16(layer ^ n), source) for layer in (0, 13, 31)
-                )
-                run.check("bytes", right)
+                    limit = _plain_read(run, bench, ids)
+                run.check("bytes", _loaded(memory, source, n))
                 if i > 0:  # the first warms up
                     rates.append(moved / took / 1e9)
                     limits.append(moved / limit / 1e9)
                     run.progress.step(2)
     finally:
         bench.close()
-    run.report.add(measured("load_to_device", rates, "GB/s", limits))
+    run.add(measured("load_to_device", rates, "GB/s", limits))
+
+
+def _plain_read(run: _Run, bench: DiskBench, ids: Any) -> float:
+    """Seconds of reading these blocks as they lie on the drive."""
+    took, _, good, _ = bench.read(ids.astype(np.uint32))
+    run.check("blocks_good", good == len(ids))
+    return took
+
+
+def _loaded(memory: Any, source: Any, n: int) -> bool:
+    """Whether the pages hold set `n`, each layer what was stored of it."""
+    return all(np.array_equal(pages ^ np.uint16(layer ^ n), source) for layer, pages in enumerate(memory))

@@ -71,11 +71,20 @@ class _Bench:
         self.report.checks[name] = self.report.checks.get(name, True) and bool(passed)
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
-    """Runs the benchmark into `report`."""
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options.
+
+    Raises:
+        ConfigError: The message names them.
+    """
+    check_extent("--seed", args.seed, 0)
     check_extent("--blocks", args.blocks)
     check_extent("--batch", args.batch, 1, args.blocks)
     check_extent("--tokens", args.tokens, 16)
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
     blocks = min(args.blocks, int(0.8 * machine.available_bytes()) // _SLOT_BYTES)
     if blocks < args.blocks:
         text = f"only {blocks} blocks instead of {args.blocks}: the machine has too little memory free"
@@ -136,8 +145,10 @@ def _fill(bench: _Bench) -> None:
     if len(rest):
         bench.engine.store(rest, bench.pages, page_ids[: len(rest)]).wait()
     stats = bench.engine.stats()
-    bench.check("index_full", stats.host[0].ready == len(bench.keys) and stats.evictions == 0)
-    bench.report.add(Result("index_bytes_per_block", stats.index_bytes_per_block, "B", n=1))
+    full = stats.host[0].ready == len(bench.keys) and stats.evictions == 0
+    bench.check("index_full", full)
+    if full:
+        bench.report.add(Result("index_bytes_per_block", stats.index_bytes_per_block, "B", n=1))
 
 
 def _lookup_round(bench: _Bench, index: int) -> None:
@@ -208,7 +219,8 @@ def _evicting_round(bench: _Bench) -> None:
 
 
 def _record(bench: _Bench) -> None:
-    ms = {name: values[1:] or values for name, values in bench.ms.items()}  # the first warms up
+    # The first warms up; of what was interrupted behind it, or has no second, nothing is left.
+    ms = {name: values[1:] for name, values in bench.ms.items() if len(values) > 1}
     per_block = 1e3 / bench.batch
     if bench.report.status:
         print("a check failed: its figures are not reported", file=bench.report.out)

@@ -27,10 +27,13 @@ from kvtier.cli.peer_side import HangError, Side, SideError
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured
 from kvtier.errors import ConfigError, ResourceError
+from kvtier.layout import check_extent
 
 SIZES = {"2MiB": 2 << 20, "32MiB": 32 << 20}
 METHOD = {
-    "sides": "a process each; pages and staging memory in transparent huge pages; values contiguous",
+    "sides": "a process each; values contiguous",
+    "memory": "pages, and staging memory that a peer allocates, in transparent huge pages; how much is, "
+    "by /proc/PID/smaps, stands for both sides in machine.peers, huge_pages",
     "disk": "puts end with syncfs(), gets begin with the page cache dropped; kvtier's puts are durable",
     "limit": "of a kvtier row: the peer's median in the same rounds; of a peer's put or get: what the "
     "machine did with as many bytes (machine/...): a plain copy, or O_DIRECT writes and fdatasync, or reads",
@@ -40,6 +43,7 @@ _BEHAVIOUR_SIZE = "2MiB"
 _SECONDS_BEFORE_KILL = 2.0
 _CAP_ROUNDS = 8
 _SLACK_BYTES = 256 << 20
+_MOSTLY = 0.9  # of what a side allocated in huge pages: with less it is said in the output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +90,7 @@ class Run:
             path = self.root / "benchmarks" / "peers" / script
             self.count += 1
             log = self.home / f"{self.count}.log"
-            self.sides[peer.name] = Side([self.pythons[peer.name], str(path), *rest], log)
+            self.sides[peer.name] = Side([self.pythons[peer.name], str(path), *rest], log, name=peer.name)
         return self.sides[peer.name]
 
     def kill(self, *names: str) -> None:
@@ -125,6 +129,19 @@ class Run:
         self.report.machine["skipped"][name] = reason[:300]
         print(f"left out: {name}: {reason[:300]}", file=self.report.out)
 
+    def failed(self, what: str, error: SideError) -> None:
+        """Notes a part that is not there: for the peer's sake, or for kvtier's, which fails the run."""
+        if error.side == KVTIER.name:
+            self.report.checks["kvtier_ran"] = False
+            self.skip(what, f"kvtier itself: {error}")
+        else:
+            self.skip(what, str(error))
+
+    def check(self, peer: Peer, name: str, passed: bool) -> None:
+        """A check of kvtier's own side; what a peer does is a result alone."""
+        if peer.name == KVTIER.name:
+            self.report.checks[name] = self.report.checks.get(name, True) and passed
+
     def wrong(self, name: str, what: str) -> None:
         """Notes wrong bytes: no figure. kvtier's own fail the run."""
         self.report.machine["wrong_bytes"][name] = what
@@ -140,18 +157,29 @@ def figures(document: dict[str, Any]) -> list[Any]:
     return [peer_tables.draw(report)] if peer_tables.ratios(report) else []
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
-    """Runs the benchmark into `report`."""
-    report.machine["method"]["options"] = {"mib": args.mib, "only": args.only}
-    known = {peer.name: peer for peer in PEERS}
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options; a peer that is named twice is measured once.
+
+    Raises:
+        ConfigError: The message names them.
+    """
+    check_extent("--seed", args.seed, 0)
+    known = [peer.name for peer in PEERS]
+    args.only = list(dict.fromkeys(args.only)) if args.only else None
     for name in args.only or []:
         if name not in known:
             raise ConfigError(f"--only {name}: allowed: {', '.join(known)}")
     if not 8 <= args.mib <= 4096:
         raise ConfigError(f"--mib {args.mib}: allowed: 8 to 4096")
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
+    report.machine["method"]["options"] = {"mib": args.mib, "only": args.only}
     root = machine.checkout()
     if root is None or not (root / "benchmarks" / "peers").is_dir():
         raise ResourceError("bench peers needs a checkout: its scripts are in benchmarks/peers")
+    known = {peer.name: peer for peer in PEERS}
     chosen = [known[name] for name in args.only] if args.only else list(PEERS)
     cache = Path(args.cache).resolve() if args.cache else default_cache()
     if args.list:
@@ -160,7 +188,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     plots.check(args.plot)
     _check_room(args)
     report.machine |= {"drive": machine.drive(Path(args.dir)), "skipped": {}, "wrong_bytes": {}, "peers": {}}
-    report.checks["kvtier_bytes"] = True
+    report.checks |= {"kvtier_bytes": True, "kvtier_ran": True}
     home = Path(tempfile.mkdtemp(prefix="kvtier-peers.", dir=args.dir)).resolve()
     try:
         with Progress(report.out, sum(map(_units, chosen)) + 6) as progress:
@@ -205,17 +233,20 @@ def _behaviours(peer: Peer) -> int:
 
 
 def _part(run: Run, peer: Peer, what: str, measure: Callable[[], None]) -> None:
-    """Runs one part of a peer. Once it hung, nothing else of it is tried: that would be over late."""
+    """Runs one part of a peer. Once a side hung, nothing else with it is tried: that would be over late."""
     run.progress.phase(f"{peer.name}: {what}")
+    name = f"{peer.name}/{what}"
     try:
         if peer.name in run.hung:
-            run.skip(f"{peer.name}/{what}", "it hung before")
+            run.skip(name, "it hung before")
+        elif KVTIER.name in run.hung:
+            run.skip(name, "kvtier itself hung before")
         else:
             measure()
     except SideError as error:
         if isinstance(error, HangError):
-            run.hung.add(peer.name)
-        run.skip(f"{peer.name}/{what}", str(error))
+            run.hung.add(error.side)
+        run.failed(name, error)
         run.kill()
     run.progress.step(2 if what in SIZES else 1)
 
@@ -274,11 +305,22 @@ def throughput(run: Run, peer: Peer, size_name: str) -> None:
                         rates[what][each.name].append(moved / took / 1e9)
             for _, side in turns:
                 side.ask("forget", number=number)
+        _huge_pages(run, peer, size_name, sides)
         for _, side in sides:
             side.ask("close")
     for what in peer.moves:
         of = rates[what]
         _record(run, f"{what}/{size_name}", peer, of[KVTIER.name], of[peer.name], "GB/s", plain[what][1:])
+
+
+def _huge_pages(run: Run, peer: Peer, size_name: str, sides: list[tuple[Peer, Side]]) -> None:
+    """Notes for both sides how much of what they allocated is in huge pages."""
+    found = {each.name: side.ask("memory") for each, side in sides}
+    run.report.machine["peers"][peer.name].setdefault("huge_pages", {})[size_name] = found
+    for name, memory in found.items():
+        if memory["in_huge_pages"] < _MOSTLY:
+            text = f"{100 * memory['in_huge_pages']:.0f} % of {memory['mib']} MiB are in huge pages"
+            print(f"{peer.name}/{size_name}: {name}: {text}", file=run.report.out)
 
 
 def _pass(run: Run, peer: Peer, side: Side, what: str, number: int, size: int) -> float | None:
@@ -291,7 +333,8 @@ def _pass(run: Run, peer: Peer, side: Side, what: str, number: int, size: int) -
         run.wrong(f"{peer.name}/get/{size >> 20}MiB", f"{answer['wrong']} of {blocks} values")
         return None
     if answer["right"] != blocks:
-        raise SideError(f"get: {peer.name} had {answer['right']} of {blocks} values that were just put")
+        what = f"get: {peer.name} had {answer['right']} of {blocks} values that were just put"
+        raise SideError(what, peer.name)
     return float(answer["seconds"])
 
 
@@ -378,6 +421,7 @@ def _restart(run: Run, peer: Peer, end: str) -> None:
         back = side.ask("get", number=7, cold=peer.tier == "disk")
         side.ask("close")
     name = f"{peer.name}/restart/{_BEHAVIOUR_SIZE}"
+    run.check(peer, "kvtier_restarts", found["found"] == back["right"] == blocks)
     if back["wrong"]:
         run.wrong(name, f"{end}: {back['wrong']} of {blocks} values")
         return
@@ -416,14 +460,13 @@ def _bitflip(run: Run, peer: Peer) -> None:
         side.ask("put", number=3)
         for block in flips:
             if not side.ask("flip", number=3, block=block)["flipped"]:
-                raise SideError("its bytes were not found in its files")
+                raise SideError("its bytes were not found in its files", peer.name)
         answer = side.ask("get", number=3, cold=True)
         side.ask("close")
     name = f"{peer.name}/bitflip/{_BEHAVIOUR_SIZE}"
     run.report.add(Result(name, answer["wrong"], "wrong values served", n=len(flips)))
-    if peer is KVTIER:
-        run.report.checks["kvtier_bytes"] &= answer["wrong"] == 0
-        run.report.checks["kvtier_misses_only_flipped"] = answer["right"] == blocks - len(flips)
+    run.check(peer, "kvtier_bytes", answer["wrong"] == 0)
+    run.check(peer, "kvtier_misses_only_flipped", answer["right"] == blocks - len(flips))
 
 
 def _cap(run: Run, peer: Peer) -> None:
@@ -446,6 +489,7 @@ def _cap(run: Run, peer: Peer) -> None:
         side.ask("close")
     name = f"{peer.name}/cap/{_BEHAVIOUR_SIZE}"
     blocks = run.blocks(size)
+    run.check(peer, "kvtier_within_cap", not refused and most <= run.capacity(size))
     run.report.add(Result(name, most / run.capacity(size), "x of the cap"))
     run.report.add(Result(f"{name}/newest", 100 * newest / blocks, "%", n=blocks))
     if refused:

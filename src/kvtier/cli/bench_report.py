@@ -11,6 +11,7 @@ import html
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,6 +40,7 @@ in the same run, in the same unit, and ratio the median of the paired quotients,
 better. An extrapolated figure was not measured. Compare figures of one run with each other; between runs and
 machines compare ratios to the limit. docs/benchmarks.md is the whole protocol.
 """
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +58,11 @@ def run(args: argparse.Namespace) -> int:
     """Writes the page; returns the exit status: 1 if a file is not what it should be."""
     folder = Path(args.results or (machine.checkout() or Path.cwd()) / RESULTS)
     target = Path(args.html or folder / "report.html")
+    root = machine.checkout()
+    if args.readme and root is None:
+        raise ConfigError("--readme: kvtier does not run from its source tree")
+    if args.readme and root is not None and folder.resolve() != (root / RESULTS).resolve():
+        raise ConfigError(f"--readme with --results {folder}: the documents quote those in {root / RESULTS}")
     found, wrong = collect(folder)
     if not found:
         raise ConfigError(f"--results {folder}: no result files")
@@ -63,17 +70,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"{target}: {len(found)} files, {target.stat().st_size >> 10} KiB")
     for problem in wrong:
         print(f"left out: {problem}")
-    if args.readme:
-        root = machine.checkout()
-        if root is None:
-            raise ConfigError("--readme: kvtier does not run from its source tree")
+    if args.readme and root is not None:
         for path in refresh(root):
             print(f"figures written anew: {path}")
     return 1 if wrong else 0
 
 
 def collect(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The newest file of each subject and machine, by name; and what is wrong with others."""
+    """The newest file of each subject and machine, by name; and what is wrong with others.
+
+    A file without a date in its name counts for itself.
+    """
     newest: dict[str, str] = {}
     documents: dict[str, dict[str, Any]] = {}
     wrong = []
@@ -86,7 +93,7 @@ def collect(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         if found := problems(document):
             wrong.append(f"{path.name}: {found[0]}")
             continue
-        newest[path.stem[:-11]] = path.name  # without its date; sorted: the last is the newest
+        newest[_DATE.sub("", path.stem)] = path.name  # sorted: the last is the newest
         documents[path.name] = document
     return {name: documents[name] for name in newest.values()}, wrong
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import statistics
 import tempfile
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from kvtier.cli import bench_ttft_plot, bench_ttft_table, machine, plots
+from kvtier.cli.arguments import finite
 from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Fit, Layer, Room, fit, held_out, place
 from kvtier.cli.lives import live
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, table
 from kvtier.cli.shapes import SHAPES, Shape, find
 from kvtier.errors import ConfigError, UnsupportedError
+from kvtier.layout import dtype_name_and_bytes
 
 METHOD = {
     "time": f"token ids to logits on the host: keys, lookup, load, prefill of a suffix of {SUFFIX_TOKENS}",
@@ -50,6 +53,9 @@ METHOD = {
 _LENGTHS = [1 << n for n in range(10, 18)]
 _GPU_LENGTHS = [1 << n for n in range(10, 21)]
 _LIFE = "kvtier.cli.bench_ttft_life"
+_DTYPES = ("bfloat16", "float16", "float32", "float64")  # that torch computes in, NaN included
+_KV_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+_MOST_MINUTES = 100_000.0
 _USABLE = 0.85  # of free memory
 _USABLE_GPU = 0.93  # of all its memory: the CUDA context, and what torch cannot use for holes
 
@@ -66,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--ranks", type=int, default=1, help="of tensor parallelism: run one of them (default: %(default)s)")
     add("--tokens", type=int, nargs="+", help="lengths of the prefix (default: 1k to 128k, to 1M on a GPU)")
-    add("--minutes", type=float, default=10.0, help="for everything, about (default: %(default)s)")
+    add("--minutes", type=finite, default=10.0, help="for everything, about (default: %(default)s)")
     add("--device", default="cpu", help='torch\'s name, such as "cuda" (default: %(default)s)')
     add("--dtype", help="of weights and arithmetic (default: bfloat16 where the hardware computes in it)")
     add("--kv-dtype", help="of the KV (default: as --dtype; float8_e4m3fn where only that fits a GPU)")
@@ -79,29 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, report: Report) -> None:
     """Runs the benchmark into `report`."""
-    on_gpu = args.device != "cpu"
-    _check(args)
-    chunk = args.chunk or (8192 if on_gpu else 512)
-    dtype = args.dtype or ("bfloat16" if on_gpu or _computes_bfloat16() else "float32")
-    names = args.shape or (["llama-3.1-8b", "qwen2.5-7b-1m"] if on_gpu else ["100m"])
-    shapes = [find(name, args.ranks) for name in names]
-    report.machine |= {"dtype": dtype, "chunk": chunk, "drive": machine.drive(Path(args.dir or "."))}
+    shapes = [_shape(name, args.ranks) for name in _names(args)]
+    report.machine |= {"dtype": _dtype(args), "chunk": _chunk(args)}
+    report.machine["drive"] = machine.drive(Path(args.dir or "."))
     report.machine["ttft"] = {}
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see demo.py
     minutes = args.minutes / len(shapes)
     with Progress(report.out, 60 * args.minutes) as progress:
         for index, shape in enumerate(shapes):
-            lengths = args.tokens or (_GPU_LENGTHS if on_gpu else _LENGTHS)
-            room = _room(args)
-            layer = place(
-                shape,
-                lengths,
-                room,
-                dtype=dtype,
-                kv_dtype=args.kv_dtype,
-                chunk=chunk,
-                block_tokens=args.block_tokens,
-            )
+            layer = _layer(args, shape)
             run = _Run(args, report, progress, shape, layer, 60 * minutes * (len(shapes) - index - 1))
             run.describe()
             if layer.lengths:
@@ -109,23 +101,86 @@ def measure(args: argparse.Namespace, report: Report) -> None:
                     run.measure(minutes)
                 finally:
                     run.finish()
+    report.checks["measured"] = bool(report.results)
     for shape in shapes:
         _summarize(report, shape)
     if args.plot:
         _plot(args, report)
 
 
-def _check(args: argparse.Namespace) -> None:
-    if not args.minutes > 0:
-        raise ConfigError(f"--minutes {args.minutes}: must be above 0")
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options; the same shape twice is once.
+
+    Raises:
+        ConfigError: The message names the option.
+        UnsupportedError: What is not installed, or not there.
+    """
+    if not 0 < args.minutes <= _MOST_MINUTES:
+        raise ConfigError(f"--minutes {args.minutes}: must be above 0, at most {_MOST_MINUTES:.0f}")
+    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", args.device) is None:
+        raise ConfigError(f"--device is {args.device!r}; allowed: cpu, cuda or cuda:N")
     for name in ("chunk", "block_tokens", "ranks"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    plots.check(args.plot)
+    for option, allowed in (("dtype", _DTYPES), ("kv_dtype", (*_DTYPES, *_KV_DTYPES))):
+        if (given := getattr(args, option)) is not None:
+            name = dtype_name_and_bytes(given)[0]
+            if name not in allowed:
+                text = f"--{option.replace('_', '-')} is {given!r}"
+                raise ConfigError(f"{text}; allowed: {', '.join(allowed)}")
+            setattr(args, option, name)
+    if args.shape:
+        args.shape = list(dict.fromkeys(args.shape))
+    shapes = [_shape(name, args.ranks) for name in _names(args)]
+    if len({shape.name for shape in shapes}) < len(shapes):
+        raise ConfigError(f"--shape {args.shape}: allowed: shapes of different names")
     if importlib.util.find_spec("torch") is None:
         raise UnsupportedError("bench ttft needs torch: pip install torch")
     if not Path(args.dir or ".").is_dir():
         raise ConfigError(f"--dir {args.dir}: must be a directory")
+    for shape in shapes:
+        _layer(args, shape)  # are the lengths whole blocks, is there such a GPU
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    if args.shape:
+        return list(args.shape)
+    return ["100m"] if args.device == "cpu" else ["llama-3.1-8b", "qwen2.5-7b-1m"]
+
+
+def _shape(name: str, ranks: int) -> Shape:
+    """One that the decoder can run: rotary positions turn pairs of numbers."""
+    shape = find(name, ranks)
+    rotated = shape.head_dim if shape.latent is None else shape.latent.rope_dim
+    if rotated % 2:
+        raise ConfigError(f"--shape {name}: head_dim is {rotated}; allowed: even numbers")
+    if shape.num_heads % shape.num_kv_heads:
+        text = f"--shape {name}: {shape.num_kv_heads} KV heads for {shape.num_heads} heads"
+        raise ConfigError(f"{text}; allowed: a divisor")
+    return shape
+
+
+def _layer(args: argparse.Namespace, shape: Shape) -> Layer:
+    """How the shape is run with what is free now."""
+    return place(
+        shape,
+        args.tokens or (_LENGTHS if args.device == "cpu" else _GPU_LENGTHS),
+        _room(args),
+        dtype=_dtype(args),
+        kv_dtype=args.kv_dtype,
+        chunk=_chunk(args),
+        block_tokens=args.block_tokens,
+    )
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    given: str | None = args.dtype
+    return given or ("bfloat16" if args.device != "cpu" or _computes_bfloat16() else "float32")
+
+
+def _chunk(args: argparse.Namespace) -> int:
+    given: int | None = args.chunk
+    return given or (512 if args.device == "cpu" else 8192)
 
 
 def _computes_bfloat16() -> bool:
@@ -137,14 +192,23 @@ def _computes_bfloat16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def _device_bytes(device: str) -> int | None:
+    """Memory of a GPU that may be used; None on a CPU.
+
+    Raises:
+        UnsupportedError: There is no such GPU.
+    """
+    if device == "cpu":
+        return None
+    gpus = machine.gpus()
+    index = int(device.partition(":")[2] or 0)
+    if index >= len(gpus):
+        raise UnsupportedError(f"--device {device}: nvidia-smi sees {len(gpus)} GPUs")
+    return int(_USABLE_GPU * (int(gpus[index]["memory.total"].split()[0]) << 20))
+
+
 def _room(args: argparse.Namespace) -> Room:
-    device = None
-    if args.device != "cpu":
-        gpus = machine.gpus()
-        index = int(args.device.partition(":")[2] or 0)
-        if index >= len(gpus):
-            raise UnsupportedError(f"--device {args.device}: nvidia-smi sees {len(gpus)} GPUs")
-        device = int(_USABLE_GPU * (int(gpus[index]["memory.total"].split()[0]) << 20))
+    device = _device_bytes(args.device)
     free = shutil.disk_usage(args.dir or ".").free
     return Room(device, int(_USABLE * machine.available_bytes()), int(0.9 * free))
 

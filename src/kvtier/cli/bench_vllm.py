@@ -19,25 +19,29 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvtier.cli.bench_vllm_lookup import measure_lookups
+from kvtier.cli.bench_vllm_memory import into_huge_pages
 from kvtier.cli.bench_vllm_model import write_model
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.cli.vllm_server import Answer, VllmServer
 from kvtier.config import parse_size
 from kvtier.errors import ConfigError, UnsupportedError
+from kvtier.layout import check_extent
 
 _TOKEN_IDS = (4, 500)  # which any model has, above the special ones
 _WARM_UP_TOKENS = 257
 _QUIET_SECONDS = 2.0
 _QUIET_WITHIN_SECONDS = 120.0
 _HITS = "vllm:external_prefix_cache_hits_total"
+_LOADED = "vllm:kvtier_load_bytes_total"
 
 _START_UNITS = 30.0  # of progress, in seconds or so: what a server takes to start
 
@@ -46,10 +50,13 @@ METHOD = {
     "lossless": "the answers' tokens are compared with those of a hit on the device",
     "restored": "every whole block of the prompt has to come from below, by vLLM's own count",
     "limit": "vLLM's own tiering in the same round",
+    "memory": "both host tiers in huge pages: vLLM's file in /dev/shm is put into them once it is up; how "
+    "much of it was stands in machine.host_memory",
 }
 
 Prompt = list[int]
 Prompts = dict[int, list[Prompt]]
+Times = list[float | None]  # of a row, by round; None where the prompt does not count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +85,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure(args: argparse.Namespace, report: Report) -> None:
-    """Runs the benchmark into `report`."""
+def check(args: argparse.Namespace) -> None:
+    """Refuses wrong options; the same number of tokens twice is once.
+
+    Raises:
+        ConfigError: The message names them.
+    """
+    check_extent("--seed", args.seed, 0)
     if any(tokens < _WARM_UP_TOKENS for tokens in args.tokens):
         raise ConfigError(f"--tokens {args.tokens}: allowed: {_WARM_UP_TOKENS} or more each")
+    args.tokens = list(dict.fromkeys(args.tokens))
+
+
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """Runs the benchmark into `report`."""
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedError("kvtier bench vllm needs vLLM in the same environment; it is not installed")
     measure_lookups(args.rounds, args.seed, report, native=not args.without_native)
@@ -101,26 +118,29 @@ def measure(args: argparse.Namespace, report: Report) -> None:
             for length in args.tokens
         }
         total = len(contenders) * (args.rounds * sum(map(_units, args.tokens)) + 2 * _START_UNITS)
-        with Progress(report.out, total) as progress:
-            _first_life(contenders, prompts, progress)
-            for each in contenders:
-                each.drop_page_cache()
-            _second_life(contenders, prompts, progress)
-        _report(contenders, prompts, report)
+        try:
+            with Progress(report.out, total) as progress:
+                _first_life(contenders, prompts, progress, report)
+                for each in contenders:
+                    each.drop_page_cache()
+                _second_life(contenders, prompts, progress, report)
+        finally:
+            _checks(contenders, report)
     print(results_table(report.results), file=report.out)
 
 
 class Contender:
-    """A connector of vLLM's, its server, and what was measured of it: [kind][tokens] in seconds."""
+    """A connector of vLLM's, its server, and what was measured of it: [kind][tokens] in seconds, by round."""
 
     def __init__(
         self, prefix: str, model: str, transfer: dict[str, Any], args: argparse.Namespace, path: Path
     ) -> None:
         self.prefix = prefix
-        self.times: dict[str, dict[int, list[float]]] = {}
-        self.right = True
+        self.name = (prefix or "kvtier/").rstrip("/")
+        self.times: dict[str, dict[int, Times]] = {}
+        self.wrong: set[tuple[str, int]] = set()  # rows that have no figure: kind, tokens
         self.missed: list[str] = []  # where fewer than all whole blocks were restored: else it is no figure
-        self.bytes_per_token = 0.0
+        self.engine_id = ""  # of the server that runs
         self._model = model
         self._transfer = transfer
         self._args = args
@@ -131,43 +151,51 @@ class Contender:
         """A new server, which may not be up yet."""
         more = ["--max-model-len", str(max(self._args.tokens) + 64), *self._args.server_args.split()]
         space = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}
-        return VllmServer(self._model, self._transfer, more, **space)
+        self.engine_id = f"kvtier-bench-{uuid.uuid4()}"
+        return VllmServer(self._model, self._transfer | {"engine_id": self.engine_id}, more, **space)
 
     def first(self, server: VllmServer, prompt: Prompt) -> None:
         """Cold, on the device, and restored from host memory."""
         length = len(prompt)
         cold = server.ask(prompt)
         device = server.ask(prompt)
-        self.right &= cold.cached_tokens == 0
-        self._note("cold", length, cold.seconds)
+        self._note("cold", length, cold.seconds, right=cold.cached_tokens == 0)
         self._note("device", length, device.seconds)
-        self._restored("host", server, prompt, device.tokens)
+        server.forget_device()
+        answer, whole = self._from_below("host", server, prompt)
+        self._note("host", length, answer.seconds, right=answer.tokens == device.tokens, counts=whole)
 
     def again(self, server: VllmServer, prompt: Prompt) -> None:
         """Restored from disk, and on the device."""
-        answer = self._from_below("disk_restarted", server, prompt)
+        length = len(prompt)
+        answer, whole = self._from_below("disk_restarted", server, prompt)
         device = server.ask(prompt)
-        self.right &= answer.tokens == device.tokens
-        self._note("device_restarted", len(prompt), device.seconds)
+        right = answer.tokens == device.tokens
+        self._note("disk_restarted", length, answer.seconds, right=right, counts=whole)
+        self._note("device_restarted", length, device.seconds)
 
-    def _restored(self, kind: str, server: VllmServer, prompt: Prompt, expected: list[int]) -> None:
-        server.forget_device()
-        answer = self._from_below(kind, server, prompt)
-        self.right &= answer.tokens == expected
-
-    def _from_below(self, kind: str, server: VllmServer, prompt: Prompt) -> Answer:
-        """Asks for what the device does not hold, and looks whether all that can be was restored."""
+    def _from_below(self, kind: str, server: VllmServer, prompt: Prompt) -> tuple[Answer, bool]:
+        """Asks for what the device does not hold; and whether all that can be was restored."""
         before = server.metric(_HITS)
         answer = server.ask(prompt)
         hits = server.metric(_HITS) - before
         block = server.block_tokens()
-        if hits < (whole := (len(prompt) - 1) // block * block):
-            self.missed.append(f"{kind}/{len(prompt)}: {hits:.0f} of {whole} tokens were restored")
-        self._note(kind, len(prompt), answer.seconds)
-        return answer
+        if all_of_it := hits >= (whole := (len(prompt) - 1) // block * block):
+            return answer, all_of_it
+        self.missed.append(f"{kind}/{len(prompt)}: {hits:.0f} of {whole} tokens were restored")
+        return answer, all_of_it
 
-    def _note(self, kind: str, length: int, seconds: float) -> None:
-        self.times.setdefault(kind, {}).setdefault(length, []).append(seconds)
+    def _note(
+        self, kind: str, length: int, seconds: float, *, right: bool = True, counts: bool = True
+    ) -> None:
+        self.times.setdefault(kind, {}).setdefault(length, []).append(seconds if counts else None)
+        if not right:
+            self.wrong.add((kind, length))
+
+    def row(self, kind: str, length: int) -> Times:
+        """Of every round; without any that counts where one answer was wrong."""
+        times = self.times[kind][length]
+        return [None] * len(times) if (kind, length) in self.wrong else times
 
     def wait_until_quiet(self) -> None:
         """Waits until nothing has been written to its directory for some seconds: neither says it is done."""
@@ -200,11 +228,15 @@ class Contender:
 
 
 @contextlib.contextmanager
-def _servers(contenders: list[Contender], progress: Progress) -> Iterator[list[tuple[Contender, VllmServer]]]:
+def _servers(
+    contenders: list[Contender], progress: Progress, report: Report
+) -> Iterator[list[tuple[Contender, VllmServer]]]:
     with contextlib.ExitStack() as stack:
         servers = [(each, stack.enter_context(each.start())) for each in contenders]
-        for _, server in servers:  # at once: most of a start is one thread that imports
+        for each, server in servers:  # at once: most of a start is one thread that imports
             server.wait_until_up()
+            if (memory := into_huge_pages(each.engine_id)) is not None:
+                report.machine.setdefault("host_memory", {}).setdefault(each.name, []).append(memory)
             progress.step(_START_UNITS)
         for _, server in servers:
             server.ask([5 + n % 400 for n in range(_WARM_UP_TOKENS)])
@@ -216,58 +248,80 @@ def _units(tokens: int) -> float:
     return tokens / 1024 + (tokens / 4096) ** 2
 
 
-def _first_life(contenders: list[Contender], prompts: Prompts, progress: Progress) -> None:
+def _first_life(contenders: list[Contender], prompts: Prompts, progress: Progress, report: Report) -> None:
     progress.phase("servers start")
-    with _servers(contenders, progress) as servers:
+    with _servers(contenders, progress, report) as servers:
+        ours = servers[0]
         for length, of_length in prompts.items():
             progress.phase(f"{length} tokens: cold, device, host")
+            before = ours[1].metric(_LOADED)
             for n, prompt in enumerate(of_length):
                 for each, server in servers if n % 2 == 0 else servers[::-1]:
                     each.first(server, prompt)
                     progress.step(_units(length))
-        ours = servers[0]
-        loaded = ours[1].metric("vllm:kvtier_load_bytes_total")
-        tokens = sum(len(prompt) - 1 for of_length in prompts.values() for prompt in of_length)
-        ours[0].bytes_per_token = loaded / tokens
+            loaded = (ours[1].metric(_LOADED) - before) / len(of_length)
+            _record(contenders, length, ("cold", "device", "host"), {"host": "device"}, report)
+            if None not in ours[0].row("host", length):
+                report.add(measured(f"memcpy/{length}", _memcpy_ms(int(loaded)), "ms"))
         progress.phase("until all is on disk")
         for each, _ in servers:
             each.wait_until_quiet()
 
 
-def _second_life(contenders: list[Contender], prompts: Prompts, progress: Progress) -> None:
+def _second_life(contenders: list[Contender], prompts: Prompts, progress: Progress, report: Report) -> None:
     progress.phase("servers start again")
-    with _servers(contenders, progress) as servers:
-        for of_length in prompts.values():
+    with _servers(contenders, progress, report) as servers:
+        for length, of_length in prompts.items():
             for n, prompt in enumerate(of_length):
                 for each, server in servers if n % 2 == 0 else servers[::-1]:
                     each.again(server, prompt)
+            _record(contenders, length, ("disk_restarted",), {"disk_restarted": "device_restarted"}, report)
 
 
-def _report(contenders: list[Contender], prompts: Prompts, report: Report) -> None:
+def _record(
+    contenders: list[Contender], length: int, kinds: Sequence[str], bases: dict[str, str], report: Report
+) -> None:
+    """Adds the rows of a length, once all of its rounds are over; `bases`: what the connector's are over."""
+    ours, *others = contenders
     for each in contenders:
-        name = (each.prefix or "kvtier/").rstrip("/")
-        report.checks[f"{name}_tokens"] = each.right
-        report.checks[f"{name}_restored"] = not each.missed
+        for kind in kinds:
+            values, limits = each.row(kind, length), None
+            if each is ours and others:
+                limits = others[0].row(kind, length)
+            _add(report, f"{each.prefix}ttft_{kind}/{length}", values, limits)
+        for kind, base in bases.items():
+            pairs = zip(each.row(kind, length), each.row(base, length), strict=True)
+            extra = [None if a is None or b is None else 1e3 * (a - b) for a, b in pairs]
+            _add(report, f"{each.prefix}connector_{kind}/{length}", extra, None, "ms")
+    for kind in bases:
+        pairs = zip(ours.row("cold", length), ours.row(kind, length), strict=True)
+        if ratios := [
+            cold / restored for cold, restored in pairs if cold is not None and restored is not None
+        ]:
+            print(f"{length} tokens: {kind} in 1/{statistics.median(ratios):.1f} of cold", file=report.out)
+
+
+def _add(report: Report, name: str, values: Times, limits: Times | None, unit: str = "s") -> None:
+    """A row of the rounds that count; beside its limit if at least one round has both, and then of those."""
+    both = [(a, b) for a, b in zip(values, limits or (), strict=False) if a is not None and b is not None]
+    if both:
+        report.add(measured(name, [a for a, _ in both], unit, [b for _, b in both]))
+    elif alone := [value for value in values if value is not None]:
+        report.add(measured(name, alone, unit))
+    else:
+        print(f"{name}: no prompt counts: no figure", file=report.out)
+
+
+def _checks(contenders: list[Contender], report: Report) -> None:
+    """Of what was asked so far."""
+    for each in contenders:
+        report.checks[f"{each.name}_tokens"] = not each.wrong
+        report.checks[f"{each.name}_restored"] = not each.missed
         for line in each.missed:
-            print(f"{name}: {line}", file=report.out)
-        report.machine.setdefault("missed", {})[name] = each.missed
-    ours = contenders[0]
-    native = contenders[1] if len(contenders) > 1 else None
-    for length in prompts:
-        for each in contenders:
-            for kind in ("cold", "device", "host", "disk_restarted"):
-                times = each.times[kind][length]
-                limits = native.times[kind][length] if each is ours and native is not None else None
-                report.add(measured(f"{each.prefix}ttft_{kind}/{length}", times, "s", limits))
-            for kind, base in (("host", "device"), ("disk_restarted", "device_restarted")):
-                pairs = zip(each.times[kind][length], each.times[base][length], strict=True)
-                extra = [1e3 * (restored - device) for restored, device in pairs]
-                report.add(measured(f"{each.prefix}connector_{kind}/{length}", extra, "ms"))
-        report.add(measured(f"memcpy/{length}", _memcpy_ms(int(ours.bytes_per_token * (length - 1))), "ms"))
-        for kind in ("host", "disk_restarted"):
-            pairs = zip(ours.times["cold"][length], ours.times[kind][length], strict=True)
-            ratio = statistics.median(cold / restored for cold, restored in pairs)
-            print(f"{length} tokens: {kind} in 1/{ratio:.1f} of cold", file=report.out)
+            print(f"{each.name}: {line}", file=report.out)
+        for kind, length in sorted(each.wrong):
+            print(f"{each.name}: {kind}/{length}: WRONG TOKENS, no figure", file=report.out)
+        report.machine.setdefault("missed", {})[each.name] = each.missed
 
 
 def _memcpy_ms(num_bytes: int, rounds: int = 5) -> list[float]:

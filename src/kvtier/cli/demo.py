@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import shutil
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ import kvtier
 from kvtier.cli import machine
 from kvtier.cli.bench_lock import alone
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import Report, Result, add_json_argument, measured, out_of, table
-from kvtier.errors import UnsupportedError
+from kvtier.cli.results import Report, Result, add_json_argument, check_json, measured, out_of, table
+from kvtier.errors import ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
     from kvtier.cli.demo_run import Run
 
+SLOT_OVERHEAD = 8 << 10  # header, and rounding up to its size
 _NEEDED = ("torch", "transformers")
+_MOST_TOKENS = 1 << 20  # where a model does not say how long its contexts are
 METHOD = {
     "time": "token ids to next-token logits: keys, lookup, load, model",
     "warm_up": "one chunk and one suffix",
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "chunk", "block_tokens", "runs", "cold_runs", "copy_threads"):
         if getattr(args, name) < 1:
             raise kvtier.ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_json(args.json)
     if not args.no_disk:
         _check_disk(args.disk)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -71,13 +75,17 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(args.model, args.size)
     prefix = -(-args.tokens // args.block_tokens) * args.block_tokens
+    _check_length(args, model, prefix + SUFFIX_TOKENS)
+    config = _config(args, model, prefix)
+    if not args.no_disk:
+        _check_room(args.disk, config, prefix)
     prompt = make_prompt(model, args.text, prefix + SUFFIX_TOKENS)
     with alone(out_of(args.json)), Report("demo", args.json) as report:
         report.machine["method"] = METHOD
         print(machine.describe(report.machine), file=report.out)
         print(f"model:  {model.about}\nprompt: {prompt.source}", file=report.out)
         try:
-            _measure(args, model, prompt, report)
+            _measure(args, model, prompt, config, report)
         finally:
             _summarize(args, prefix, report)
     return report.status
@@ -92,27 +100,55 @@ def _check_disk(given: str | None) -> None:
         )
 
 
-def _measure(args: argparse.Namespace, model: Any, prompt: Any, report: Report) -> None:
+def _check_length(args: argparse.Namespace, model: Any, tokens: int) -> None:
+    """Before a text of so many tokens is made."""
+    most = getattr(model.module.config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        most = _MOST_TOKENS
+    if tokens > most:
+        raise kvtier.ConfigError(
+            f"--tokens {args.tokens}: with whole blocks and the suffix {tokens}; allowed by the model: {most}"
+        )
+
+
+def _check_room(given: str | None, config: kvtier.Config, prefix: int) -> None:
+    """A drive that takes only some of the blocks gives no figures, and says so after minutes."""
+    from kvtier.cli import demo_disk
+
+    folder = Path.cwd() if given is None else Path(given)
+    free, needed = shutil.disk_usage(folder).free, demo_disk.capacity(config, prefix)
+    if free < needed:
+        raise ResourceError(
+            f"--disk {folder}: {free >> 20} MiB are free; needs {-(-needed >> 20)} MiB, or --no-disk"
+        )
+
+
+def _config(args: argparse.Namespace, model: Any, prefix: int) -> kvtier.Config:
+    """Of an engine without a disk that holds the prefix."""
     from kvtier.adapters.transformers import layout_of
-    from kvtier.cli.demo_run import SUFFIX_TOKENS
 
     layout = layout_of(model.module, page_tokens=args.block_tokens, dtype="float32")
-    prefix = len(prompt.token_ids) - SUFFIX_TOKENS
-    num_blocks = prefix // args.block_tokens
-    slot_bytes = layout.block_bytes(args.block_tokens) + (8 << 10)  # header, and rounding up to its size
-    config = kvtier.Config(
+    slot_bytes = layout.block_bytes(args.block_tokens) + SLOT_OVERHEAD
+    return kvtier.Config(
         groups=[layout],
         block_tokens=args.block_tokens,
         model=model.identity,
-        host=max(64 << 20, (num_blocks + 8) * slot_bytes),
+        host=max(64 << 20, (prefix // args.block_tokens + 8) * slot_bytes),
         copy_threads=args.copy_threads,
     )
+
+
+def _measure(
+    args: argparse.Namespace, model: Any, prompt: Any, config: kvtier.Config, report: Report
+) -> None:
     expected = _measure_here(args, model, prompt, config, report)
     if not args.no_disk:
         from kvtier.cli import demo_disk
+        from kvtier.cli.demo_run import SUFFIX_TOKENS
 
         with demo_disk.folder_for(args.disk) as folder:
-            disk = demo_disk.disk_for(folder, num_blocks, slot_bytes)
+            prefix = len(prompt.token_ids) - SUFFIX_TOKENS
+            disk = kvtier.Disk(str(folder / "disk"), demo_disk.capacity(config, prefix))
             with_disk = dataclasses.replace(config, disk=disk)
             demo_disk.measure(args, with_disk, prompt.token_ids, expected, folder, report)
 
@@ -154,14 +190,17 @@ def _record(demo: Run, kv_bytes: int, report: Report) -> None:
         Result("suffix_tokens", len(demo.token_ids) - demo.prefix, "tokens"),
         Result("kv_bytes", kv_bytes, "B"),
     )
-    for name in ("cold", "device", "host"):
+    right = all(demo.checks.values())
+    if not right:
+        print("a check failed: figures of what was restored are not reported", file=report.out)
+    for name in ("cold", "device", "host") if right else ("cold",):
         if values := getattr(times, name):
             # For the restored ones: how many times shorter than cold.
             cold = None if name == "cold" else [statistics.median(times.cold)] * len(values)
             report.add(measured(f"ttft_{name}", values, "s", cold))
-    if times.save:
+    if times.save and right:
         report.add(measured("save", times.save, "s"))
-    if len(times.restore) == len(times.memcpy) > 0:
+    if right and len(times.restore) == len(times.memcpy) > 0:
         rates, limits = ([kv_bytes / s / 1e9 for s in which] for which in (times.restore, times.memcpy))
         report.add(measured("restore", rates, "GB/s", limits))
 

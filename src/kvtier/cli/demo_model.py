@@ -67,8 +67,16 @@ def load_model(path: str | None, size: str) -> Model:
         raise ConfigError(
             f"--model {path}: must be a directory with a transformers model (config.json is missing)"
         )
-    module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    module: Any
+    tokenizer: Any
+    try:
+        module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: its files may hold anything
+        what = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f"--model {path}: transformers cannot load it: {type(error).__name__}: {what}"
+        ) from error
     weights = max(p.stat().st_mtime_ns for p in folder.iterdir())
     about = f"{type(module).__name__} from {folder}, {_millions(module)} parameters, float32 on the CPU"
     return Model(module.eval(), tokenizer, f"{folder.resolve()}@{weights}", about)

@@ -81,16 +81,21 @@ class DriveFile:
         self.direct = self._handle[1]
 
     def read_rate(self) -> float:
-        """Bytes per second of reading the whole file once."""
+        """Bytes per second of reading the whole file once. Raises OSError where a part was not read."""
         return self._rate("read", os.preadv)
 
     def write_rate(self) -> float:
-        """Bytes per second of writing the whole file once, in place, and of one fdatasync."""
+        """Bytes per second of writing the whole file once, in place, and of one fdatasync.
+
+        Raises:
+            OSError: A part was not written.
+        """
         return self._rate("wrote", os.pwritev)
 
     def _rate(self, word: str, call: Callable[[int, Any, int], int]) -> float:
         left = iter(range(self._requests))
-        lock, failures = threading.Lock(), []
+        lock = threading.Lock()
+        failures: list[OSError] = []
 
         def move(buffer: npt.NDArray[np.uint8]) -> None:
             while True:
@@ -98,9 +103,13 @@ class DriveFile:
                     request = next(left, None)
                 if request is None:
                     return
-                done = call(self._handle[0], [buffer.data], request * _REQUEST_BYTES)
+                try:
+                    done = call(self._handle[0], [buffer.data], request * _REQUEST_BYTES)
+                except OSError as error:
+                    failures.append(error)
+                    return
                 if done != _REQUEST_BYTES:
-                    failures.append(done)
+                    failures.append(OSError(0, f"{self._path}: {word} {done} of {_REQUEST_BYTES} bytes"))
 
         threads = [threading.Thread(target=move, args=(buffer,)) for buffer in self._buffers]
         begin = time.perf_counter()
@@ -112,7 +121,7 @@ class DriveFile:
             os.fdatasync(self._handle[0])
         took = time.perf_counter() - begin
         if failures:
-            raise OSError(0, f"{self._path}: {word} {failures[0]} of {_REQUEST_BYTES} bytes")
+            raise failures[0]
         return self.size / took
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Processes that are killed: one does something, says how far it is, and ends by SIGKILL.
 
 It is `python -m MODULE WHAT ARGUMENTS` and says on standard output, a JSON object a line, what it has to say,
-at last {"end": ...}; then it waits. When nobody is left to kill it, its input ends, and it does too.
+at last {"end": ...}; then it waits. It is killed with the process that started it, too, however that ends.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from kvtier.cli.processes import bound
 from kvtier.cli.progress import Progress
 from kvtier.errors import StorageError
 
@@ -63,7 +64,7 @@ def live(
     Raises:
         StorageError: It ended by itself.
     """
-    argv = [sys.executable, "-m", module, what, json.dumps(arguments)]
+    argv = bound([sys.executable, "-m", module, what, json.dumps(arguments)], signal.SIGKILL)
     process = subprocess.Popen(  # noqa: S603 - this very Python; Ctrl-C is for us
         argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -82,4 +83,4 @@ def live(
         os.kill(process.pid, signal.SIGKILL)
         with process:  # closes its pipes and takes it away
             pass
-    raise StorageError(0, f"the process of {module} ended by itself, with status {process.returncode}")
+    raise StorageError(f"the process of {module} ended by itself, with status {process.returncode}")

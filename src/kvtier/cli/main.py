@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from kvtier.cli.processes import Terminated, unwound_by_sigterm
 from kvtier.errors import KVTierError
 
 # What each command does, and the module that does it: imported only when it is named, since some are slow to.
@@ -30,17 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Without the program's name; None: the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(words).parse_args(words)
-    if args.command == "version":
-        print(version())
-        return 0
+    command = ""
     try:
-        return int(importlib.import_module(f"kvtier.cli.{args.command}").run(args))
+        with unwound_by_sigterm():
+            args = _parser(words).parse_args(words)
+            command = f" {args.command}"
+            if args.command == "version":
+                print(version())
+                return 0
+            return int(importlib.import_module(f"kvtier.cli.{args.command}").run(args))
+    except Terminated:
+        print("kvtier: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("kvtier: interrupted", file=sys.stderr)
         return 130
     except (KVTierError, OSError) as error:
-        print(f"kvtier {args.command}: {error}", file=sys.stderr)
+        print(f"kvtier{command}: {error}", file=sys.stderr)
         return 1
 
 

@@ -26,7 +26,16 @@ _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONUNBUFFERED": 
 
 
 class SideError(KVTierError):
-    """A side could not do what it was asked, did not answer in time, or ended; the message says why."""
+    """A side could not do what it was asked, did not answer in time, or ended; the message says why.
+
+    Args:
+        message: Why.
+        side: Its name; empty where there was no side yet.
+    """
+
+    def __init__(self, message: str, side: str = "") -> None:
+        super().__init__(message)
+        self.side = side
 
 
 class HangError(SideError):
@@ -40,9 +49,13 @@ class Side:
         command: Program and arguments.
         log: Where its standard error goes; its last line explains an end.
         patience: Seconds that an answer may take.
+        name: Of its errors.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, patience: float = _PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, patience: float = _PATIENCE_SECONDS, name: str = ""
+    ) -> None:
+        self.name = name
         self._log = log
         self._patience = patience
         self._rest = b""
@@ -65,21 +78,21 @@ class Side:
         """
         pipe = self._process.stdin
         if pipe is None:
-            raise SideError("it is closed")
+            raise SideError("it is closed", self.name)
         try:
             pipe.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
             pipe.flush()
         except OSError:
-            raise SideError(f"{op}: it ended: {self._last_words()}") from None
+            raise SideError(f"{op}: it ended: {self._last_words()}", self.name) from None
         answer = self._line(op)
         if "error" in answer:
-            raise SideError(f"{op}: {answer['error']}")
+            raise SideError(f"{op}: {answer['error']}", self.name)
         return answer
 
     def _line(self, op: str) -> dict[str, Any]:
         pipe = self._process.stdout
         if pipe is None:
-            raise SideError("it is closed")
+            raise SideError("it is closed", self.name)
         until = time.monotonic() + self._patience
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
@@ -87,15 +100,15 @@ class Side:
                 left = until - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     self.kill()
-                    raise HangError(f"{op}: no answer in {self._patience:.0f} s, killed")
+                    raise HangError(f"{op}: no answer in {self._patience:.0f} s, killed", self.name)
                 if not (more := os.read(pipe.fileno(), 1 << 16)):
-                    raise SideError(f"{op}: it ended: {self._last_words()}")
+                    raise SideError(f"{op}: it ended: {self._last_words()}", self.name)
                 self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
         try:
             answer = json.loads(line)
         except ValueError:
-            raise SideError(f"{op}: not an answer: {line[:80]!r}") from None
+            raise SideError(f"{op}: not an answer: {line[:80]!r}", self.name) from None
         return answer if isinstance(answer, dict) else {"error": f"not an answer: {answer!r}"}
 
     def _last_words(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def check(path: str | None) -> None:
     """Says before the work that `--plot` could not be written; None is for no figure.
 
     Raises:
-        ConfigError: Not the name of a figure's file, or there is no such folder.
+        ConfigError: Not the name of a figure's file, there is no such folder, or it cannot be written.
         UnsupportedError: As need().
     """
     if path is None:
@@ -38,6 +39,16 @@ def check(path: str | None) -> None:
         raise ConfigError(f"--plot is {path!r}; allowed: a file ending in .png, .svg or .pdf")
     if not Path(path).absolute().parent.is_dir():
         raise ConfigError(f"--plot is {path!r}; there is no such folder")
+    target = Path(os.path.realpath(path))
+    try:
+        there = target.exists()
+        if there and not target.is_file():
+            raise ConfigError(f"--plot is {path!r}; allowed: a file, and that is none")
+        target.open("ab").close()
+        if not there:
+            target.unlink()
+    except OSError as error:
+        raise ConfigError(f"--plot is {path!r}; it cannot be written: {error.strerror}") from error
     need()
 
 

@@ -11,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kvtier import replay
 from kvtier.cli import plots
+from kvtier.cli.arguments import finite
 from kvtier.cli.progress import Progress
 from kvtier.cli.replay_plot import plot
 from kvtier.cli.results import Report, Result, add_json_argument, table
@@ -25,6 +27,7 @@ from kvtier.layout import check_extent
 from kvtier.traces import Trace, load_trace
 
 _DEFAULT_HOST = "10000blocks"
+_UNLIMITED = "unlimited"
 _LOADING = 0.1  # of the work, for the progress bar
 _PERCENTILES = (50, 90, 99)
 
@@ -64,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to a full disk (default: %(default)s)",
     )
     parser.add_argument(
-        "--write-budget", metavar="SIZE", help="bytes a day that may be written to disk; default: any"
+        "--write-budget",
+        metavar="SIZE",
+        help="bytes a day that may be written to disk; default: unlimited (an engine's: one capacity)",
     )
     parser.add_argument("--requests", metavar="N", type=int, help="only the first N requests")
     parser.add_argument("--no-belady", action="store_true", help="leave the ceiling out")
@@ -83,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speeds = parser.add_argument_group("time to first token and GPU seconds, from rates measured elsewhere")
     speeds.add_argument(
-        "--prefill-rate", metavar="N", type=float, help="tokens per second that the server prefills"
+        "--prefill-rate", metavar="N", type=finite, help="tokens per second that the server prefills"
     )
     speeds.add_argument(
         "--host-bandwidth", metavar="SIZE", default="50GB", help="host to GPU, a second; default 50GB"
@@ -106,21 +111,26 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("TRACE is missing; allowed: the path of a trace, or --list-policies alone")
     with Report("replay", args.json) as report:
         plots.check(args.plot)
-        if args.look_ahead < 0 or (args.look_ahead and args.plain):
-            raise ConfigError(f"--look-ahead is {args.look_ahead}; allowed: 0 or more, and none with --plain")
+        if not 0 <= args.look_ahead <= replay.MOST_AHEAD or (args.look_ahead and args.plain):
+            text = f"allowed: 0 to {replay.MOST_AHEAD}, and none with --plain"
+            raise ConfigError(f"--look-ahead is {args.look_ahead}; {text}")
         if args.block_tokens is not None:
             check_extent("--block-tokens", args.block_tokens)
         setups, speeds = _setups(args), _speeds(args)
         with Progress(sys.stderr, total=1000 * (len(setups) + 1)) as progress:
             trace = _load(args, progress)
+            prefixes = ["", *(f"{tiers.policy}.{tiers.host_blocks}." for tiers in setups[1:])]
+            report.machine["replay"] = _what(args, trace, dict(zip(prefixes, setups, strict=True)))
             rows = [_replay(args, trace, tiers, speeds, progress) for tiers in setups]
-        for number, row in enumerate(rows):
-            report.add(*_results(row, "" if number == 0 else f"{row.replay.tiers.policy}.{row.name}."))
+        for prefix, row in zip(prefixes, rows, strict=True):
+            report.add(*_results(row, prefix))
         report.checks["no_wrong_bytes"] = not any(row.replay.wrong_blocks for row in rows)
-        print(_summary(trace), file=report.out)
+        print(_summary(trace, setups[0]), file=report.out)
         print(_table(rows), file=report.out)
-        if args.plot:
-            plot(args.plot, trace.name, [(row.replay, row.belady) for row in rows])
+        for line in _warnings(rows):
+            print(line, file=report.out)
+    if args.plot:  # with the JSON written, whatever becomes of the figure
+        plot(args.plot, trace.name, [(row.replay, row.belady) for row in rows])
     return report.status
 
 
@@ -130,22 +140,18 @@ class _Row:
 
     replay: replay.Replay
     belady: float | None
-    bytes_per_day: float
+    bytes_per_day: float | None
     drive_writes_per_day: float | None
     ttft: Sequence[float] | None  # _PERCENTILES
     ttft_cold: Sequence[float] | None
     gpu_seconds_saved: float | None
-
-    @property
-    def name(self) -> str:
-        return str(self.replay.tiers.host_blocks)
 
 
 def _block_bytes(args: argparse.Namespace) -> int | None:
     """Bytes of a block, if they are given; what is counted in bytes needs them."""
     if args.bytes_per_block is None:
         for name in ("real", "write_budget", "prefill_rate"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False, _UNLIMITED):
                 raise ConfigError(f"--{name.replace('_', '-')} needs --bytes-per-block")
         return None
     each = parse_size(args.bytes_per_block, "--bytes-per-block")
@@ -159,10 +165,12 @@ def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
     each = _block_bytes(args)
     names = args.policy or replay.policies()[0]
     policies = replay.policies() if names == "all" else [name.strip() for name in names.split(",")]
-    budget = None if args.write_budget is None else parse_size(args.write_budget, "--write-budget")
+    budget = None
+    if args.write_budget not in (None, _UNLIMITED):
+        budget = parse_size(args.write_budget, "--write-budget")
     disk_policy = None if args.disk_policy is None else replay.check_policy(args.disk_policy, "--disk-policy")
     disk = 0 if args.disk is None else replay.capacity_blocks(args.disk, each, "--disk")
-    return [
+    setups = [
         replay.Tiers(
             host_blocks=replay.capacity_blocks(host.strip(), each, "--host"),
             disk_blocks=disk,
@@ -172,17 +180,19 @@ def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
             write_bytes_per_day=budget,
             bytes_per_block=each,
             plain=args.plain,
+            share_of_budget=True,
         )
         for host in args.host.split(",")
         for policy in policies
     ]
+    return list(dict.fromkeys(setups))  # of a pair that is there twice, one: results have names
 
 
 def _speeds(args: argparse.Namespace) -> replay.Speeds | None:
     if args.prefill_rate is None:
         return None
-    if not args.prefill_rate > 0:
-        raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: more than 0")
+    if not 1e-6 <= args.prefill_rate <= 1e15:
+        raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: 1e-6 to 1e15")
     return replay.Speeds(
         args.prefill_rate,
         parse_size(args.host_bandwidth, "--host-bandwidth"),
@@ -235,12 +245,11 @@ def _replay(
     else:
         done = replay.replay_real(trace, tiers, look_ahead=args.look_ahead, progress=tell)
     belady = None if args.no_belady else replay.belady_hit_rate(trace, tiers.host_blocks + tiers.disk_blocks)
-    per_day = replay.written_per_day(trace, done)
-    capacity = tiers.disk_blocks * (tiers.bytes_per_block or 0)
+    per_day, capacities = replay.written_per_day(trace, done), replay.drive_writes_per_day(trace, done)
     ttft = cold = saved = None
     if speeds is not None:
         ttft, cold, saved = _times(trace, done, speeds)
-    return _Row(done, belady, per_day, per_day / capacity if capacity else None, ttft, cold, saved)
+    return _Row(done, belady, per_day, capacities, ttft, cold, saved)
 
 
 def _times(
@@ -284,11 +293,67 @@ def _results(row: _Row, prefix: str) -> list[Result]:
     return [Result(prefix + name, value, unit) for name, value, unit in values if value is not None]
 
 
-def _summary(trace: Trace) -> str:
-    return (
+def _what(args: argparse.Namespace, trace: Trace, setups: dict[str, replay.Tiers]) -> dict[str, Any]:
+    """What was replayed, for the JSON; `setups` by what is in front of their results' names."""
+    first = setups[""]
+    return {
+        "trace": trace.name,
+        "format": trace.format,
+        "requests": trace.num_requests,
+        "references": len(trace.blocks),
+        "blocks": trace.num_blocks,
+        "block_tokens": trace.block_tokens,
+        "seconds": trace.seconds,
+        "form": "plain" if args.plain else "engine",
+        "real": args.real,
+        "look_ahead": args.look_ahead,
+        "bytes_per_block": first.bytes_per_block,
+        "disk_policy": first.eviction_on_disk if first.disk_blocks else None,
+        "admission": first.admission if first.disk_blocks else None,
+        "write_budget": _budget(first),
+        "setups": [
+            {
+                "results": prefix,
+                "policy": tiers.policy,
+                "host_blocks": tiers.host_blocks,
+                "disk_blocks": tiers.disk_blocks,
+            }
+            for prefix, tiers in setups.items()
+        ],
+    }
+
+
+def _budget(tiers: replay.Tiers) -> int | str | None:
+    """Bytes a day; None without a disk."""
+    if not tiers.disk_blocks:
+        return None
+    return _UNLIMITED if tiers.write_bytes_per_day is None else tiers.write_bytes_per_day
+
+
+def _summary(trace: Trace, tiers: replay.Tiers) -> str:
+    text = (
         f"{trace.name}: {trace.num_requests} requests in {trace.seconds:.0f} s, {len(trace.blocks)} "
         f"references to {trace.num_blocks} blocks of {trace.block_tokens} tokens ({trace.format})"
     )
+    budget = _budget(tiers)
+    if budget is None:
+        return text
+    if isinstance(budget, int):
+        budget = f"{budget} bytes a day"
+        if not replay.has_days(trace):
+            budget += ", all of it at once: the trace takes less than a minute"
+    return f"{text}\ndisk: {tiers.eviction_on_disk}, admission {tiers.admission}, write budget {budget}"
+
+
+def _warnings(rows: Sequence[_Row]) -> list[str]:
+    """What an engine would not do unless it is told to."""
+    most = max((row.drive_writes_per_day or 0 for row in rows), default=0)
+    if most <= 1 or rows[0].replay.tiers.write_bytes_per_day is not None:
+        return []
+    return [
+        f"warning: without a write budget, {most:.3g} capacities of the disk are written in a day; an engine "
+        "writes one unless disk_write_budget says more, and hits less (--write-budget SIZE)"
+    ]
 
 
 def _table(rows: Sequence[_Row]) -> str:

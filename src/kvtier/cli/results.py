@@ -9,7 +9,8 @@ A result's `value` is the median of `n` measurements between `min` and `max`. `l
 against, measured in the same run and in the same unit (the machine's own copy, a Python dict), or null;
 `ratio` is the median of the paired quotients, so turned that more is better: value / limit for a rate,
 limit / value for a time. A check that is false makes the command's exit status 1; `completed` is false when
-somebody pressed Ctrl-C, and the results are then those that were finished. A figure that was computed from
+somebody pressed Ctrl-C or sent SIGTERM, or an error came in between, and the results are then those that were
+finished. What failed before it had any result or check writes nothing. A figure that was computed from
 others and not measured has `"extrapolated": true` and n = 0; the key is absent otherwise. `machine` says what
 the figures were measured on and, under `method`, how.
 """
@@ -17,9 +18,13 @@ the figures were measured on and, under `method`, how.
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
+import re
+import stat
 import statistics
 import sys
 from collections.abc import Sequence
@@ -34,6 +39,9 @@ SCHEMA = 1
 
 # Units in which less is better.
 _TIMES = {"s", "ms", "us", "ns"}
+
+# What check_json() has opened, by path, until write_json() writes into it: no regular files.
+_streams: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Report:
 
     def save(self) -> None:
         """Writes to a file what there is so far, as of an interrupted run: whatever comes, it is kept."""
-        if self.path not in (None, "-"):
+        if self.path not in (None, "-", *_streams):
             document = self.document()
             write_json(self.path, document | {"checks": document["checks"] | {"completed": False}})
 
@@ -135,6 +143,10 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failed = kind is not None and issubclass(kind, Exception)  # Ctrl-C is none
+        if failed and not self.results and not self.checks:  # what an earlier run left is worth more
+            forget_json(self.path)
+            return
         self.checks["completed"] = kind is None
         self.write()
 
@@ -147,36 +159,120 @@ def out_of(json_path: str | None) -> TextIO:
 def check_json(path: str | None) -> None:
     """Says before the work that write_json() could not write there.
 
+    What is there and is no regular file (a pipe, a character device, /dev/fd/3) is opened here and kept open.
+
     Raises:
-        OSError: There is no such folder, it may not be written into, or the file is a folder itself.
+        OSError: There is no such folder, it may not be written into, the name is too long, or what is there
+            is a folder, a block device or a socket.
     """
-    if path in (None, "-"):
+    if path is None or path == "-" or path in _streams:
         return
-    target = Path(str(path)).absolute()
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"--json {path}: there is no such folder")
-    if target.is_dir():
-        raise IsADirectoryError(f"--json {path}: is a folder; allowed: a file, or - for standard output")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"--json {path}: its folder may not be written into")
+    try:
+        stream = _stream(path)
+        if stream is not None:
+            _streams[path] = stream
+            return
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "its folder may not be written into")
+        part = _part(target)
+        part.touch(exist_ok=False)
+        part.unlink()
+    except OSError as error:
+        raise type(error)(f"--json {path}: {error.strerror or error}") from None
+
+
+def forget_json(path: str | None) -> None:
+    """Nothing will be written there: closes what check_json() has opened."""
+    if path is not None and (stream := _streams.pop(path, None)) is not None:
+        os.close(stream)
 
 
 def write_json(path: str | None, document: Any) -> None:
-    """Writes a document to a file, which is replaced as a whole, to standard output for "-", or nowhere."""
+    """Writes a document to a file, which is replaced as a whole, to standard output for "-", or nowhere.
+
+    Of a symbolic link its target is replaced. What is no regular file is written into.
+    """
     if path is None:
         return
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    except ValueError:  # what was measured is not lost for one figure
+        text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    stream = _streams.pop(path, None)
+    if stream is None:
+        stream = _stream(path)
+    if stream is not None:
+        sys.stdout.flush()  # which may be the same
+        with os.fdopen(stream, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    target = Path(os.path.realpath(path))
+    part = _part(target)
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _part(target: Path) -> Path:
+    """What becomes the file; its name is short, whatever the file's is. None is there."""
+    part = target.with_name(f".kvtier-json.{os.getpid()}")
+    part.unlink(missing_ok=True)
+    return part
+
+
+def _stream(path: str) -> int | None:
+    """Opens what is there and is no regular file; None where a file is to be made or replaced."""
+    number = _descriptor(path)
+    if number is not None:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "is open for reading alone")
+        return os.dup(number)
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - one for all that open()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder; allowed: a file, or - for standard output")
+    if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+        raise OSError(
+            errno.EINVAL, "is a block device or a socket; allowed: a file, or - for standard output"
+        )
+    return os.open(path, os.O_WRONLY | os.O_NOCTTY)
+
+
+def _descriptor(path: str) -> int | None:
+    """The number behind /dev/fd/3, /dev/stdout and their like, which a shell has opened for us."""
+    at = Path(path).absolute()
+    for _ in range(40):  # as many links as the kernel follows
+        folder = os.path.realpath(at.parent)
+        if re.fullmatch(rf"/proc/{os.getpid()}(/task/\d+)?/fd", folder):
+            return int(at.name) if at.name.isdecimal() else None
+        at = Path(folder, at.name)
+        try:
+            at = Path(folder, os.readlink(at))  # noqa: PTH115 - may be relative
+        except OSError:
+            return None
+    return None
+
+
+def _finite(document: Any) -> Any:
+    """The same with text where JSON has no number: "inf", "nan"."""
+    if isinstance(document, dict):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [_finite(value) for value in document]
+    return str(document) if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 from kvtier.errors import ConfigError, UnsupportedError
 from kvtier.layout import KVLayout, check_extent
 
+_MOST = 2**31 - 1  # of a layout's extents, too
+
 
 @dataclass(frozen=True)
 class Latent:
@@ -191,7 +193,7 @@ def find(name: str, ranks: int = 1) -> Shape:
     except OSError:
         allowed = f"{', '.join(SHAPES)}, or the path of a config.json or its folder"
         raise ConfigError(f"shape is {name!r}; allowed: {allowed}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: must be a JSON object")
@@ -222,7 +224,7 @@ def from_config(config: Mapping[str, Any], name: str, source: str = "config") ->
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key)
         value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST:
             return value
         raise ConfigError(f"{source}: {key} is {value!r}; allowed: a positive integer")
 
@@ -260,13 +262,18 @@ def _width(config: Mapping[str, Any], number: Any) -> int:
     if not active:
         return int(number("intermediate_size"))
     width = number("moe_intermediate_size", config.get("intermediate_size"))
-    shared = config.get("n_shared_experts") or 0
-    shared_width = config.get("shared_expert_intermediate_size") or shared * width
+    shared = number("n_shared_experts") if config.get("n_shared_experts") else 0
+    shared_width = shared * width
+    if config.get("shared_expert_intermediate_size"):
+        shared_width = number("shared_expert_intermediate_size")
     return int(number("num_experts_per_tok") * width + shared_width)
 
 
 def _refuse_mixed(config: Mapping[str, Any], source: str) -> None:
-    kinds = {str(kind) for kind in config.get("layer_types") or ["full_attention"]}
+    types = config.get("layer_types") or ["full_attention"]
+    if not isinstance(types, list):
+        raise ConfigError(f"{source}: layer_types is {types!r}; allowed: a list")
+    kinds = {str(kind) for kind in types}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if kinds != {"full_attention"} or (window and "layer_types" not in config):
         what = f"layer_types {sorted(kinds)}" if kinds != {"full_attention"} else f"sliding_window {window}"

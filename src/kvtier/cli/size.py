@@ -3,7 +3,24 @@
 Every pair of capacities is simulated with the engine's own policies (`kvtier.replay`), from empty tiers.
 Times to first token come from a model without queues: what hits is loaded, the rest is prefilled with the
 arithmetic that the model's shape takes (`kvtier.cli.shapes`), at the rates that are given. The device's own
-cache is not counted.
+cache is not counted. The drives may write what an engine's may, one capacity a day, if nothing else is said.
+
+`--json FILE`: one object; rates are a second, times in seconds, sizes in bytes.
+
+    trace, requests, seconds           the trace's name, its requests, its length
+    model, ranks, dtype                the shape's name, the ranks on this host, of the KV
+    policy, admission, write_budget    as given
+    block_tokens, block_bytes          of a block, all ranks together, header included
+    footprint_bytes, hit_rate_of_all   of tiers that hold all that differs
+    rates                              {prefill_flops, host_bytes, disk_bytes}, see Rates
+    cold                               {p50_s, p90_s, p99_s}: time to first token without kvtier
+    points                             for every pair of capacities: host_bytes, host_blocks, disk_bytes,
+                                       disk_blocks, hit_rate, hit_rate_host, hit_rate_disk, ttft_p50_s,
+                                       ttft_p90_s, ttft_p99_s, gpu_seconds_saved_per_day (a rank's),
+                                       disk_bytes_per_day, drive_writes_per_day (the same in capacities),
+                                       write_budget_bytes_per_day (null for none); of a
+                                       day nothing where the trace takes less than a minute
+    answer                             with a target: the smallest point that reaches it, or null
 """
 
 from __future__ import annotations
@@ -17,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.cli import plots
+from kvtier.cli.arguments import finite
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import add_json_argument, check_json, out_of, table, write_json
 from kvtier.cli.shapes import SHAPES, Shape, find
@@ -24,10 +42,13 @@ from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
 from kvtier.layout import check_extent
 from kvtier.replay import (
+    LEAST_SECONDS,
     Replay,
     Tiers,
     capacity_blocks,
     check_policy,
+    drive_writes_per_day,
+    has_days,
     policies,
     simulate,
     written_per_day,
@@ -38,6 +59,8 @@ _GIB = 1 << 30
 _HEADER_BYTES = 4096  # of a slot image, in both tiers
 _HOST_STEPS, _DISK_STEPS = 5, 3  # capacities that are tried where none are given
 _SECONDS_PER_DAY = 86400.0
+# Write budgets; the first is the default, Config's too.
+_CAPACITY, _UNLIMITED = "capacity", "unlimited"
 
 
 @dataclass(frozen=True)
@@ -66,9 +89,11 @@ class Point:
         disk_blocks: Blocks that it holds.
         hit_rate, hit_rate_host, hit_rate_disk: Of the blocks asked for, 0 to 1.
         ttft_p50_s, ttft_p90_s, ttft_p99_s: Time to first token, without queues.
-        gpu_seconds_saved_per_day: Of each rank, against computing everything.
-        disk_bytes_per_day: Written, at the trace's rate of requests.
+        gpu_seconds_saved_per_day: Of each rank, against computing everything; None where the trace takes less
+            than a minute, as all that is of a day.
+        disk_bytes_per_day: Written, at the trace's rate of requests, within the budget.
         drive_writes_per_day: The same in capacities: what endurance is sold in. None without a disk.
+        write_budget_bytes_per_day: What may be written; None without a disk, or where there is no limit.
     """
 
     host_bytes: int
@@ -81,9 +106,10 @@ class Point:
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
-    gpu_seconds_saved_per_day: float
-    disk_bytes_per_day: float
+    gpu_seconds_saved_per_day: float | None
+    disk_bytes_per_day: float | None
     drive_writes_per_day: float | None
+    write_budget_bytes_per_day: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,20 +137,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--admission", default=ADMISSIONS[0], choices=ADMISSIONS, help="(default: %(default)s)"
     )
-    parser.add_argument("--write-budget", metavar="SIZE", help="bytes that may be written to disk in a day")
     parser.add_argument(
-        "--prefill-tflops", type=float, default=400, help="reached by one rank (default: 400)"
+        "--write-budget",
+        metavar="SIZE",
+        help='bytes a day that may be written to disk, or "unlimited" (default: one capacity, as an engine)',
     )
     parser.add_argument(
-        "--host-gbps", type=float, default=50, help="GB/s from DRAM to the devices (default: 50)"
+        "--prefill-tflops", type=finite, default=400, help="reached by one rank (default: 400)"
     )
-    parser.add_argument("--disk-gbps", type=float, default=6, help="GB/s from all drives (default: 6)")
     parser.add_argument(
-        "--target-hit-rate", type=float, metavar="R", help="least, 0 to 1: names the smallest that reaches it"
+        "--host-gbps", type=finite, default=50, help="GB/s from DRAM to the devices (default: 50)"
     )
-    parser.add_argument("--target-ttft", type=float, metavar="S", help="largest p90 in seconds: the same")
+    parser.add_argument("--disk-gbps", type=finite, default=6, help="GB/s from all drives (default: 6)")
+    parser.add_argument(
+        "--target-hit-rate",
+        type=finite,
+        metavar="R",
+        help="least, 0 to 1: names the smallest that reaches it",
+    )
+    parser.add_argument("--target-ttft", type=finite, metavar="S", help="largest p90 in seconds: the same")
     parser.add_argument("--plot", metavar="FILE.png", help="hit rate against capacity")
     add_json_argument(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (__doc__ or "").partition("\n\n`--json FILE`: ")[2]
+    parser.epilog = f"--json FILE: {parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,19 +178,23 @@ def run(args: argparse.Namespace) -> int:
     footprint = trace.num_blocks * block_bytes
     hosts = _sizes(args.host, "--host", block_bytes) or _default_hosts(footprint, block_bytes)
     disks = _sizes(args.disk, "--disk", block_bytes, zero=True) or _default_disks(footprint, block_bytes)
-    budget = None if args.write_budget is None else parse_size(args.write_budget, "--write-budget")
+    budget = _budget(args.write_budget)
+    setups = [
+        Tiers(
+            host_blocks=capacity_blocks(host, block_bytes, "--host"),
+            disk_blocks=capacity_blocks(disk, block_bytes, "--disk") if disk else 0,
+            policy=args.policy,
+            admission=args.admission,
+            write_bytes_per_day=_bytes_per_day(budget, disk),
+            bytes_per_block=block_bytes,
+            share_of_budget=True,
+        )
+        for disk, host in product(disks, hosts)
+    ]
     points = []
-    with Progress(out, len(hosts) * len(disks) * len(trace.blocks)) as progress:
-        for disk, host in product(disks, hosts):
+    with Progress(out, len(setups) * len(trace.blocks)) as progress:
+        for (disk, host), tiers in zip(product(disks, hosts), setups, strict=True):
             progress.phase(f"{_size_text(host)} of DRAM, {_size_text(disk)} of NVMe")
-            tiers = Tiers(
-                host_blocks=capacity_blocks(host, block_bytes, "--host"),
-                disk_blocks=capacity_blocks(disk, block_bytes, "--disk") if disk else 0,
-                policy=args.policy,
-                admission=args.admission,
-                write_bytes_per_day=budget,
-                bytes_per_block=block_bytes,
-            )
             replay = simulate(trace, tiers)
             points.append(point_of(trace, replay, shape, rates, host, disk))
             progress.step(len(trace.blocks))
@@ -167,18 +207,19 @@ def run(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "policy": args.policy,
         "admission": args.admission,
+        "write_budget": budget,
         "block_tokens": trace.block_tokens,
         "block_bytes": block_bytes,
         "footprint_bytes": footprint,
         "rates": asdict(rates),
         "hit_rate_of_all": ideal_hit_rate(trace),
         "cold": _quantiles(times_to_first_token(trace, None, shape, rates)),
-        "points": [asdict(point) for point in points],
+        "points": [_as_json(point) for point in points],
     }
     targets = args.target_hit_rate is not None or args.target_ttft is not None
     answer = smallest(points, args.target_hit_rate, args.target_ttft) if targets else None
     if targets:
-        document["answer"] = None if answer is None else asdict(answer)
+        document["answer"] = None if answer is None else _as_json(answer)
     _print(document, points, out)
     if targets:
         print(
@@ -229,7 +270,7 @@ def point_of(trace: Trace, replay: Replay, shape: Shape, rates: Rates, host: int
     times = times_to_first_token(trace, replay, shape, rates)
     at_once = Rates(rates.prefill_flops, np.inf, np.inf)  # a load takes no time of the processor
     computed = times_to_first_token(trace, replay, shape, at_once)
-    written = written_per_day(trace, replay)
+    saved = float(np.sum(cold - computed)) * _SECONDS_PER_DAY / trace.seconds if has_days(trace) else None
     return Point(
         host_bytes=host,
         host_blocks=replay.tiers.host_blocks,
@@ -239,9 +280,10 @@ def point_of(trace: Trace, replay: Replay, shape: Shape, rates: Rates, host: int
         hit_rate_host=replay.hit_rate_host,
         hit_rate_disk=replay.hit_rate_disk,
         **{f"ttft_{name}": value for name, value in _quantiles(times).items()},
-        gpu_seconds_saved_per_day=float(np.sum(cold - computed)) * _SECONDS_PER_DAY / max(trace.seconds, 1.0),
-        disk_bytes_per_day=written,
-        drive_writes_per_day=written / disk if disk else None,
+        gpu_seconds_saved_per_day=saved,
+        disk_bytes_per_day=written_per_day(trace, replay),
+        drive_writes_per_day=drive_writes_per_day(trace, replay),
+        write_budget_bytes_per_day=replay.tiers.write_bytes_per_day,
     )
 
 
@@ -262,15 +304,36 @@ def smallest(points: list[Point], hit_rate: float | None, ttft: float | None) ->
 
 def _rates(args: argparse.Namespace) -> Rates:
     for name in ("prefill_tflops", "host_gbps", "disk_gbps"):
-        if not 0 < getattr(args, name) < 1e9:
+        if not 1e-6 <= getattr(args, name) < 1e9:
             text = f"--{name.replace('_', '-')} is {getattr(args, name)}"
-            raise ConfigError(f"{text}; allowed: more than 0 and less than 1e9")
+            raise ConfigError(f"{text}; allowed: at least 1e-6 and less than 1e9")
     for name in ("target_hit_rate", "target_ttft"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= (1 if name == "target_hit_rate" else 1e9):
             allowed = "0 to 1" if name == "target_hit_rate" else "0 to 1e9, in seconds"
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
     return Rates(args.prefill_tflops * 1e12, args.host_gbps * 1e9, args.disk_gbps * 1e9)
+
+
+def _budget(text: str | None) -> str | int:
+    if text is None or text == _UNLIMITED:
+        return text or _CAPACITY
+    return parse_size(text, "--write-budget")
+
+
+def _bytes_per_day(budget: str | int, disk: int) -> int | None:
+    if budget == _UNLIMITED or not disk:
+        return None
+    return disk if isinstance(budget, str) else budget
+
+
+def _as_json(point: Point) -> dict[str, Any]:
+    """Without what the trace is too short for."""
+    found = asdict(point)
+    if point.disk_bytes_per_day is None:
+        for key in ("gpu_seconds_saved_per_day", "disk_bytes_per_day", "drive_writes_per_day"):
+            del found[key]
+    return found
 
 
 def _sizes(text: str | None, key: str, block_bytes: int, *, zero: bool = False) -> list[int]:
@@ -314,6 +377,26 @@ def _size_text(size: int) -> str:
     return f"{size} B" if size else "none"
 
 
+def _budget_text(document: dict[str, Any]) -> str:
+    budget = document["write_budget"]
+    if budget == _UNLIMITED:
+        return "unlimited; an engine's default is one capacity a day"
+    what = "one capacity a day, an engine's default" if budget == _CAPACITY else f"{_size_text(budget)} a day"
+    if document["seconds"] < LEAST_SECONDS:
+        return f"{what}, all of it at once: the trace takes less than a minute, which says nothing of a day"
+    return f"{what}, and of that {document['seconds'] / _SECONDS_PER_DAY:.3g} in the trace's time"
+
+
+def _day_texts(point: Point) -> tuple[str, str, str]:
+    if point.gpu_seconds_saved_per_day is None or point.disk_bytes_per_day is None:
+        return ("-", "-", "-") if point.disk_bytes else ("-", "", "")
+    return (
+        f"{point.gpu_seconds_saved_per_day / 3600:.3g}",
+        _size_text(round(point.disk_bytes_per_day)) if point.disk_bytes else "",
+        "" if point.drive_writes_per_day is None else f"{point.drive_writes_per_day:.2g}",
+    )
+
+
 def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
     rates, cold = document["rates"], document["cold"]
     print(
@@ -322,7 +405,8 @@ def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
         f"{document['block_tokens']} tokens has {_size_text(document['block_bytes'])}; what differs "
         f"takes {_size_text(document['footprint_bytes'])} and hits {document['hit_rate_of_all']:.1%}\n"
         f"policy {document['policy']}, admission {document['admission']}; from empty tiers; no queues, no "
-        f"device cache\nassumed: prefill {rates['prefill_flops'] / 1e12:g} TFLOP/s a rank, DRAM "
+        f"device cache\nwrite budget: {_budget_text(document)}\n"
+        f"assumed: prefill {rates['prefill_flops'] / 1e12:g} TFLOP/s a rank, DRAM "
         f"{rates['host_bytes'] / 1e9:g} GB/s, drives {rates['disk_bytes'] / 1e9:g} GB/s. Without kvtier: "
         f"TTFT p50 {cold['p50_s']:.3g} s, p90 {cold['p90_s']:.3g} s, p99 {cold['p99_s']:.3g} s\n",
         file=out,
@@ -335,9 +419,7 @@ def _print(document: dict[str, Any], points: list[Point], out: Any) -> None:
             f"{point.hit_rate_host:.1%}",
             f"{point.hit_rate_disk:.1%}",
             *(f"{getattr(point, f'ttft_{name}_s'):.3g}" for name in ("p50", "p90", "p99")),
-            f"{point.gpu_seconds_saved_per_day / 3600:.3g}",
-            _size_text(round(point.disk_bytes_per_day)) if point.disk_bytes else "",
-            "" if point.drive_writes_per_day is None else f"{point.drive_writes_per_day:.2g}",
+            *_day_texts(point),
         )
         for point in points
     ]

@@ -46,16 +46,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_json(args.json)
         keys = read_keys(args.key)
-        found = stores.verify(args.directory, keys=keys, live=args.live, progress=progress)
+        try:
+            found = stores.verify(args.directory, keys=keys, live=args.live, progress=progress)
+        finally:
+            if bar is not None:
+                bar.__exit__(None, None, None)
+        seconds = time.monotonic() - begin
+        _print(found, seconds, out)
+        out.flush()
+        write_json(args.json, {**found, "seconds": seconds})
     except (KVTierError, OSError) as error:
         print(f"kvtier verify: {error}", file=sys.stderr)
         return 2  # 1 says that something is wrong with the blocks
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
-    seconds = time.monotonic() - begin
-    _print(found, seconds, out)
-    write_json(args.json, {**found, "seconds": seconds})
     return 0 if found["ok"] else 1
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvtier.cli.processes import bound
 from kvtier.errors import ConfigError, UnsupportedError
 
 START_SECONDS = 600.0
@@ -55,6 +56,7 @@ class VllmServer:
     """One server in a process group of its own; a context manager that ends it.
 
     However it ended, also by a signal from elsewhere: `kill` and `stop` leave nothing of it in shared memory.
+    When we are killed it is asked to end, as by `stop`.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class VllmServer:
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"} | environment
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - stop() closes it
         self._server = subprocess.Popen(  # noqa: S603 - this very Python
-            [*command, *arguments],
+            bound([*command, *arguments], signal.SIGTERM),
             env=os.environ | more,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -1,7 +1,12 @@
 """What `kvtier bench vllm` does around a server; a program that answers as vLLM does stands for it."""
 
+import argparse
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from kvtier.cli import bench_vllm
 from kvtier.cli.bench_vllm import Contender
-from kvtier.cli.vllm_server import VllmServer, _group
+from kvtier.cli.bench_vllm_memory import into_huge_pages
+from kvtier.cli.results import Report
+from kvtier.cli.vllm_server import VllmServer, _group, forget_offloaded_memory
 from kvtier.errors import UnsupportedError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -98,6 +106,28 @@ def test_what_a_server_started_ends_with_it(server: Any) -> None:
     assert _group(first._server.pid) == []
 
 
+def test_a_server_is_asked_to_end_when_we_are_killed(server: Any, tmp_path: Path) -> None:
+    server().kill()  # the fixture has made the program that stands for vLLM
+    code = (
+        "import time; from kvtier.cli.vllm_server import VllmServer\n"
+        f"made = VllmServer('m', {{}}, ['--metrics', ''], PYTHONPATH={str(tmp_path)!r})\n"
+        "made.wait_until_up(60); print(made._server.pid, made._engine_id, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        leader, engine_id = owner.stdout.readline().split()
+        owner.kill()
+    try:
+        until = time.monotonic() + 30
+        while int(leader) in _group(int(leader)) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert int(leader) not in _group(int(leader))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(leader), signal.SIGKILL)  # what stands for its engine does not listen
+        forget_offloaded_memory(engine_id)
+
+
 def test_metrics(server: Any) -> None:
     assert server().block_tokens() == 128
     silent = server(METRICS.splitlines()[2])
@@ -109,16 +139,22 @@ def test_metrics(server: Any) -> None:
 class Scripted:
     """A server's part of `Contender`: so many tokens of a prompt that the device forgot come from below."""
 
-    def __init__(self, hits: int) -> None:
-        self._hits, self._total, self._forgotten = hits, 100.0, False
+    def __init__(self, hits: int, restored: tuple[int, ...] = (1, 2)) -> None:
+        self._hits, self._total, self._restored = hits, 100.0, list(restored)
+        self._device: list[list[int]] = []
+        self._below: list[list[int]] = []
 
     def ask(self, prompt: list[int]) -> Any:
-        self._total += self._hits * self._forgotten
-        self._forgotten = False
-        return SimpleNamespace(seconds=0.5, tokens=[1, 2], cached_tokens=0)
+        tokens = [1, 2]
+        if prompt not in self._device and prompt in self._below:
+            self._total += self._hits
+            tokens = self._restored
+        self._device.append(prompt)
+        self._below.append(prompt)
+        return SimpleNamespace(seconds=0.5, tokens=tokens, cached_tokens=0)
 
     def forget_device(self) -> None:
-        self._forgotten = True
+        self._device.clear()
 
     def metric(self, name: str) -> float:
         return self._total
@@ -139,4 +175,93 @@ def test_all_whole_blocks_have_to_be_restored(tmp_path: Path, hits: int, missed:
     contender = Contender("", "m", {}, SimpleNamespace(), tmp_path / "disk")
     contender.first(Scripted(hits), list(range(1025)))
     assert contender.missed == missed
-    assert contender.times["host"] == {1025: [0.5]}
+    assert contender.times["host"] == {1025: [None if missed else 0.5]}
+
+
+def measured_rows(monkeypatch: pytest.MonkeyPatch, folder: Path, ours: Scripted, theirs: Scripted) -> Report:
+    """A run with these as servers, of two rounds of a prompt of 257 tokens and one of 513."""
+    servers = {"": ours, "vllm_native/": theirs}
+
+    @contextlib.contextmanager
+    def started(contenders: list[Contender], *_: Any) -> Iterator[Any]:
+        for server in servers.values():
+            server.forget_device()
+        yield [(each, servers[each.prefix]) for each in contenders]
+
+    monkeypatch.setattr(bench_vllm, "_servers", started)
+    monkeypatch.setattr(bench_vllm, "measure_lookups", lambda *_, **__: None)
+    monkeypatch.setattr(bench_vllm, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(bench_vllm.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench_vllm, "_native", lambda *_: {})
+    options = {"tokens": [257, 513], "rounds": 2, "seed": 1, "model": "m", "without_native": False}
+    args = argparse.Namespace(**options, dir=str(folder), disk="1GiB", host="1GiB")
+    report = Report("bench vllm")
+    with contextlib.suppress(KeyboardInterrupt):
+        bench_vllm.measure(args, report)
+    return report
+
+
+def test_prompts_that_were_not_restored_have_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = measured_rows(monkeypatch, tmp_path, Scripted(256), Scripted(512))
+    of = {result.name: result for result in report.results}
+    assert report.checks["kvtier_restored"] is False  # 256 of 512 tokens of the longer prompt
+    assert report.checks["vllm_native_restored"] is True
+    for kind in ("host", "disk_restarted"):
+        assert of[f"ttft_{kind}/257"].limit == of[f"vllm_native/ttft_{kind}/257"].value == 0.5
+        assert of[f"ttft_{kind}/257"].n == 2
+        assert {f"ttft_{kind}/513", f"connector_{kind}/513"} & set(of) == set()
+        assert f"vllm_native/ttft_{kind}/513" in of
+    assert of["ttft_cold/513"].n == 2
+    assert "memcpy/257" in of
+    assert "memcpy/513" not in of
+
+
+def test_wrong_tokens_have_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = measured_rows(monkeypatch, tmp_path, Scripted(512), Scripted(512, restored=(1, 3)))
+    of = {result.name: result for result in report.results}
+    assert report.checks["vllm_native_tokens"] is False
+    assert not any(name.startswith(("vllm_native/ttft_host", "vllm_native/connector_host")) for name in of)
+    assert of["ttft_host/257"].limit is None  # and is held against nothing
+    assert of["ttft_cold/257"].limit == 0.5
+
+
+def test_what_was_finished_is_kept_when_the_rest_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Scripted):
+        def ask(self, prompt: list[int]) -> Any:
+            if len(prompt) == 513:
+                raise KeyboardInterrupt
+            return super().ask(prompt)
+
+    report = measured_rows(monkeypatch, tmp_path, Interrupted(256), Scripted(256))
+    names = {result.name for result in report.results}
+    assert {"ttft_cold/257", "ttft_host/257", "connector_host/257", "vllm_native/ttft_host/257"} <= names
+    assert not any(name.endswith("/513") for name in names)
+    assert report.checks["kvtier_restored"] is True
+
+
+def test_vllms_own_memory_is_put_into_huge_pages() -> None:
+    name = f"of-a-test-{os.getpid()}"
+    path = SHARED_MEMORY / f"vllm_offload_{name}.mmap"
+    assert into_huge_pages(name) is None
+    written = os.urandom(4 << 20)
+    try:
+        path.write_bytes(written)
+        os.truncate(path, 8 << 20)
+        found = into_huge_pages(name)
+        assert path.read_bytes() == written + bytes(4 << 20)
+    finally:
+        path.unlink()
+    assert found is not None
+    assert found["mib"] == 8
+    if has_collapse():
+        assert found["in_huge_pages"] == 1
+
+
+def has_collapse() -> bool:
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    deny = "[deny]" in Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text()
+    return release >= (6, 1) and not deny

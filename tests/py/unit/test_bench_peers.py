@@ -1,7 +1,9 @@
 """`kvtier bench peers`: real processes, small amounts; a side that fails costs a reason and nothing else."""
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -29,7 +31,10 @@ from harness import Store, keys_of, serve
 
 class Fake(Store):
     def open(self, home, size, blocks, capacity, options):
-        self.home, self.options = home, options
+        self.home, self.options = home, options | dict.fromkeys(sys.argv[1:], True)
+        if self.options.get("forgets"):
+            for path in home.iterdir():
+                path.unlink()
         return {{"config": "a file a value"}}
     def _path(self, key):
         return self.home / key.hex()
@@ -43,6 +48,8 @@ class Fake(Store):
             import os
             os._exit(3)
         for i, key in enumerate(keys):
+            if i == 1 and self.options.get("loses"):
+                continue
             self._path(key).write_bytes(self.pages.source[i].tobytes())
     def get(self, keys):
         there = [self._path(key).exists() and self._path(key).stat().st_size > 0 for key in keys]
@@ -56,7 +63,7 @@ class Fake(Store):
         return sum(self._path(key).exists() for key in keys)
     def forget(self, keys):
         for key in keys:
-            self._path(key).unlink()
+            self._path(key).unlink(missing_ok=True)
     def close(self):
         pass
     def lose_holder(self):
@@ -145,6 +152,9 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
         assert of[f"kvtier/{what}_copied/1024/counts"]["limit"] == theirs
         assert f"counts/{what}_copied/1024" not in of
     assert document["machine"]["skipped"] == document["machine"]["wrong_bytes"] == {}
+    memory = document["machine"]["peers"]["works"]["huge_pages"]["2MiB"]
+    assert set(memory) == {"kvtier", "works"}
+    assert all(side["mib"] >= 2 * MIB and 0 <= side["in_huge_pages"] <= 1 for side in memory.values())
     # kvtier beside itself alone: nothing is lost, nothing wrong is served, and the cap holds.
     for end in ("killed", "closed"):
         assert of[f"kvtier/restart/2MiB/{end}"]["value"] == 100
@@ -155,11 +165,8 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
     assert of["works/bitflip/2MiB"]["value"] == of["works/bitflip/2MiB"]["n"] == 3
     assert of["kvtier/cap/2MiB"]["value"] <= 1
     assert of["kvtier/cap/2MiB/newest"]["value"] == 100
-    assert document["checks"] == {
-        "kvtier_bytes": True,
-        "kvtier_misses_only_flipped": True,
-        "completed": True,
-    }
+    checks = {"kvtier_bytes", "kvtier_ran", "kvtier_misses_only_flipped", "kvtier_restarts"}
+    assert document["checks"] == dict.fromkeys(checks | {"kvtier_within_cap", "completed"}, True)
     text = capsys.readouterr().out
     assert "3 of 3 served wrong" in text
     assert "store_evicting_16_copied 1024" in text
@@ -214,6 +221,104 @@ def test_wrong_bytes_of_our_own_fail_the_run(fakes: Path, monkeypatch: pytest.Mo
     status, document = run(fakes, "--only", "absent")
     assert status == 1
     assert document["checks"]["kvtier_bytes"] is False
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *faults: str, behaves: bool = True) -> None:
+    """A fake as kvtier, with these faults."""
+    script = (str(folder / "fake_side.py"), *faults)
+    ours = Peer("kvtier", "a fake", "kvtier", script, survives=behaves, bounded=behaves)
+    monkeypatch.setattr(bench_peers, "KVTIER", ours)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("dies", "put: it ended: status 3, out of luck"),
+        ("hangs", "put: no answer in 2 s, killed"),
+        ("loses", "get: kvtier had 3 of 4 values that were just put"),
+    ],
+)
+def test_what_kvtier_fails_at_fails_the_run_and_is_not_the_peers(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
+    ask = Side.ask
+
+    def hurried(side: Side, op: str, **arguments: Any) -> dict[str, Any]:
+        if fault == "hangs" and op == "put" and side.name == "kvtier":
+            side._patience = 2
+        return ask(side, op, **arguments)
+
+    monkeypatch.setattr(Side, "ask", hurried)
+    stand_in(monkeypatch, fakes, fault, behaves=False)
+    status, document = run(fakes, "--only", "works")
+    assert status == 1
+    assert document["checks"]["kvtier_ran"] is False
+    assert document["machine"]["skipped"]["works/2MiB"] == f"kvtier itself: {said}"
+    assert not [r["name"] for r in document["results"] if "put/" in r["name"] or "get/" in r["name"]]
+    # What the peer is looked at for alone is measured, unless waiting for kvtier took all the patience.
+    restarted = "works/restart/2MiB/killed" in {r["name"] for r in document["results"]}
+    assert restarted == (fault != "hangs")
+
+
+def test_what_kvtier_loses_in_a_restart_and_puts_past_its_cap_fails_the_run(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, fakes, "forgets")
+    status, document = run(fakes, "--only", "absent")
+    assert status == 1
+    checks = document["checks"]
+    assert (checks["kvtier_ran"], checks["kvtier_restarts"], checks["kvtier_within_cap"]) == (
+        True,
+        False,
+        False,
+    )
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_peer_that_is_named_twice_is_measured_once(fakes: Path) -> None:
+    _, document = run(fakes, "--only", "counts", "--only", "counts")  # run() looks for names that are twice
+    assert [r["name"] for r in document["results"]].count("counts/lookup/1024") == 1
+
+
+def harness() -> Any:
+    """What the sides have in common, as a module."""
+    spec = importlib.util.spec_from_file_location("peers_harness", SCRIPTS / "harness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_buffers_of_a_side_are_in_huge_pages() -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine gives no transparent huge pages")
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import harness, json\n"
+        "memory = harness.Memory(); kept = harness.huge_buffer(64 << 20)\n"
+        "print(json.dumps(memory.grown()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["mib"] >= 64
+    assert found["in_huge_pages"] > 0.9
+
+
+def test_asking_what_is_there_is_timed_without_the_harness_own_work(tmp_path: Path) -> None:
+    module = harness()
+
+    class Empty(module.Store):  # type: ignore[name-defined,misc]
+        def open(self, *_: Any) -> dict[str, Any]:
+            return {}
+
+        def found(self, keys: list[bytes]) -> int:
+            return 0
+
+    server = module.Server(Empty)
+    server.op_open(str(tmp_path), 4096, 2, 0, 1, on_disk=False, options={})
+    stamp = server.store.pages.stamp
+    server.store.pages.stamp = lambda number: (time.sleep(0.3), stamp(number))
+    assert server.op_found(7)["seconds"] < 0.3
 
 
 @pytest.mark.usefixtures("brief")

@@ -1,6 +1,9 @@
 """Figures in documents, the HTML page, the run of everything, and that one benchmark runs at a time."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -178,6 +181,26 @@ def test_what_is_no_result_is_left_out_and_status_1(
     assert "left out: odd-1-2026-01-01.json: not an object" in printed
 
 
+def test_files_without_a_date_count_for_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["copy.json", "index.json", "reopen.json", "copy-2026-01-02.json", "copy-2026-01-03.json"]
+    for name in names:
+        write(tmp_path, name, Result("a", 1.0, "s"))
+    documents, wrong = collect(tmp_path)
+    assert set(documents) == {*names} - {"copy-2026-01-02.json"}  # there is a newer one
+    assert wrong == []
+
+
+def test_the_documents_quote_our_results_and_no_others(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = project / "benchmarks" / "results"
+    assert main(["bench", "report", "--results", str(folder), "--readme"]) == 1
+    assert f"--readme with --results {folder}: the documents quote" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+
+
 def test_a_folder_without_results_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "report", "--results", str(tmp_path)]) == 1
     assert "no result files" in capsys.readouterr().err
@@ -261,9 +284,9 @@ def test_a_step_that_hangs_takes_no_time_of_those_behind_it(
 ) -> None:
     given: dict[str, float] = {}
 
-    def run(step: Step, directory: str, target: Path, seconds: float) -> int:
+    def run(step: Step, directory: str, target: Path, seconds: float, output: int | None) -> tuple[int, str]:
         given[step.name] = seconds
-        return 124 if step.name == "hangs" else 0
+        return 124 if step.name == "hangs" else 0, ""
 
     monkeypatch.setattr(bench_all, "_run", run)
     steps(monkeypatch, Step("hangs", (), 5), Step("index", (), 40))
@@ -273,6 +296,85 @@ def test_a_step_that_hangs_takes_no_time_of_those_behind_it(
     assert given["index"] > 60 * 40
     checks = json.loads((tmp_path / "all.out").read_text())["checks"]
     assert (checks["hangs"], checks["index"]) == (False, True)
+
+
+FOREVER = (*INDEX[:-1], "100000", "--tokens", "1000")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_what_a_step_has_finished_is_kept_when_all_are_ended(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from kvtier.cli import bench_all, main\n"
+        f"bench_all.STEPS = (bench_all.Step('index', {FOREVER}, 1),)\n"
+        f"sys.exit(main(['bench', 'all', '--results', {str(tmp_path)!r}, '--machine', 'box']))"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    argv = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        for line in process.stdout or ():
+            if "ghost caches" in line or "lookups" in line:
+                break
+        time.sleep(0.5)
+        # A terminal tells the whole group; so does timeout(1), which tells the first one twice.
+        os.killpg(process.pid, number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+        assert process.stdout is not None
+        process.stdout.read()
+    assert process.returncode == status
+    (found,) = tmp_path.glob("*.json")
+    document = json.loads(found.read_text())
+    assert problems(document) == []
+    assert document["checks"]["completed"] is False
+    assert list(tmp_path.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("day", ["2026-01-02", "2026-01-10"])
+def test_what_was_cut_short_takes_the_place_of_no_complete_file(tmp_path: Path, day: str) -> None:
+    part, target = tmp_path / "copy-box-2026-01-10.part", tmp_path / "copy-box-2026-01-10.json"
+
+    def cut_short() -> None:
+        with contextlib.suppress(KeyboardInterrupt), Report("bench copy", str(part)):
+            raise KeyboardInterrupt
+
+    cut_short()
+    assert bench_all._keep(part, target) == "what was finished is in its file"
+    assert json.loads(target.read_text())["checks"] == {"completed": False}
+    target.unlink()
+    older = tmp_path / f"copy-box-{day}.json"
+    write(tmp_path, older.name, Result("a", 1.0, "s"))
+    write(tmp_path, "copy-box-2-2026-01-11.json", Result("a", 1.0, "s"))  # of another machine
+    before = older.read_bytes()
+    assert bench_all._keep(part, target) == f"{older.name} stays"
+    assert older.read_bytes() == before
+    assert target.exists() == (older == target)
+    write(tmp_path, part.name, Result("b", 1.0, "s"))  # a complete one does
+    bench_all._keep(part, target)
+    assert json.loads(target.read_text())["results"][0]["name"] == "b"
+
+
+def test_standard_output_is_the_json_alone(tmp_path: Path) -> None:
+    code = (
+        "import sys; from kvtier.cli import bench_all, main\n"
+        f"bench_all.STEPS = (bench_all.Step('index', {INDEX}, 1),)\n"
+        f"sys.exit(main(['bench', 'all', '--results', {str(tmp_path)!r}, '--json', '-']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert problems(json.loads(done.stdout)) == []
+    assert "lookup_in_order" in done.stderr
+    assert "report.html: " in done.stderr
 
 
 def test_every_step_says_why_it_cannot_run_here() -> None:

@@ -108,6 +108,11 @@ def test_experts_count_as_far_as_a_token_meets_them() -> None:
     [
         ({"hidden_size": None}, "hidden_size is None; allowed: a positive integer"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers is '32'"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers is 1000"),
+        ({"layer_types": 5}, "layer_types is 5; allowed: a list"),
+        ({"num_experts_per_tok": 2, "n_shared_experts": "x"}, "n_shared_experts is 'x'"),
+        ({"num_experts_per_tok": 2, "shared_expert_intermediate_size": [1]}, r"intermediate_size is \[1\]"),
+        ({"num_experts_per_tok": "x"}, "num_experts_per_tok is 'x'"),
     ],
 )
 def test_a_config_that_lacks_something_is_refused(change: dict[str, Any], message: str) -> None:
@@ -127,7 +132,7 @@ def test_what_is_no_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shape is 'gpt-9'; allowed: 100m, "):
         find("gpt-9")
     broken = tmp_path / "config.json"
-    for text in ("{", "[]"):
+    for text in ("{", "[]", "[" * 100_000):
         broken.write_text(text)
         with pytest.raises(ConfigError, match=r"config\.json"):
             find(str(broken))

@@ -1,5 +1,6 @@
 """`kvtier bench ttft`: plan and fit by hand; the command with a model so small that it only proves."""
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtier.cli import main
+from kvtier.cli import bench, bench_ttft, main
 from kvtier.cli.bench_ttft_plan import (
     FP8,
     SUFFIX_TOKENS,
@@ -195,6 +196,7 @@ def test_bench_ttft(shape: str, kv_dtype: str, tmp_path: Path, capsys: pytest.Ca
         "saved_whole_prefix",
         "control_differs",
         "killed_and_restored",
+        "measured",
         "completed",
     }
     wanted |= {f"logits_{tier}" for tier in ("device", "host", "disk", "disk_restarted")}
@@ -230,9 +232,10 @@ def test_a_shape_that_is_too_slow_is_left_out_with_its_reason(tmp_path: Path) ->
     pytest.importorskip("torch")
     path = tmp_path / "out.json"
     argv = ["bench", "ttft", "--shape", "tiny", "--tokens", "1024", "--dir", str(tmp_path)]
-    assert main([*argv, "--minutes", "0.0001", "--json", str(path)]) == 0
+    assert main([*argv, "--minutes", "0.0001", "--json", str(path)]) == 1
     document = json.loads(path.read_text())
     assert document["results"] == []
+    assert document["checks"]["measured"] is False
     assert "do not fit the time given" in document["machine"]["ttft"]["tiny"]["left_out"]["1024"]
 
 
@@ -245,14 +248,57 @@ def test_a_shape_that_is_too_slow_is_left_out_with_its_reason(tmp_path: Path) ->
         (["--dir", "/nonexistent"], "--dir /nonexistent: must be a directory"),
         (["--plot", "x.txt"], "--plot is 'x.txt'; allowed: a file ending in .png"),
         (["--plot", "/nonexistent/x.png"], "--plot is '/nonexistent/x.png'; there is no such folder"),
+        (["--plot", "/tmp"], "--plot is '/tmp'; allowed: a file ending in .png"),
         (["--device", "cuda:7"], "nvidia-smi sees"),
+        (["--device", "cuda:x"], "--device is 'cuda:x'; allowed: cpu, cuda or cuda:N"),
+        (["--device", "cuda:-1"], "--device is 'cuda:-1'; allowed: cpu, cuda or cuda:N"),
+        (["--dtype", "uint8"], "--dtype is 'uint8'; allowed: bfloat16, "),
+        (["--kv-dtype", "int32"], "--kv-dtype is 'int32'; allowed: bfloat16, "),
+        (["--tokens", "1000"], "--tokens [1000]: allowed: multiples of the block"),
+        (["--minutes", "1e300"], "--minutes 1e+300: must be above 0, at most"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_done_is_one_line_before_anybody_is_waited_for(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(bench, "alone", lambda out: pytest.fail("waits"))
     assert main(["bench", "ttft", *argv]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 3}, "head_dim is 3; allowed: even numbers"),
+        ({"num_key_value_heads": 3}, "3 KV heads for 4 heads; allowed: a divisor"),
+    ],
+)
+def test_a_shape_that_the_decoder_cannot_run_is_one_line(
+    change: dict[str, int], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 128, "vocab_size": 256} | change
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(config))
+    assert main(["bench", "ttft", "--shape", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_shape_twice_is_once_and_two_of_one_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    parser = argparse.ArgumentParser()
+    bench_ttft.add_arguments(parser)
+    args = parser.parse_args(["--shape", "tiny", "tiny-mla", "tiny"])
+    bench_ttft.check(args)
+    assert args.shape == ["tiny", "tiny-mla"]
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config | {"vocab_size": 256}))
+    assert main(["bench", "ttft", "--shape", "tiny", str(path)]) == 1
+    assert "allowed: shapes of different names" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_what_was_finished(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """The commands, with sizes so small that they prove that they work and measure nothing."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvtier.cli import bench_copy, bench_index, demo, main
+from kvtier.cli import bench, bench_copy, bench_index, demo, main
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import problems
 from kvtier.engine import copy_runs_limit
@@ -77,6 +81,73 @@ def test_what_cannot_be_done_is_one_line_and_status_1(
     assert capsys.readouterr().err.startswith(f"kvtier {argv[0]}: ")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", "--json", "/nonexistent/x.json"],
+        ["copy", "--threads", "0"],
+        ["ttft", "--plot", "/nonexistent/x.png"],
+    ],
+)
+def test_what_cannot_be_done_is_said_before_other_benchmarks_are_waited_for(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "alone", lambda out: pytest.fail("waits"))
+    assert main(["bench", *words]) == 1
+
+
+def test_a_list_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "alone", lambda out: pytest.fail("waits"))
+    assert main(["bench", "peers", "--list"]) == 0
+    assert "environment: " in capsys.readouterr().out
+
+
+def test_a_typing_error_leaves_the_results_of_before_alone(tmp_path: Path) -> None:
+    path = tmp_path / "good.json"
+    path.write_text("19 results")
+    assert main([*INDEX, "--batch", "5000", "--json", str(path)]) == 1
+    assert path.read_text() == "19 results"
+
+
+def test_ctrl_c_while_the_command_line_is_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["kvtier.cli.main"], "_parser", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "kvtier: interrupted\n"
+
+
+def test_sigterm_leaves_what_was_finished_and_nothing_else(tmp_path: Path) -> None:
+    lock, drive, path = tmp_path / "lock", tmp_path / "drive", tmp_path / "out.json"
+    lock.mkdir()
+    drive.mkdir()
+    argv = [sys.executable, "-u", "-m", "kvtier.cli", "bench", "reopen", "--blocks", "2000", "--rounds"]
+    argv += ["100000", "--dir", str(drive), "--json", str(path)]
+    with subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(lock)},
+    ) as process:
+        for line in process.stdout or ():
+            if line.rstrip().endswith("%] warm"):
+                break
+        assert list(drive.iterdir()) != []
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # as timeout(1) does
+        assert process.communicate()[1].splitlines()[-1] == "kvtier: terminated"
+    assert process.returncode == 143
+    assert list(drive.iterdir()) == []
+    document = json.loads(path.read_text())
+    assert problems(document) == []
+    assert document["checks"]["completed"] is False
+
+
 def test_nothing_slow_is_imported_for_help() -> None:
     code = "import sys, kvtier.cli; kvtier.cli.main(['version']); print({'torch', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -119,6 +190,12 @@ def test_bench_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert document["checks"] == {"bytes": True, "completed": True}
     assert all(r["limit"] > 0 and r["ratio"] > 0 for r in document["results"] if r["unit"] == "GB/s")
+
+
+def test_bench_copy_with_the_same_threads_twice_has_every_result_once(tmp_path: Path) -> None:
+    status, document = run_with_json([*COPY, "--threads", "1", "1"], tmp_path / "out.json")
+    assert status == 0
+    assert not any("thread" in name for name in names(document))
 
 
 @pytest.mark.parametrize("method", ["memcpy", "streaming"])
@@ -165,6 +242,46 @@ def test_bench_index_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
     assert document["checks"]["completed"] is False
     assert "lookup_random" in names(document)
     assert "store_evicting" not in names(document)
+
+
+def test_bench_index_reports_no_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the second round of stores that evict; of stores that fill there is but one."""
+    evicting, rounds = bench_index._evicting_round, iter(range(9))
+
+    def interrupted(bench: Any) -> None:
+        if next(rounds):
+            raise KeyboardInterrupt
+        evicting(bench)
+
+    monkeypatch.setattr(bench_index, "_evicting_round", interrupted)
+    status, document = run_with_json([*INDEX, "--blocks", "600"], tmp_path / "out.json")
+    assert status == 130
+    assert "lookup_random" in names(document)
+    warm_ups = {"store_filling", "store_per_block", "store_evicting", "store_evicting_submit"}
+    assert names(document) & (warm_ups | {"eviction_per_block"}) == set()
+
+
+def test_bench_index_that_is_not_full_has_no_bytes_per_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = bench_index._fill
+
+    def fill_and_more(bench: Any) -> None:
+        bench.keys = np.concatenate([bench.keys, bench.keys[:1]])
+        fill(bench)
+
+    monkeypatch.setattr(bench_index, "_fill", fill_and_more)
+    status, document = run_with_json(INDEX, tmp_path / "out.json")
+    assert status == 1
+    assert document["checks"]["index_full"] is False
+    assert document["results"] == []
+
+
+@pytest.mark.parametrize("subject", ["index", "disk", "reopen", "vllm", "peers"])
+def test_a_seed_below_0_is_refused(subject: str, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = ["--dir", "."] if subject == "disk" else []
+    assert main(["bench", subject, "--seed", "-1", *directory]) == 1
+    assert "kvtier bench: --seed is -1; allowed: an integer from 0 to" in capsys.readouterr().err
 
 
 class TestDemo:
@@ -221,6 +338,57 @@ class TestDemo:
         assert main(argv) == 1
         assert f"kvtier demo: --disk is '{disk}'; allowed: a directory" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("check", ["durable", "restored"])
+    def test_a_disk_row_whose_check_failed_has_no_figures(
+        self, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from kvtier.cli import demo_disk
+
+        def life(module: str, what: str, arguments: Any, progress: Any) -> Any:
+            return live(module, what, arguments, progress) | {check: False}
+
+        live = demo_disk.live
+        monkeypatch.setattr(demo_disk, "live", life)
+        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(tmp_path)]
+        status, document = run_with_json(argv, tmp_path / "out.json")
+        assert status == 1
+        failed = {name for name, passed in document["checks"].items() if not passed}
+        assert failed == {"disk_saved_whole_prefix" if check == "durable" else "disk_restored_whole_prefix"}
+        assert not names(document) & {"ttft_disk_after_sigkill", "restore_disk", "reopen"}
+        assert "ttft_host" in names(document)
+
+    def test_a_drive_without_room_is_said_before_anything_is_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: SimpleNamespace(free=8 << 20))
+        monkeypatch.setattr(demo, "_measure", lambda *_: pytest.fail("must not begin"))
+        argv = [*(word for word in DEMO if word != "--no-disk"), "--disk", str(tmp_path)]
+        assert main(argv) == 1
+        assert f"kvtier demo: --disk {tmp_path}: 8 MiB are free; needs 33 MiB" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("tokens", [10**12, (1 << 17) - 64])
+    def test_more_tokens_than_the_model_takes_are_refused_before_a_text_is_made(
+        self, tokens: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from kvtier.cli import demo_model
+
+        monkeypatch.setattr(demo_model, "make_prompt", lambda *_: pytest.fail("must not begin"))
+        assert main([*DEMO, "--tokens", str(tokens)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"kvtier demo: --tokens {tokens}: ")
+        assert "allowed by the model: 131072" in said
+
+    @pytest.mark.parametrize(
+        "config", ["{}", '{"model_type": "llama", "hidden_size": "x"}', "[]", "{", '"x"'], ids=str
+    )
+    def test_a_folder_that_holds_no_model_is_one_line(
+        self, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "config.json").write_text(config)
+        assert main([*DEMO, "--model", str(tmp_path)]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"kvtier demo: --model {tmp_path}: transformers cannot load it: ")
+
     def test_json_on_standard_output(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*DEMO, "--json", "-"]) == 0
         assert problems(json.loads(capsys.readouterr().out)) == []
@@ -261,6 +429,7 @@ class TestDemo:
         status, document = run_with_json(DEMO, tmp_path / "out.json")
         assert status == 1
         assert document["checks"][check] is False
+        assert names(document) & {"ttft_cold", "ttft_host", "restore"} == {"ttft_cold"}
         assert f"FAILED {check}" in capsys.readouterr().out
 
     def test_it_keeps_what_was_finished(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,17 @@ import contextlib
 import copy
 import json
 import os
+import stat
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvtier.cli import machine
-from kvtier.cli.results import Report, Result, check_json, measured, problems, results_table
+from kvtier.cli.results import Report, Result, check_json, measured, problems, results_table, write_json
 
 
 def read(path: Path) -> Any:
@@ -101,6 +105,103 @@ def test_a_file_that_cannot_be_written_is_known_before(
         check_json(str(tmp_path / name))
     for good in (None, "-", str(tmp_path / "x.json"), "x.json"):
         check_json(good)
+
+
+def test_nothing_is_left_where_a_file_could_be_written(tmp_path: Path) -> None:
+    check_json(str(tmp_path / "x.json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_known_before_and_a_long_one_is_no_matter(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File name too long"):
+        check_json(str(tmp_path / ("x" * 300)))
+    longest = tmp_path / ("x" * 250 + ".json")
+    with Report("demo", str(longest)):
+        pass
+    assert read(longest)["command"] == "demo"
+    assert list(tmp_path.iterdir()) == [longest]
+
+
+def test_of_a_symbolic_link_the_target_is_replaced(tmp_path: Path) -> None:
+    target, link, nowhere = tmp_path / "there" / "x.json", tmp_path / "link", tmp_path / "nowhere"
+    target.parent.mkdir()
+    target.write_text("what an earlier run left")
+    link.symlink_to(Path("there", "x.json"))
+    nowhere.symlink_to(Path("there", "y.json"))
+    for path in (link, nowhere):
+        check_json(str(path))
+        write_json(str(path), {"a": 1})
+        assert path.is_symlink()
+    for name in ("x.json", "y.json"):
+        assert json.loads((target.parent / name).read_text()) == {"a": 1}
+    assert len(list(target.parent.iterdir())) == 2
+
+
+def test_a_pipe_is_opened_before_the_run_and_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    came: list[str] = []
+    reader = threading.Thread(target=lambda: came.append(pipe.read_text()))
+    reader.start()
+    with Report("demo", str(pipe)) as report:
+        report.add(Result("a", 1.0, "s"))
+        report.save()  # of a pipe nothing can be replaced
+    reader.join(30)
+    assert [r["name"] for r in json.loads(came[0])["results"]] == ["a"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_device_stays_one(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.write_text("x")
+    except OSError as error:
+        pytest.skip(f"no device can be made here: {error}")
+    check_json(str(device))
+    write_json(str(device), {})
+    assert stat.S_ISCHR(device.stat().st_mode)
+
+
+def test_what_a_shell_has_opened_is_written_into(tmp_path: Path) -> None:
+    code = "from kvtier.cli.results import *; check_json({0!r}); print('work'); write_json({0!r}, [1])"
+    reading, writing = os.pipe()
+    subprocess.run([sys.executable, "-c", code.format(f"/dev/fd/{writing}")], pass_fds=[writing], check=True)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert json.load(file) == [1]
+    out = tmp_path / "out"
+    with out.open("w") as file:  # and no line is lost where it is standard output
+        subprocess.run([sys.executable, "-c", code.format("/dev/stdout")], stdout=file, check=True)
+    assert out.read_text().split() == ["work", "[", "1", "]"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("/dev/fd/987", "Bad file descriptor"), ("/dev/stdin", "reading alone")]
+)
+def test_a_descriptor_that_cannot_be_written_is_known_before(path: str, said: str) -> None:
+    code = f"from kvtier.cli.results import *; check_json({path!r})"
+    done = subprocess.run([sys.executable, "-c", code], input="", capture_output=True, text=True, check=False)
+    assert f"--json {path}: " in done.stderr
+    assert said in done.stderr
+
+
+def test_an_error_before_there_is_anything_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("what an earlier run left")
+    with pytest.raises(ValueError, match="typing"), Report("bench index", str(path)):
+        raise ValueError("a typing error")
+    assert path.read_text() == "what an earlier run left"
+    with contextlib.suppress(ValueError), Report("bench index", str(path)) as report:
+        report.add(Result("a", 1.0, "s"))
+        raise ValueError("the drive failed")
+    assert read(path)["checks"] == {"completed": False}
+
+
+def test_a_figure_that_is_no_number_costs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_json(str(path), {"a": [float("inf"), 1.5], "b": {"c": float("nan")}})
+    assert json.loads(path.read_text()) == {"a": ["inf", 1.5], "b": {"c": "nan"}}
 
 
 def test_problems_are_found() -> None:

@@ -1,13 +1,14 @@
 """`kvtier size`: what capacities give, by hand on a trace of a few requests, and the command."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kvtier.cli import main, size
+from kvtier.cli import main, plots, size
 from kvtier.cli.shapes import find
 from kvtier.cli.size import (
     Point,
@@ -79,6 +80,7 @@ def test_a_point_says_what_a_day_writes_and_saves(trace: Trace) -> None:
     cold = times_to_first_token(trace, None, TINY, RATES)
     free = times_to_first_token(trace, replay, TINY, Rates(1e9, np.inf, np.inf))
     assert point.gpu_seconds_saved_per_day == pytest.approx((cold - free).sum() * 86400 / 300)
+    assert point.write_budget_bytes_per_day is None
     assert point_of(trace, replayed(trace, 1), TINY, RATES, BLOCK, 0).drive_writes_per_day is None
 
 
@@ -133,6 +135,73 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(out.read_text())["answer"] is None
 
 
+def test_the_help_names_every_field_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "size.json"
+    words = ["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
+    assert main([*words, "--target-hit-rate", "0.5"]) == 0
+    document = json.loads(out.read_text())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["size", "--help"])
+    said = set(re.findall(r"\w+", capsys.readouterr().out.partition("--json FILE: one object")[2]))
+    assert {*document, *document["rates"], *document["cold"], *document["points"][0]} <= said
+
+
+def busy(tmp_path: Path, seconds: float) -> str:
+    """Every prompt comes again, after more blocks than the DRAM of these tests holds."""
+    ids = [[3 * n, 3 * n + 1, 3 * n + 2] for n in range(100)] * 2
+    lines = [
+        {"timestamp": round(1000 * seconds * n / (len(ids) - 1)), "hash_ids": each, "input_length": 3 * T}
+        for n, each in enumerate(ids)
+    ]
+    path = tmp_path / "busy.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_drive_is_written_as_an_engine_may_unless_more_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "size.json"
+    words = ["size", busy(tmp_path, 3600), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
+    words += ["--host", f"{10 * BLOCK}", "--disk", f"0,{400 * BLOCK}", "--admission", "all"]
+    target = ["--target-hit-rate", "0.3"]
+    documents = {}
+    for given in ("", f"{600 * BLOCK}", "unlimited"):
+        more = ["--write-budget", given] if given else []
+        assert main([*words, *more, *target]) == (0 if given == "unlimited" else 3)
+        documents[given] = json.loads(out.read_text())
+        texts = {"": "one capacity a day, an engine's default", "unlimited": "unlimited; an engine's default"}
+        assert f"write budget: {texts.get(given, '')}" in capsys.readouterr().out
+    point = documents[""]["points"][1]
+    assert documents[""]["write_budget"] == "capacity"
+    assert point["write_budget_bytes_per_day"] == 400 * BLOCK
+    assert 0 < point["disk_bytes_per_day"] <= 400 * BLOCK
+    assert 0 < point["drive_writes_per_day"] <= 1
+    assert documents[""]["points"][0]["write_budget_bytes_per_day"] is None
+    more = documents[f"{600 * BLOCK}"]["points"][1]
+    assert documents[f"{600 * BLOCK}"]["write_budget"] == 600 * BLOCK
+    assert point["disk_bytes_per_day"] < more["disk_bytes_per_day"] <= 600 * BLOCK
+    free = documents["unlimited"]["points"][1]
+    assert documents["unlimited"]["write_budget"] == "unlimited"
+    assert free["write_budget_bytes_per_day"] is None
+    assert free["drive_writes_per_day"] > 10
+    assert free["hit_rate"] > 0.3 > point["hit_rate"]
+
+
+def test_a_trace_without_times_says_nothing_of_a_day(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "size.json"
+    words = ["size", busy(tmp_path, 0), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
+    sizes = ["--host", f"{10 * BLOCK}", "--disk", f"{400 * BLOCK}", "--target-hit-rate", "0"]
+    assert main([*words, *sizes]) == 0
+    document = json.loads(out.read_text())
+    for point in (*document["points"], document["answer"]):
+        assert not [name for name in point if name.endswith("_per_day") and "budget" not in name]
+    assert capsys.readouterr().out.splitlines()[-3].split()[-3:] == ["-", "-", "-"]
+
+
 def test_capacities_need_not_be_given(tmp_path: Path) -> None:
     out = tmp_path / "size.json"
     assert (
@@ -148,11 +217,15 @@ def test_capacities_need_not_be_given(tmp_path: Path) -> None:
     [
         (["--host", "1KiB"], "--host has '1KiB'; allowed: at least one block"),
         (["--model", "gpt-9"], "shape is 'gpt-9'; allowed"),
-        (["--prefill-tflops", "0"], "--prefill-tflops is 0.0; allowed: more than 0 and less than 1e9"),
-        (["--host-gbps", "1e10"], "--host-gbps is 10000000000.0; allowed: more than 0 and less than 1e9"),
+        (["--prefill-tflops", "0"], "--prefill-tflops is 0.0; allowed: at least 1e-6 and less than 1e9"),
+        (["--host-gbps", "1e10"], "--host-gbps is 10000000000.0; allowed: at least 1e-6 and less than 1e9"),
+        (["--disk-gbps", "1e-320"], "--disk-gbps is 1e-320; allowed: at least 1e-6 and less than 1e9"),
         (["--target-hit-rate", "40"], "--target-hit-rate is 40.0; allowed: 0 to 1"),
         (["--target-ttft", "-1"], "--target-ttft is -1.0; allowed: 0 to 1e9, in seconds"),
         (["--policy", "best"], "--policy is 'best'; allowed"),
+        (["--host", "1MiB,4EiB"], "--host is '4EiB'; allowed: a number of bytes"),
+        (["--host", "1MiB", "--disk", "8000000TiB"], "blocks; allowed: 1 to 100000000 blocks"),
+        (["--write-budget", "any"], "--write-budget is 'any'; allowed: a number of bytes"),
         (["--ranks", "0"], "ranks is 0; allowed: an integer from 1 to"),
         (["--block-tokens", "0"], "--block-tokens is 0; allowed: an integer from 1 to"),
     ],
@@ -169,6 +242,8 @@ def test_bad_values_are_named(
     [
         ("--plot", "x.txt", "allowed: a file ending in .png"),
         ("--plot", "no/x.png", "there is no such folder"),
+        ("--plot", "folder.png", "allowed: a file, and that is none"),
+        ("--plot", "x" * 300 + ".png", "it cannot be written: File name too long"),
         ("--json", "no/x.json", "there is no such folder"),
     ],
 )
@@ -181,10 +256,38 @@ def test_a_file_that_cannot_be_written_is_known_before(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(size, "simulate", lambda *_: pytest.fail("must not begin"))
+    (tmp_path / "folder.png").mkdir()
     assert main(["size", written(tmp_path), "--model", "tiny", option, str(tmp_path / name)]) == 1
     said = capsys.readouterr().err
     assert f"kvtier size: {option} " in said
     assert message in said
+
+
+def test_looking_whether_a_figure_can_be_written_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    old, link, new = (tmp_path / name for name in ("old.png", "link.png", "new.png"))
+    old.write_text("mine")
+    link.symlink_to(new)
+    for path in (old, link, new):
+        plots.check(str(path))
+    assert old.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"old.png", "link.png"}
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "-inf", "1e999", "many"])
+def test_numbers_that_are_none_are_refused_when_they_are_read(
+    tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (
+        ["size", written(tmp_path), "--model", "tiny", f"--target-ttft={number}"],
+        ["replay", written(tmp_path), f"--prefill-rate={number}"],
+        ["bench", "ttft", f"--minutes={number}"],
+        ["bench", "all", f"--minutes={number}"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 2
+        assert f"{number!r}; allowed: a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import re
 import socket
 import stat
 import threading
@@ -215,6 +216,18 @@ def test_a_json_file_without_a_folder_is_known_before_anything_is_done(
     assert printed.out == ""
 
 
+def test_verify_that_cannot_write_what_it_found_does_not_call_it_corrupt(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kvtier.cli.verify.write_json", full)
+    assert main(["verify", directory(config), "--json", str(tmp_path / "x.json")]) == 2
+    assert "kvtier verify: [Errno 28] No space left" in capsys.readouterr().err
+
+
 # --- inspect ------------------------------------------------------------------------------------------
 
 
@@ -280,6 +293,18 @@ def test_inspect_prints_names_that_it_is_told(config: Config, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "'a'" in said
     assert f"tag {stores.namespace_tag('b')}" in said
+
+
+def test_the_documentation_names_every_field_of_the_json(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "disk.md").read_text()
+    said = set(re.findall(r"`(\w+)`", text.partition("### `--json FILE`")[2].partition("## Purging")[0]))
+    with kvtier.open(config):
+        for command in (["verify", "--live"], ["inspect"], ["purge", "--namespace", "a"]):
+            _, found = run([command[0], directory(config), *command[1:]], capsys)
+            (store,) = found["stores"]
+            assert {*found, *store, *(store.get("hits") or ()), *(store.get("ages") or ())} <= said
 
 
 # --- purge --------------------------------------------------------------------------------------------

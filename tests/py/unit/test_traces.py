@@ -3,16 +3,21 @@
 import contextlib
 import dataclasses
 import gzip
+import json
 import os
 import resource
 import signal
+import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import kvtier
+from kvtier import traces
 from kvtier.engine import _close_at_exit
 from kvtier.errors import ConfigError
 from kvtier.traces import TraceRecorder, TraceWriter, load_trace, make_trace
@@ -50,6 +55,20 @@ def test_the_block_size_is_a_parameter_and_gz_is_read(tmp_path: Path) -> None:
     trace = load_trace(packed, block_tokens=256)
     assert trace.block_tokens == 256
     assert trace.num_blocks == 7
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_is_read_however_long(tmp_path: Path, packed: bool) -> None:
+    path = tmp_path / ("trace.gz" if packed else "trace")
+    os.mkfifo(path)
+    data = b"".join(b'{"timestamp": %d, "hash_ids": [%d]}\n' % (n, n) for n in range(3000))
+    writer = threading.Thread(target=path.write_bytes, args=(gzip.compress(data) if packed else data,))
+    writer.start()
+    told: list[tuple[int, int]] = []
+    trace = load_trace(path, progress=lambda done, total: told.append((done, total)))
+    writer.join()
+    assert trace.num_requests == 3000
+    assert told == [(0, 0), (0, 0)]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -212,6 +231,60 @@ def test_a_file_that_fails_as_it_is_closed_harms_no_close(
         recorder.close()
     assert "No such file" in recorder.problem
     recorder.close()
+
+
+def random_keys(num_keys: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(num_keys).integers(0, 256, (num_keys, 32), np.uint8)
+
+
+def test_a_recorder_takes_the_memory_that_it_says(tmp_path: Path) -> None:
+    recorder = TraceRecorder(tmp_path / "recorded.jsonl", 16)
+    keys = random_keys(200_000)
+    tracemalloc.start()
+    try:
+        for begin in range(0, len(keys), 1000):
+            recorder.lookup(keys[begin : begin + 1000])
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        recorder.close()
+    assert held < 12 * len(keys) + (8 << 20)
+    assert peak < 30 * len(keys) + (8 << 20)
+
+
+def test_a_key_keeps_its_number_however_many_come_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "_NEW_KEYS", 64)
+    path = tmp_path / "recorded.jsonl"
+    recorder = TraceRecorder(path, 16)
+    keys = random_keys(3000)
+    rng = np.random.default_rng(7)
+    asked = [rng.integers(0, high, 40) for high in range(10, 3000, 5)]
+    for each in asked:
+        recorder.lookup(keys[each])
+    assert len(recorder._numbers._runs) > 1
+    recorder.close()
+    numbers: dict[int, int] = {}
+    lines = path.read_text().splitlines()[1:]
+    for each, line in zip(asked, lines, strict=True):
+        assert json.loads(line)["blocks"] == [numbers.setdefault(int(k), len(numbers)) for k in each]
+
+
+def test_too_many_keys_end_the_trace_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(traces, "_MOST_KEYS", 10)
+    path = tmp_path / "recorded.jsonl"
+    recorder = TraceRecorder(path, 16)
+    keys = random_keys(12)
+    for begin in (0, 5, 7, 0):
+        recorder.lookup(keys[begin : begin + 5])
+    recorder.close()
+    assert recorder.problem == f"{path}: has 10 different keys"
+    assert [record.getMessage() for record in caplog.records] == [f"the trace ends here: {recorder.problem}"]
+    assert load_trace(path).num_requests == 2
+    assert recorder._numbers.count == 0
 
 
 def test_a_trace_that_cannot_take_its_first_line_is_refused() -> None:
