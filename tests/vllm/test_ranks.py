@@ -41,7 +41,7 @@ def run(model: Path, folder: Path, when: str) -> Any:
     return json.loads(result.read_text())
 
 
-@pytest.mark.skipif(BEFORE_0_32, reason="vLLM 0.31 waits for ever in ZeroMQ when it ends after a rank has died")
+@pytest.mark.skipif(BEFORE_0_32, reason="vLLM 0.31 waits for ever in ZeroMQ when it ends without a rank")
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("when", ["before", "begun", "copied"])
 def test_a_rank_killed_while_it_stores_leaves_nothing_wrong(llama: Path, tmp_path: Path, when: str) -> None:
