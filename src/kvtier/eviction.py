@@ -50,7 +50,7 @@ class EvictionPolicy(ABC):
             block: Its number.
             key: The 32 bytes that name its content: the same when it comes back.
             depth: Blocks before it in its prompt.
-            parent: The block that it hangs on, where this policy knows it: a drive's policy has its own alone.
+            parent: The block that it hangs on, if this policy knows it: a drive's has its own blocks alone.
         """
 
     @abstractmethod
