@@ -342,6 +342,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::prefetch(std::span<const BlockKey> k
     {
       MutexLock lock(mutex_);
       KVTIER_RETURN_IF_ERROR(admit(*operation));
+      expire_leases();
       prefetches_.push_back(operation);
     }
     const std::uint64_t readable = disk_ ? readable_volumes() : 0;

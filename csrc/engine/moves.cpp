@@ -211,6 +211,7 @@ Status EngineImpl::begin_load(const std::shared_ptr<Operation>& shared, const Lo
     tick();
     if (begin == 0) {
       KVTIER_RETURN_IF_ERROR(admit(operation));
+      if (reads != nullptr) expire_leases();  // what comes from disk may need their place
     }
     const std::size_t count = std::min(kBlocksPerHold, request.keys.size() - begin);
     failed = counters_.health != "ok";
@@ -470,23 +471,29 @@ Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreReque
   if (!target) return target.status();
   const GroupSpec& spec = (*target)->map_->spec();
   KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
-  KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, {}, request.pages, Direction::store));
+  // A copy is checked: whoever changes the caller's array meanwhile moves nothing to where no page is.
+  const std::vector<PageId> ids(request.pages.begin(), request.pages.end());
+  KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, {}, ids, Direction::store));
+  KVTIER_RETURN_IF_ERROR((*target)->device_->check_stream(request.stream));
   const std::shared_ptr<Operation> operation =
       make_operation(Direction::store, pages.group(), request.keys.size());
   operation->pages = *target;
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
     KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
-    submit(operation, request.pages, request.stream, request.first_block, 0);
+    submit(operation, ids, request.stream, request.first_block, 0);
     return operation->ticket;
   });
 }
 
-Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest& request) {
+Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest& asked) {
   Result<PagesImpl*> target = checked(pages);
   if (!target) return target.status();
   const GroupSpec& spec = (*target)->map_->spec();
-  KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
+  KVTIER_RETURN_IF_ERROR(check_request(spec, asked.keys.size(), asked.pages.size(), asked.first_block));
+  const std::vector<PageId> ids(asked.pages.begin(), asked.pages.end());  // as store()'s
+  LoadRequest request = asked;
+  request.pages = ids;
   std::vector<BlockMove> places;
   places.reserve(request.keys.size());
   for (std::uint32_t i = 0; i < request.keys.size(); ++i) {
@@ -494,6 +501,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
         {nullptr, i * spec.pages_per_block(), (request.first_block + i) % spec.blocks_per_page()});
   }
   KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, places, request.pages, Direction::load));
+  KVTIER_RETURN_IF_ERROR((*target)->device_->check_stream(request.stream));
   const std::shared_ptr<Operation> operation =
       make_operation(Direction::load, pages.group(), request.keys.size());
   operation->pages = *target;

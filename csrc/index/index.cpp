@@ -66,7 +66,7 @@ Entry& Index::insert(const BlockKey& key, GroupId group) {
                 .generation = entry.generation + 1,
                 .parent = kEmpty};
 
-  const std::uint32_t own = tag(hash(key, group));
+  const std::uint32_t own = tag(hash(entry.key, group));  // the caller's may be another one by now
   std::size_t at = home(own);
   while (table_[at].id != kEmpty) at = behind(at);
   table_[at] = {own, id};

@@ -77,7 +77,7 @@ TierIndex::Reservation TierIndex::reserve(const BlockKey& key, GroupId group, Na
   entry.ahead = arrival == Arrival::ahead;
   if (parent != nullptr) link_parent(entry, *parent);
   if (observer_ != nullptr) {
-    observer_->appears(key, group, parent == nullptr ? nullptr : &parent->key, arrival);
+    observer_->appears(entry.key, group, parent == nullptr ? nullptr : &parent->key, arrival);
   }
   return {ReserveOutcome::reserved, &entry};
 }

@@ -16,6 +16,15 @@
 
 namespace kvtier {
 
+namespace {
+
+bool is_of_huge_pages(int fd) {
+  struct statfs filesystem{};
+  return ::fstatfs(fd, &filesystem) == 0 && filesystem.f_type == HUGETLBFS_MAGIC;
+}
+
+}  // namespace
+
 std::string Arena::Impl::readable(std::uint64_t bytes) {
   const bool small = bytes < (std::uint64_t{1} << 30);
   char text[64];
@@ -32,15 +41,18 @@ Result<std::unique_ptr<Arena>> Arena::create(const ArenaGeometry& geometry, Host
                                              std::optional<NumaPlacement> placement) {
   KVTIER_RETURN_IF_ERROR(geometry.validate());
   const std::uint64_t total = geometry.total_bytes();
-  Result<std::uint64_t> available = memory.available_bytes();
-  if (!available) return available.status();
-  if (*available < total) {
-    return Status::resource("the host arena needs " + Impl::readable(total) +
-                            ", but the cgroup or the machine leaves only " + Impl::readable(*available));
+  Result<int> created = memory.create_shared(total);
+  if (!created) return created.status();
+  Impl::Fd fd(*created);
+  if (!is_of_huge_pages(fd.get())) {  // those are ours already, and an ordinary file has no pages yet
+    Result<std::uint64_t> available = memory.available_bytes();
+    if (!available) return available.status();
+    if (*available < total) {
+      return Status::resource("the host arena needs " + Impl::readable(total) +
+                              ", but the cgroup or the machine leaves only " + Impl::readable(*available));
+    }
   }
-  Result<int> fd = memory.create_shared(total);
-  if (!fd) return fd.status();
-  return Impl::open(geometry, Impl::Fd(*fd), memory, Impl::Role::creator, std::move(on_usable),
+  return Impl::open(geometry, std::move(fd), memory, Impl::Role::creator, std::move(on_usable),
                     std::move(on_failure), placement);
 }
 
@@ -102,10 +114,7 @@ Arena::Impl::Impl(const ArenaGeometry& geometry, Fd fd, std::byte* base, HostMem
     file_device_ = file.st_dev;
     inode_ = file.st_ino;
   }
-  struct statfs filesystem{};
-  if (::fstatfs(fd_.get(), &filesystem) == 0 && filesystem.f_type == HUGETLBFS_MAGIC) {
-    huge_page_bytes_ = geometry_.total_bytes();
-  }
+  if (is_of_huge_pages(fd_.get())) huge_page_bytes_ = geometry_.total_bytes();
 }
 
 Arena::Impl::~Impl() {

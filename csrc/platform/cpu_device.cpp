@@ -132,6 +132,12 @@ class CpuDevice final : public Device {
     return registrations_.remove(begin);
   }
 
+  Status check_stream(StreamHandle stream) const override {
+    if (stream == StreamHandle{0}) return Status::ok();
+    return Status::invalid_argument("stream is " + std::to_string(static_cast<std::uintptr_t>(stream)) +
+                                    "; allowed for pages on the CPU: None, or 0");
+  }
+
   Status health() const override {
     if (in_child()) return Status::closed("this cpu device belongs to the parent process");
     return error_;

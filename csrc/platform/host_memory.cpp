@@ -73,10 +73,13 @@ int create_huge(std::uint64_t bytes) {
   if (fix_size(fd, bytes) == 0) {
     // Mapping is what takes the pages out of the pool, and the file keeps them after the unmapping. So a
     // pool that somebody else has emptied meanwhile is noticed here, where ordinary pages can still be had.
+    // A cgroup that allows no huge pages refuses only their use (Kubernetes gives such a limit to whoever
+    // asks for none): a kernel that cannot say so would end the process with SIGBUS.
     void* trial = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (trial != MAP_FAILED) {
+      const bool usable = ::madvise(trial, kHugePageBytes, MADV_POPULATE_WRITE) == 0;
       ::munmap(trial, bytes);
-      return fd;
+      if (usable) return fd;
     }
   }
   ::close(fd);

@@ -174,7 +174,7 @@ Result<std::uint64_t> available_memory_bytes(const std::string& root) {
        memory_cgroups(read_text(root + "/proc/self/cgroup"), read_text(root + "/proc/self/mountinfo"))) {
     if (const auto room = cgroup_room_bytes(cgroup, root)) available = std::min(available, *room);
   }
-  return std::max(available, free_huge_page_bytes(root));
+  return available;
 }
 
 }  // namespace kvtier

@@ -30,21 +30,9 @@ bool adds_row(const Rectangle& rows, const CopyRun& run) {
 }  // namespace
 
 std::vector<Rectangle> merge_runs(std::span<const CopyRun> runs) {
-  std::vector<CopyRun> joined;
+  std::vector<Rectangle> rectangles;
   for (const CopyRun& run : runs) {
     if (run.bytes == 0) continue;
-    if (!joined.empty()) {
-      CopyRun& last = joined.back();
-      if (static_cast<std::byte*>(last.destination) + last.bytes == run.destination &&
-          static_cast<const std::byte*>(last.source) + last.bytes == run.source) {
-        last.bytes += run.bytes;
-        continue;
-      }
-    }
-    joined.push_back(run);
-  }
-  std::vector<Rectangle> rectangles;
-  for (const CopyRun& run : joined) {
     auto* to = static_cast<std::byte*>(run.destination);
     const auto* from = static_cast<const std::byte*>(run.source);
     if (!rectangles.empty() && adds_row(rectangles.back(), run)) {

@@ -366,8 +366,12 @@ class Config:
         values = dict(defaults)
         given = {key: text for key, text in environ.items() if key.startswith(_ENV_PREFIX)}
         file = given.pop(_ENV_PREFIX + "CONFIG", None)
+        given.pop(_ENV_PREFIX + "CATALOG_HELPER", None)  # the program that reads the catalog: the core's
         if file is not None:
             values.update(_read_toml(file))
+        keys = f"{values.get('disk_key')},{given.get(_ENV_PREFIX + 'DISK_KEY')}"
+        for holds_a_key in re.findall(r"\benv:(\w+)", keys):
+            given.pop(holds_a_key, None)
         allowed = [field.name for field in fields(cls) if field.name != "groups"]
         for variable, text in given.items():
             key = variable.removeprefix(_ENV_PREFIX).lower()

@@ -6,7 +6,7 @@ with kvtier.open(config) as engine:
     pages = engine.attach(kv_tensors)
     keys = kvtier.block_keys(token_ids, config)
     match = engine.lookup(keys)
-    engine.load(match, pages, page_ids[: match.ready_blocks]).wait_stream(stream)
+    engine.load(match, pages, page_ids[: match.ready_blocks]).wait()
     ...
     engine.store(keys, pages, page_ids, stream=stream)
 """
@@ -400,7 +400,8 @@ class Engine:
     ) -> LoadTicket:
         """Copies blocks from the tier into pages, behind what `stream` has been given so far.
 
-        Does not wait for the copies: read the pages when the ticket is done, or behind its wait_stream().
+        Does not wait for the copies: read the pages when the ticket is done, or, where nothing comes
+        from disk, behind its wait_stream().
 
         Args:
             what: A Lease or a Match (its ready prefix), or keys [n, 32].

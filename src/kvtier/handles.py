@@ -260,7 +260,7 @@ class Prefetch:
         return self
 
     def ready_blocks(self) -> int:
-        """Blocks at the beginning that are in the host tier by now, in every group. Final once done()."""
+        """Blocks at the beginning that came into the host tier, in every group. 0 until done()."""
         return int(self._native.valid_blocks()) // self._num_groups
 
     def cancel(self) -> int:

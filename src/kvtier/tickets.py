@@ -122,12 +122,18 @@ class NativeTicket(Protocol):
         """A descriptor that is readable when the ticket is done."""
 
 
+_FOREVER = 100_000_000  # seconds
+
+
 def checked_timeout(timeout: object, name: str = "timeout") -> float | None:
-    """Returns a timeout in seconds as a float; raises ConfigError if it is not None or 0 or more."""
+    """Returns a timeout in seconds as a float; raises ConfigError if it is not None or 0 or more.
+
+    More than three years are for ever, as None is: what waits below would not take inf.
+    """
     if timeout is None:
         return None
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0:
-        return float(timeout)
+        return None if timeout >= _FOREVER else float(timeout)
     raise ConfigError(f"{name} is {timeout!r}; allowed: None or seconds of 0 or more")
 
 
@@ -230,6 +236,8 @@ class Ticket(ABC):
 
         Raises:
             DeviceError: Nothing was ordered.
+            UnsupportedError: A load of which a block still comes from disk: nobody knows yet when its copies
+                are given to the device. wait() for it.
         """
         self._native.wait_stream(stream_handle(stream))
 

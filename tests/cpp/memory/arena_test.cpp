@@ -252,6 +252,7 @@ TEST_F(ArenaTest, each_failing_call_of_create_is_reported_and_leaves_nothing) {
   expect_no_luck();
   memory_.on_create = fail;
   expect_no_luck();
+  memory_.on_create = [] { return Status::ok(); };
   memory_.on_available = [&](int) { return fail(); };
   expect_no_luck();
 }

@@ -55,12 +55,14 @@ std::vector<CopyRun> random_runs(std::mt19937& random) {
   return runs;
 }
 
-TEST(RunPlan, runs_that_continue_each_other_become_one) {
+TEST(RunPlan, runs_that_touch_are_rows_but_never_one_run) {
   const std::vector<CopyRun> runs{run(100, 1000, 10), run(110, 1010, 5), run(115, 1020, 5)};
   const std::vector<Rectangle> merged = merge_runs(runs);
   ASSERT_EQ(merged.size(), 2U);
-  EXPECT_EQ(merged[0].width_bytes, 15U);
+  EXPECT_EQ(merged[0].width_bytes, 10U);
+  EXPECT_EQ(merged[0].height, 1U);
   EXPECT_EQ(merged[1].width_bytes, 5U);
+  EXPECT_EQ(merged[1].height, 2U);
 }
 
 TEST(RunPlan, equal_distances_become_rows) {

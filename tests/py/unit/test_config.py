@@ -126,6 +126,14 @@ def test_the_environment_beats_defaults() -> None:
     assert (config.host_bytes, config.copy_threads) == (2 << 20, 3)
 
 
+def test_variables_that_are_not_configuration_are_left_to_whom_they_are_for() -> None:
+    environ = {"KVTIER_CATALOG_HELPER": "/opt/kvtier-catalog", "KVTIER_SECRET": 64 * "0"}
+    assert Config.from_env({**environ, "KVTIER_DISK_KEY": "env:KVTIER_SECRET"}, **GOOD).disk_key is not None
+    assert Config.from_env(environ, disk_key="env:KVTIER_SECRET", **GOOD).disk_key is not None
+    with pytest.raises(ConfigError, match="KVTIER_SECRET is not a variable of kvtier"):
+        Config.from_env(environ, **GOOD)
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "message"),
     [

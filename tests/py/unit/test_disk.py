@@ -32,6 +32,7 @@ from kvtier import (
     UnsupportedError,
 )
 from kvtier.keys import Keys
+from kvtier.testing import ManualClock
 
 LAYOUT = KVLayout(2, 2, 8, "float16", 4)
 WINDOW = KVLayout(3, 2, 8, "float16", 4, window_tokens=16)
@@ -229,6 +230,25 @@ def test_blocks_that_host_evicted_come_back_from_disk(tmp_path: Path) -> None:
         stats = engine.stats()
         lookups = stats.lookup_hits_host + stats.lookup_hits_disk + stats.lookup_misses_absent
         assert stats.lookup_blocks == lookups + stats.lookup_misses_pending + stats.lookup_misses_failed
+
+
+def test_a_lease_whose_time_is_over_keeps_no_place_from_what_is_read(tmp_path: Path) -> None:
+    clock = ManualClock()
+    config = config_of(tmp_path, host="128KiB")
+    data = tensors()
+    batches = [keys_of(config, 8, seed=seed) for seed in range(4)]
+    with Engine(config, clock=clock) as engine:
+        until(lambda: engine.stats().disks[0].classes[0].usable >= 32, "slot files to grow")
+        pages = engine.attach(data)
+        for keys in batches:
+            store(engine, pages, keys)
+        on_disk = next(keys for keys in batches if Tier.HOST not in engine.lookup(keys).tiers())
+        leases = [engine.lookup(keys).pin(ttl=5) for keys in batches if keys is not on_disk]
+        stats = engine.stats()
+        assert stats.host[0].usable - stats.pinned_blocks < 8
+        clock.advance_us(6_000_000)
+        assert load(engine, on_disk, data).valid_blocks == 8
+        assert not any(lease.active for lease in leases)
 
 
 def test_several_groups_and_a_sliding_window_survive(tmp_path: Path) -> None:

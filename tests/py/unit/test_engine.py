@@ -132,6 +132,18 @@ def test_keys_may_be_a_list_of_bytes(engine: Engine, pages: Pages) -> None:
     assert engine.lookup([keys[0].tobytes(), keys[1]]).ready_blocks == 2
 
 
+def test_a_stream_that_the_cpu_has_not_is_refused_before_anything_is_done(
+    engine: Engine, pages: Pages
+) -> None:
+    engine.store(keys_of(2), pages, range(4)).wait()
+    before = engine.stats()
+    with pytest.raises(ConfigError, match="stream is 1234; allowed for pages on the CPU: None, or 0"):
+        engine.store(keys_of(4), pages, range(8), stream=1234)
+    with pytest.raises(ConfigError, match="stream is 1234"):
+        engine.load(keys_of(2), pages, range(4), stream=1234)
+    assert engine.stats() == before
+
+
 def test_a_lease_pins_until_it_is_released_or_its_time_is_over() -> None:
     clock = ManualClock()
     with Engine(CONFIG, clock=clock) as engine:

@@ -88,6 +88,7 @@ def test_a_long_timeout_is_as_good_as_none(rig: Rig) -> None:
     ticket = rig.engine.store(keys_of(1), rig.pages, [0], stream=rig.stream)
     assert ticket.wait(1e300).done()
     assert ticket.wait(float("inf")).done()
+    assert ticket.wait(10**400).done()
 
 
 def test_waiting_lets_other_threads_run(rig: Rig) -> None:

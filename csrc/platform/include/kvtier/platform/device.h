@@ -89,6 +89,9 @@ class Device {
   virtual Status register_host(void* begin, std::size_t bytes) = 0;
   virtual Status unregister_host(void* begin) = 0;
 
+  // Whether this can be a framework's stream, as far as that is known without asking anything of it.
+  virtual Status check_stream(StreamHandle /*stream*/) const { return Status::ok(); }
+
   // Ok, or the sticky error that ended this device.
   virtual Status health() const = 0;
 };

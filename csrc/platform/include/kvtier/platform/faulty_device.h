@@ -99,6 +99,7 @@ class FaultyDevice final : public Device {
   Status copy(StreamHandle stream, std::span<const CopyRun> runs, Direction direction) override;
   Status register_host(void* begin, std::size_t bytes) override;
   Status unregister_host(void* begin) override;
+  Status check_stream(StreamHandle stream) const override { return inner_.check_stream(stream); }
   Status health() const override { return inner_.health(); }
 
  private:

@@ -13,8 +13,8 @@ class HostMemory {
  public:
   virtual ~HostMemory() = default;
 
-  // Bytes that this process may still take: the least of what its cgroups (v1 and v2) and the machine
-  // leave, or the free huge pages if those are more (platform/memory_limit.h).
+  // Bytes of ordinary pages that this process may still take: the least of what its cgroups (v1 and v2) and
+  // the machine leave (platform/memory_limit.h).
   virtual Result<std::uint64_t> available_bytes() = 0;
   // A new anonymous shared file of exactly `bytes`, close-on-exec, of huge pages if `bytes` is a multiple
   // of theirs and enough are reserved. Its size can never change again. The caller closes it.

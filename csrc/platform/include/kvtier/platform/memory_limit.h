@@ -39,8 +39,8 @@ std::optional<std::uint64_t> cgroup_room_bytes(const MemoryCgroup& cgroup, const
 // Huge pages that are reserved for the machine and promised to nobody yet.
 std::uint64_t free_huge_page_bytes(const std::string& root = "");
 
-// The most that one new mapping may take. It comes either from the huge pages, which neither MemAvailable
-// nor a cgroup's usage counts, or from ordinary memory, never from both: so the larger of the two.
+// The most that a new mapping of ordinary pages may take. Huge pages are a supply of their own, which neither
+// this nor a cgroup's usage counts.
 Result<std::uint64_t> available_memory_bytes(const std::string& root = "");
 
 }  // namespace kvtier

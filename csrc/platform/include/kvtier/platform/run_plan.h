@@ -23,8 +23,9 @@ struct Rectangle {
 // The largest pitch that a 2D copy of any CUDA device takes.
 inline constexpr std::size_t kMaxPitchBytes = (std::size_t{1} << 31) - 1;
 
-// Runs of 0 bytes vanish; runs that continue each other on both sides become one; neighbours in the list with
-// one length and rising, equal distances become rows. Every byte of `runs` is in exactly one rectangle.
+// Runs of 0 bytes vanish; neighbours in the list with one length and rising, equal distances become rows.
+// Runs that only touch are not joined: they may be of two allocations, and plan() has joined those that are
+// not. Every byte of `runs` is in exactly one rectangle.
 std::vector<Rectangle> merge_runs(std::span<const CopyRun> runs);
 
 std::size_t total_bytes(std::span<const CopyRun> runs);
