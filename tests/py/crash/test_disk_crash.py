@@ -25,7 +25,7 @@ CAMPAIGNS: dict[str, dict[str, Any]] = {
     "evicting": {"cycles": 60, "capacity": TIGHT},
     "catalog_damaged": {"cycles": 80, "between": disk_damage.damage_catalog},
     "catalog_damaged_while_running": {"cycles": 40, "during": disk_damage.damage_catalog_in_use},
-    "slots_damaged": {"cycles": 40, "between": disk_damage.damage_slots},
+    "slots_damaged": {"cycles": 60, "between": disk_damage.damage_slots},
     "slots_damaged_while_running": {"cycles": 60, "during": disk_damage.damage_slots},
 }
 AT_ONCE = 3  # they mostly wait for syncs
@@ -92,7 +92,7 @@ def test_slot_files_that_others_write_to_lose_what_was_hit_and_nothing_else(
 ) -> None:
     tally = finished(campaigns, name)
     assert tally.sabotages >= 8
-    assert tally.hits_expected >= 100  # fewer, the later in a cycle the kill comes on a busy machine
+    assert tally.hits_expected >= 200
     assert tally.served >= 50
 
 
