@@ -246,7 +246,7 @@ class EngineImpl : public std::enable_shared_from_this<EngineImpl> {
   // A load is about to go to its pages; finish_operation() ends it.
   void take_off(Operation& operation) KVTIER_EXCLUDES(mutex_);
   void count(const Operation& operation) KVTIER_REQUIRES(mutex_);
-  void submit(const std::shared_ptr<Operation>& operation, std::span<const PageId> pages, StreamHandle stream,
+  void submit(const std::shared_ptr<Operation>& operation, std::vector<PageId> pages, StreamHandle stream,
               std::uint32_t first_block, std::uint32_t layers_per_batch);
   void break_order_for_tests(const std::shared_ptr<Operation>& operation);
   Result<PagesImpl*> checked(Pages& pages);

@@ -1,4 +1,4 @@
-// What moves bytes: store, load and the keeper's grants.
+// What moves bytes: store and load.
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -427,7 +427,7 @@ void EngineImpl::break_order_for_tests(const std::shared_ptr<Operation>& operati
   }
 }
 
-void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::span<const PageId> pages,
+void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::vector<PageId> pages,
                         StreamHandle stream, std::uint32_t first_block, std::uint32_t layers_per_batch) {
   if (operation->entries.empty()) {
     finish_operation(operation);
@@ -438,7 +438,7 @@ void EngineImpl::submit(const std::shared_ptr<Operation>& operation, std::span<c
   const std::size_t class_index = class_of_group_[raw(operation->group)];
   TransferRequest request;
   request.map = target.map_;
-  request.pages.assign(pages.begin(), pages.end());
+  request.pages = std::move(pages);
   request.direction = operation->direction;
   request.framework_stream = stream;
   request.layers_per_batch = layers_per_batch;
@@ -472,7 +472,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreReque
   const GroupSpec& spec = (*target)->map_->spec();
   KVTIER_RETURN_IF_ERROR(check_request(spec, request.keys.size(), request.pages.size(), request.first_block));
   // A copy is checked: whoever changes the caller's array meanwhile moves nothing to where no page is.
-  const std::vector<PageId> ids(request.pages.begin(), request.pages.end());
+  std::vector<PageId> ids(request.pages.begin(), request.pages.end());
   KVTIER_RETURN_IF_ERROR(check_pages(*(*target)->map_, {}, ids, Direction::store));
   KVTIER_RETURN_IF_ERROR((*target)->device_->check_stream(request.stream));
   const std::shared_ptr<Operation> operation =
@@ -481,7 +481,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::store(Pages& pages, const StoreReque
   const Call call(*this);
   return finished_if_thrown(operation, [&]() -> Result<std::shared_ptr<Ticket>> {
     KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
-    submit(operation, ids, request.stream, request.first_block, 0);
+    submit(operation, std::move(ids), request.stream, request.first_block, 0);
     return operation->ticket;
   });
 }
@@ -491,7 +491,7 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
   if (!target) return target.status();
   const GroupSpec& spec = (*target)->map_->spec();
   KVTIER_RETURN_IF_ERROR(check_request(spec, asked.keys.size(), asked.pages.size(), asked.first_block));
-  const std::vector<PageId> ids(asked.pages.begin(), asked.pages.end());  // as store()'s
+  std::vector<PageId> ids(asked.pages.begin(), asked.pages.end());  // as store()'s
   LoadRequest request = asked;
   request.pages = ids;
   std::vector<BlockMove> places;
@@ -524,120 +524,9 @@ Result<std::shared_ptr<Ticket>> EngineImpl::load(Pages& pages, const LoadRequest
       finish_operation(operation);
       return operation->outcome.status;
     }
-    submit(operation, request.pages, request.stream, request.first_block, request.layers_per_batch);
+    submit(operation, std::move(ids), request.stream, request.first_block, request.layers_per_batch);
     return operation->ticket;
   });
-}
-
-Result<Grant> EngineImpl::make_grant(const std::shared_ptr<Operation>& operation, std::uint32_t num_parts) {
-  Grant grant;
-  grant.ticket = operation->ticket;
-  if (operation->entries.empty()) {
-    finish_operation(operation);
-    return grant;
-  }
-  operation->ticket->set_outcomes(operation->outcomes);  // what is known already
-  take_off(*operation);
-  operation->parts_left = num_parts;
-  grant.blocks = operation->blocks;
-  grant.slots = operation->slots;
-  MutexLock lock(mutex_);
-  operation->grant_id = grant.id = next_grant_++;
-  grants_.emplace(grant.id, operation);
-  return grant;
-}
-
-Result<Grant> EngineImpl::grant_store(GroupId group, const StoreRequest& request, std::uint32_t num_parts) {
-  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts, request.keys.size(), request.first_block));
-  const std::shared_ptr<Operation> operation = make_operation(Direction::store, group, request.keys.size());
-  const Call call(*this);
-  return finished_if_thrown(operation, [&]() -> Result<Grant> {
-    KVTIER_RETURN_IF_ERROR(begin_store(*operation, request));
-    return make_grant(operation, num_parts);
-  });
-}
-
-Result<Grant> EngineImpl::grant_load(GroupId group, const LoadRequest& request, std::uint32_t num_parts) {
-  KVTIER_RETURN_IF_ERROR(check_grant(group, num_parts, request.keys.size(), request.first_block));
-  const std::shared_ptr<Operation> operation = make_operation(Direction::load, group, request.keys.size());
-  const Call call(*this);
-  return finished_if_thrown(operation, [&]() -> Result<Grant> {
-    // Nothing expires here: a block whose time ends between a lease and its grant was promised.
-    KVTIER_RETURN_IF_ERROR(begin_load(operation, request, nullptr));
-    return make_grant(operation, num_parts);
-  });
-}
-
-Status EngineImpl::check_grant(GroupId group, std::uint32_t num_parts, std::size_t num_keys,
-                               std::uint32_t first_block) const {
-  if (raw(group) >= config_.groups.size()) {
-    return Status::invalid_argument("group is " + std::to_string(raw(group)) + "; allowed: 0 to " +
-                                    std::to_string(config_.groups.size() - 1));
-  }
-  if (num_parts == 0) return Status::invalid_argument("num_parts is 0; allowed: 1 or more");
-  return check_depth(num_keys, first_block);
-}
-
-Status EngineImpl::finish_part(std::uint64_t grant_id, const TransferOutcome& outcome) {
-  std::shared_ptr<Operation> operation;
-  {
-    MutexLock lock(mutex_);
-    const auto found = grants_.find(grant_id);
-    if (found == grants_.end()) {
-      return Status::invalid_argument("grant " + std::to_string(grant_id) + " is not known or is over");
-    }
-    Operation& running = *found->second;
-    if (running.outcome.status) running.outcome.status = outcome.status;
-    running.outcome.drained = running.outcome.drained && outcome.drained;
-    if (!running.outcome.drained && running.outcome.status) {
-      running.outcome.status = Status::device("a rank cannot prove that its copies are over");
-    }
-    if (--running.parts_left > 0) return Status::ok();
-    operation = found->second;
-    grants_.erase(found);
-  }
-  finish_operation(operation);
-  return Status::ok();
-}
-
-std::uint64_t EngineImpl::disk_dropped() const {
-  const EngineStats& c = counters_;
-  return c.disk_declined_admission + c.disk_declined_budget + c.disk_declined_busy + c.disk_declined_full +
-         c.disk_declined_parent + c.disk_declined_ttl + c.disk_gone + c.disk_failed;
-}
-
-std::uint64_t EngineImpl::running_before(std::uint64_t store_number) const {
-  const auto end = running_stores_.lower_bound(store_number);
-  return static_cast<std::uint64_t>(std::distance(running_stores_.begin(), end));
-}
-
-Result<FlushPoint> EngineImpl::flush_point() {
-  MutexLock lock(mutex_);
-  KVTIER_RETURN_IF_ERROR(check_open());
-  return FlushPoint{stores_begun_, running_before(stores_begun_)};
-}
-
-Result<FlushResult> EngineImpl::flush(const FlushPoint& point, Deadline deadline) {
-  FlushResult result;
-  result.settled = point.running;
-  {
-    MutexLock lock(mutex_);
-    while (running_before(point.up_to) > 0) {
-      if (!deadline) {
-        idle_.wait(lock);
-      } else if (!idle_.wait_until(lock, *deadline) && running_before(point.up_to) > 0) {
-        return Status::timeout("flush: " + std::to_string(running_before(point.up_to)) +
-                               " stores are still running");
-      }
-    }
-  }
-  if (!disk_) return result;
-  const Call call(*this);
-  KVTIER_RETURN_IF_ERROR(wait_durable(point.up_to, deadline));
-  MutexLock lock(mutex_);
-  result.durable = counters_.disk_durable - std::exchange(reported_durable_, counters_.disk_durable);
-  result.dropped = disk_dropped() - std::exchange(reported_dropped_, disk_dropped());
-  return result;
 }
 
 }  // namespace kvtier
