@@ -46,8 +46,8 @@ BlockKey key(unsigned n) {
 Deadline soon() { return std::chrono::steady_clock::now() + std::chrono::seconds(30); }
 
 // The pages of one rank: one tensor of all layers, [page, layer, part, token, head, dim], densely.
-struct Memory {
-  explicit Memory(const GroupSpec& s, unsigned seed) : spec(s), bytes(kPages * page_bytes()) {
+struct RankMemory {
+  explicit RankMemory(const GroupSpec& s, unsigned seed) : spec(s), bytes(kPages * page_bytes()) {
     for (std::size_t i = 0; i < bytes.size(); ++i)
       bytes[i] = static_cast<std::byte>(i * 31 + i / 251 + seed * 17);
   }
@@ -106,7 +106,7 @@ struct Rank {
     return all.empty() ? EndedOrder{0, {}} : all[0];
   }
 
-  Memory memory;
+  RankMemory memory;
   std::shared_ptr<RankWorker> worker;
   std::shared_ptr<Pages> pages;
 };
@@ -308,7 +308,7 @@ struct HeldStore {
     const auto size = static_cast<std::size_t>(kPages) * 1024;
     memory = device->allocate(size);
     worker = RankWorker::create({spec}, 0).value();
-    Memory shape(spec, 0);
+    RankMemory shape(spec, 0);
     EXPECT_EQ(shape.bytes.size(), size / 2);
     TensorView view = shape.view();
     view.base = memory;
