@@ -307,20 +307,38 @@ class Engine:
         pages = self._native.attach(native, group, views, owners)
         return Pages(self._native, pages, self.config.groups[group], group)
 
-    def lookup(self, keys: Any) -> Match:
+    def lookup(self, keys: Any, *, record: bool = True) -> Match:
         """Says which blocks are there. Never waits, does no I/O and touches no recency.
 
         Args:
             keys: Keys [n, 32] in prompt order, as from block_keys(); read without a copy.
+            record: Whether this is a request's whole prompt and so belongs into a trace (Config(trace=)).
+                Who looks up parts of a prompt, or again, says False and tells record() of the prompt.
 
         Raises:
             ConfigError: Not keys.
             ClosedError: The engine is closed.
         """
         array = key_array(keys)
+        found = self._native.lookup(array)
+        if record and self._recorder is not None:
+            self._recorder.request(array)
+        return Match(self._native, self.config, array, found)
+
+    def record(self, keys: Any) -> None:
+        """Adds a request to the trace that is being recorded. Without Config(trace=) it does nothing.
+
+        For who knows requests apart: a lookup() that repeats the one before counts as the same request.
+
+        Args:
+            keys: Keys [n, 32] of its whole prompt.
+
+        Raises:
+            ConfigError: Not keys.
+            ClosedError: In a forked child.
+        """
         if self._recorder is not None:
-            self._recorder.lookup(array)
-        return Match(self._native, self.config, array, self._native.lookup(array))
+            self._recorder.request(key_array(keys), may_repeat=False)
 
     def _transfer_arguments(
         self, keys: Any, pages: Any, page_ids: Any, first_block: int
@@ -443,7 +461,7 @@ class Engine:
         native = self._native.prefetch(key_array(keys), checked_timeout(deadline, "deadline"))
         return Prefetch(self._native, native, _core.Moment.ready, len(self.config.groups))
 
-    def expect(self, keys: Any) -> Expected:
+    def expect(self, keys: Any, *, prefetch: bool = True) -> Expected:
         """Says that a request waits which will want these blocks. Never waits.
 
         To be called when it is queued, and ended when it is scheduled. What is on disk alone is brought into
@@ -452,6 +470,7 @@ class Engine:
 
         Args:
             keys: Keys [n, 32] in prompt order.
+            prefetch: False where somebody else sees to what is on disk.
 
         Raises:
             ConfigError: Not keys.
@@ -459,7 +478,7 @@ class Engine:
         """
         array = key_array(keys)
         native = self._native.expect(array)
-        return Expected(native, self.prefetch(array))
+        return Expected(native, self.prefetch(array) if prefetch else None)
 
     def touch(self, keys: Any) -> int:
         """Makes blocks the most recently used, the last key the oldest of them.

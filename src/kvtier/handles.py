@@ -278,10 +278,10 @@ class Expected:
     Ends with end(), with the `with` block, or when it is dropped.
 
     Attributes:
-        prefetch: What of it is on its way from disk.
+        prefetch: What of it is on its way from disk; None where expect() was told not to read.
     """
 
-    def __init__(self, native: Any, prefetch: Prefetch) -> None:
+    def __init__(self, native: Any, prefetch: Prefetch | None) -> None:
         self._native = native
         self.prefetch = prefetch
 

@@ -125,7 +125,7 @@ class KVTierSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
         keys = self._keys([key])
         if keys is None:
             return LookupResult.MISS
-        state = BlockState(int(self._engine.lookup(keys).states(0)[0]))
+        state = BlockState(int(self._engine.lookup(keys, record=False).states(0)[0]))
         return _STATES.get(state, LookupResult.MISS)
 
     def submit_store(self, job_metadata: Any) -> None:

@@ -29,6 +29,7 @@ from kvtier.handles import EventKind, Events, Tier
 from kvtier.metrics import Hops, HopStats
 from kvtier.ranks import Worker
 from kvtier.testing import FaultPlan, SimulatedDevice, SimulatedDrive, cpu_device, faulty_device
+from kvtier.traces import load_trace
 
 T, D, PAGES = 4, 8, 64
 
@@ -92,7 +93,8 @@ class Bench:
         groups = [CacheGroup(g, each, (), 1) for g, each in enumerate(layouts)]
         events = bool(options.pop("events", False))
         disks = [Disk(str(directory / "disk"), "32MiB")] if options.pop("disk", False) else []
-        config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T, disk=disks)
+        trace = options.pop("trace", None)
+        config = Config(groups=layouts, host="4MiB", model="m@1", block_tokens=T, disk=disks, trace=trace)
         self.now = 0.0
         self.side = SchedulerSide(
             config,
@@ -210,6 +212,58 @@ def test_nobody_waits_for_anothers_load_of_the_same_prefix(bench: Bench) -> None
     assert [int(bench.tensors[0][0][page, 0, 0]) for page in (11, 12, 13, 21, 22, 23)] == [1, 2, 3] * 2
     counted = bench.side.counters.take()
     assert (counted["load_requests"], counted.get("ask_again", 0)) == (2, 0)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_a_queued_request_wants_outlives_what_nobody_waits_for(bench: Bench, waits: bool) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    queued = request("b", 5)
+    bench.side.on_new_request(queued)
+    bench.step()  # it is not scheduled in it
+    if not waits:
+        bench.side.grant(queued, ([],), 0)
+    slots = bench.side._engine.stats().host[0].capacity
+    for n in range(slots // 20 + 2):  # the host tier once over
+        bench.store(request(f"other{n}", 20, seed=1 + n), list(range(20, 40)))
+    assert bench.side.match(queued, 0) == (5 * T if waits else 0)
+    bench.side.finish(queued)
+    assert not bench.side._waiting._expected
+
+
+def test_who_is_scheduled_at_once_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    told: list[int] = []
+    expect = Engine.expect
+    monkeypatch.setattr(
+        Engine, "expect", lambda self, keys, **more: told.append(len(keys)) or expect(self, keys, **more)
+    )
+    for name in ("b", "c"):
+        bench.side.on_new_request(request(name, 5))
+    bench.step({"b": (1, ([1, 2, 3, 4, 5, 6],))})
+    assert told == [5]  # c's
+    bench.step()
+    assert told == [5]
+    bench.side.reset()
+    assert not bench.side._waiting._expected
+
+
+def test_a_recorded_trace_has_each_prompt_whole_and_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, trace=str(tmp_path / "trace.jsonl"), disk=True)
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    again = request("b", 5)
+    bench.side.on_new_request(again)
+    for computed in (0, 2 * T, 0):  # asked again, and for a part
+        bench.side.match(again, computed)
+        bench.step()
+    bench.side.on_new_request(request("c", 3, seed=9, kv_transfer_params={"kvtier": {"pin": 60.0}}))
+    bench.step()
+    bench.close()
+    trace = load_trace(str(tmp_path / "trace.jsonl"))
+    assert [trace.blocks[a:b].tolist() for a, b in zip(trace.begins, trace.begins[1:], strict=False)] == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+        [5, 6, 7],
+    ]
 
 
 def test_pages_are_held_until_their_store_is_over_whatever_frees_them(bench: Bench) -> None:
@@ -625,9 +679,10 @@ def test_reads_that_end_while_a_request_is_looked_up_are_not_missed(
         look_up = second.side._engine.lookup
         over = False
 
-        def slow(keys: Any) -> Any:  # match() gets what was true before the reads, which are over by then
+        def slow(keys: Any, **_: Any) -> Any:
+            # match() gets what was true before the reads, which are over by then
             nonlocal over
-            answers.append(look_up(keys))
+            answers.append(look_up(keys, record=False))
             if len(answers) == 2:
                 second.side._requests["b"].prefetch.wait(30)
                 over = True
@@ -1102,6 +1157,7 @@ def test_a_hit_that_is_faster_to_compute_is_left(bench: Bench) -> None:
     bench.side.grant(again, (), 0)
     counted = bench.side.counters.take()
     assert counted["left_tokens"] == counted["lookup_tokens"] == 3 * 50 * T
+    assert {name: n for name, n in counted.items() if name.startswith("chose_")} == {"chose_none": 1}
     stats = bench.side._planner.stats()
     assert (stats.decisions, stats.chose_none, stats.blocks_left) == (1, 1, 50)
     bench.step()
@@ -1121,6 +1177,7 @@ def test_a_hit_that_is_faster_to_load_is_loaded_and_timed(bench: Bench) -> None:
     bench.side.received({"b"}, set())
     stats = bench.side._planner.stats()
     assert (stats.chose_all, stats.blocks_loaded, stats.settled) == (1, 5, 1)
+    assert bench.side.counters.take()["chose_all"] == 1
     assert (stats.predicted_seconds, stats.observed_seconds) == (pytest.approx(1.0), 1.25)
 
 

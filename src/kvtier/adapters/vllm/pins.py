@@ -56,7 +56,7 @@ class TimedPins:
 
     def _pinned(self, wish: _Wish, now: float) -> bool:
         """Whether nothing is left to do for a wish."""
-        match = self._engine.lookup(wish.keys)
+        match = self._engine.lookup(wish.keys, record=False)
         groups = range(len(self._engine.config.groups))
         if now < wish.give_up and any((match.states(g) == BlockState.PENDING).any() for g in groups):
             return False

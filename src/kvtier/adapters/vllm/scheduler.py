@@ -28,6 +28,7 @@ from kvtier.adapters.vllm.pins import TimedPins
 from kvtier.adapters.vllm.recompute import RecomputeClock
 from kvtier.adapters.vllm.state import PageHolds, RequestState, RunningLoad
 from kvtier.adapters.vllm.stores import BlockStores, Copies
+from kvtier.adapters.vllm.waiting import WaitingRequests
 from kvtier.config import Config
 from kvtier.costs import Hit, LoadPlanner, Plan, pairs
 from kvtier.engine import Engine, Match, open_engine
@@ -108,6 +109,7 @@ class SchedulerSide:
         self._stale: list[str] = []
         self._engine: Engine = open_engine(config)  # makes the drives' directories
         self._pins = TimedPins(self._engine)
+        self._waiting = WaitingRequests(self._engine)
         self._planner = LoadPlanner(self._engine.hops, options.load)
         self._recompute = RecomputeClock(self._planner.observe_prefill)
         try:
@@ -154,8 +156,11 @@ class SchedulerSide:
         keys = BlockKeys(root, self._plan.block_tokens // self._plan.hash_tokens)
         state = RequestState(request, options, keys, may_store=not options.prefetch_only)
         self._requests[request.request_id] = state
+        if self._config.trace is not None and not options.prefetch_only:
+            self._engine.record(keys.rows(0, keys.update(request.block_hashes)))
+        self._waiting.add(request.request_id, state)
         if self._options.disk and "disk" in options.tiers and self._keeper.complete:
-            match = self._engine.lookup(keys.rows(0, keys.update(request.block_hashes)))
+            match = self._engine.lookup(keys.rows(0, keys.update(request.block_hashes)), record=False)
             state.found_on_disk = on_disk_alone(match, len(self._plan.groups))
             if state.found_on_disk.any():
                 deadline = _PREFETCH_ONLY_SECONDS if options.prefetch_only else self._options.max_wait
@@ -188,7 +193,7 @@ class SchedulerSide:
             return 0
         # Before the lookup: reads that end behind it are seen by the next one.
         reading = state.prefetch is not None and not state.prefetch.done()
-        match = self._engine.lookup(state.keys.rows(first, last))
+        match = self._engine.lookup(state.keys.rows(first, last), record=False)
         ready = servable_blocks(match, self._plan.groups)
         pending = pending_after(match, ready, self._plan.groups)
         state.plan = self._plan_load(match, ready, state, request.num_tokens, computed_tokens)
@@ -220,9 +225,11 @@ class SchedulerSide:
         state = self._requests.get(request.request_id)
         if state is None:
             return
+        self._waiting.end(request.request_id)
         plan, state.plan = state.plan, None
         if plan is not None and (external_tokens or not plan.decision.load_blocks):
             self._planner.record(plan)
+            self.counters.add(f"chose_{plan.decision.choice.value}")
         if external_tokens == 0:
             state.end_lease()
             return
@@ -264,6 +271,7 @@ class SchedulerSide:
         self._alive.discard(request.request_id)
         state = self._requests.pop(request.request_id, None)
         if state is not None:
+            self._waiting.end(request.request_id)
             state.end_lease()
             if state.prefetch is not None and not state.options.prefetch_only:
                 state.prefetch.cancel()
@@ -285,6 +293,7 @@ class SchedulerSide:
         for leased in self._leased:
             leased.end_lease()
         self._leased.clear()
+        self._waiting.step(output.num_scheduled_tokens)
         now = self._clock()
         self._recompute.step(output.total_num_scheduled_tokens, now, self._pairs(output))
         self._stores.poll(now)
@@ -373,6 +382,7 @@ class SchedulerSide:
         each.
         """
         self._pins.clear()
+        self._waiting.clear()
         for state in self._requests.values():
             state.end_lease()
             state.may_load = state.may_store = False
@@ -395,6 +405,7 @@ class SchedulerSide:
             state.end_lease()
         self._requests.clear()
         self._pins.clear()
+        self._waiting.clear()
         self.holds.poll(self._clock(), patience=_IDLE_PATIENCE_SECONDS)
         self._drops.close(_CLOSE_SECONDS)
         self._keeper.close(_CLOSE_SECONDS)
