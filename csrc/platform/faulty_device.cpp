@@ -61,6 +61,7 @@ std::uint64_t FaultPlan::injected() const {
 }
 
 Status FaultPlan::next(FaultCall call) {
+  if (watcher_) watcher_(call);
   MutexLock lock(mutex_);
   const std::uint64_t of_kind = ++seen_.at(static_cast<std::size_t>(call));
   const std::uint64_t of_all = ++seen_in_all_;

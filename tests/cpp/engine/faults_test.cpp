@@ -1,6 +1,8 @@
 // "Fail the n-th call, for every n": each run ends in a miss or a typed failure, and leaves nothing behind.
 #include <dirent.h>
 
+#include <atomic>
+#include <future>
 #include <list>
 
 #include "support/engine_world.h"
@@ -42,6 +44,7 @@ struct Scene {
   FaultPlan plan;
   FaultyHostMemory memory{linux_host_memory(), plan};
   std::shared_ptr<FaultyDevice> device;
+  std::weak_ptr<Engine> engine;  // once it is open
 };
 
 struct Ending {
@@ -68,6 +71,7 @@ Ending scenario(Scene& scene) {
   Result<std::shared_ptr<Engine>> opened = Engine::open(config);
   if (!typed(opened.status())) return result;
   const std::shared_ptr<Engine> engine = *opened;
+  scene.engine = engine;
 
   std::list<Memory> memories;
   std::vector<std::shared_ptr<Pages>> attached(2);
@@ -197,6 +201,23 @@ TEST(Faults, memory_calls_and_submissions_may_fail_for_good) {
     for_every_call(call, FaultSpan::from_then_on, call == FaultCall::create_event ? 5 : 1);
     if (HasFailure()) return;
   }
+}
+
+TEST(Faults, devices_and_memory_are_not_called_under_the_engines_mutex_I6) {
+  Scene scene(3);
+  std::atomic<std::size_t> asked = 0;
+  std::atomic<std::size_t> locked_out = 0;
+  const auto looked_for = keys({0});
+  scene.plan.watch([&](FaultCall) {
+    const std::shared_ptr<Engine> engine = scene.engine.lock();
+    if (!engine) return;
+    ++asked;
+    auto looked_up = std::async(std::launch::async, [&] { static_cast<void>(engine->lookup(looked_for)); });
+    if (looked_up.wait_for(std::chrono::seconds(10)) != std::future_status::ready) ++locked_out;
+  });
+  EXPECT_FALSE(scenario(scene).failed_somewhere);
+  EXPECT_GT(asked, 50U);
+  EXPECT_EQ(locked_out, 0U);
 }
 
 // The device refuses to say that copies ended: slots are quarantined, and nothing hangs.

@@ -12,10 +12,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kvtier/core/mutex.h"
@@ -55,6 +57,9 @@ class FaultPlan {
   // Several faults may be planned; the first planned that matches decides.
   void fail(FaultCall call, std::uint64_t n, Status status, FaultSpan span = FaultSpan::once);
   void fail(std::uint64_t n, Status status, FaultSpan span = FaultSpan::once);
+  // Is told of every call before it is counted, on the thread that makes it and with no lock held. Before the
+  // first call; null for nobody.
+  void watch(std::function<void(FaultCall)> watcher) { watcher_ = std::move(watcher); }
   // Forgets all faults and counts.
   void reset();
 
@@ -74,6 +79,7 @@ class FaultPlan {
     FaultSpan span;
   };
 
+  std::function<void(FaultCall)> watcher_;
   mutable Mutex mutex_;
   std::vector<Fault> faults_ KVTIER_GUARDED_BY(mutex_);
   std::array<std::uint64_t, static_cast<std::size_t>(FaultCall::count_)> seen_ KVTIER_GUARDED_BY(mutex_){};
