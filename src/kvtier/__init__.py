@@ -4,6 +4,8 @@ No prefix is computed twice: blocks that a server evicts are copied down, looked
 tokens, and copied back asynchronously. Importing this package needs NumPy and no GPU.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from kvtier.arrays import GpuMemory, RawTensor
 from kvtier.config import Config, Disk, parse_size
 from kvtier.engine import (
@@ -43,6 +45,20 @@ from kvtier.keys import KeyExtra, block_keys
 from kvtier.layout import KVLayout
 from kvtier.metrics import DiskStats, GhostPoint, GhostStats, Hops, HopStats, SlotClassStats, Stats
 
+if TYPE_CHECKING:
+    from kvtier.paged import PagedKVCache
+else:  # where a type checker would see it, it would take any name for one of this module's
+
+    def __getattr__(name: str) -> Any:
+        """PagedKVCache, imported when it is first asked for: most servers have pages of their own."""
+        if name != "PagedKVCache":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from kvtier.paged import PagedKVCache
+
+        globals()[name] = PagedKVCache
+        return PagedKVCache
+
+
 __all__ = [
     "BlockOutcome",
     "BlockState",
@@ -72,6 +88,7 @@ __all__ = [
     "LoadTicket",
     "Match",
     "Moment",
+    "PagedKVCache",
     "Pages",
     "Prefetch",
     "RawTensor",
@@ -89,3 +106,7 @@ __all__ = [
     "open",
     "parse_size",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

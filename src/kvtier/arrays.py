@@ -163,13 +163,18 @@ class _DLTensor(ctypes.Structure):
     )
 
 
-def _from_gpu_dlpack(tensor: Any, name: str, where: GpuMemory | None) -> RawTensor:
+def _gpu_capsule(tensor: Any) -> tuple[_DLTensor, Any]:
+    """What DLPack says of a GPU array, and the capsule that keeps it."""
     # Stream -1: no ordering is asked for; stores and loads name their stream themselves.
     capsule = tensor.__dlpack__(stream=-1)
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.restype = ctypes.c_void_p
     pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
-    found = _DLTensor.from_address(pointer_of(capsule, b"dltensor"))
+    return _DLTensor.from_address(pointer_of(capsule, b"dltensor")), capsule
+
+
+def _from_gpu_dlpack(tensor: Any, name: str, where: GpuMemory | None) -> RawTensor:
+    found, _capsule = _gpu_capsule(tensor)
     itemsize = (found.bits * found.lanes + 7) // 8
     shape = tuple(found.shape[i] for i in range(found.ndim))
     interface: dict[str, Any] = {
@@ -197,6 +202,42 @@ def _from_dlpack(tensor: Any, name: str, *, device_given: bool) -> RawTensor:
             "strides_bytes, itemsize) tuple"
         ) from error
     return _from_interface(view.__array_interface__, name)
+
+
+_DLPACK_FLOATS = {
+    (2, 16): "float16",
+    (2, 32): "float32",
+    (2, 64): "float64",
+    (4, 16): "bfloat16",
+    (5, 64): "complex64",
+    (5, 128): "complex128",
+    (10, 8): "float8_e4m3fn",
+    (11, 8): "float8_e4m3fnuz",
+    (12, 8): "float8_e5m2",
+    (13, 8): "float8_e5m2fnuz",
+    (14, 8): "float8_e8m0fnu",
+}  # by code and bits
+
+
+def _type_name(tensor: Any) -> str:
+    """Name of a tensor's item type, without its library; may be "" where that is no float or not known."""
+    if (dtype := getattr(tensor, "dtype", None)) is not None:
+        name = getattr(dtype, "name", None)
+        return name if isinstance(name, str) else str(dtype).removeprefix("torch.")
+    for protocol in ("__cuda_array_interface__", "__array_interface__"):
+        if (interface := getattr(tensor, protocol, None)) is not None:
+            kind = {"f": "float", "c": "complex"}.get(interface["typestr"][1])
+            return f"{kind}{8 * int(interface['typestr'][2:])}" if kind else ""
+    if not hasattr(tensor, "__dlpack__"):
+        return ""
+    if int(tensor.__dlpack_device__()[0]) in (1, 3):
+        return str(np.from_dlpack(tensor).dtype.name)
+    found, _capsule = _gpu_capsule(tensor)
+    return _DLPACK_FLOATS.get((found.code, found.bits), "") if found.lanes == 1 else ""
+
+
+def _is_float(name: str) -> bool:
+    return name.startswith(("float", "bfloat", "complex"))
 
 
 TensorTuple = tuple[int, list[tuple[str, int, int]]]
@@ -242,6 +283,11 @@ def tensor_views(
             raise ConfigError(
                 f"{name} has items of {raw.itemsize} bytes; allowed: {layout.item_bytes}, for the layout's "
                 f"dtype is {layout.dtype}"
+            )
+        if _is_float(layout.dtype) and _is_float(kind := _type_name(tensor)) and kind != layout.dtype:
+            raise ConfigError(
+                f"{name} has items of type {kind}; allowed: {layout.dtype}, the layout's dtype, or integers "
+                f"of {raw.itemsize} bytes that stand for it"
             )
         views.append((raw.ptr, list(zip(letters, raw.shape, raw.strides, strict=True))))
         devices.append(raw.device)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ _MAX_COPY_THREADS = 64
 EVICTIONS = ("return-hazard", "lru", "fifo", "lfu", "slru", "sieve", "s3-fifo", "arc")
 DISK_EVICTION = "lru"  # of the drives, unless said otherwise: its order survives a restart
 ADMISSIONS = ("return-hazard", "all", "second-use", "tiny-lfu")
+_SLOT_HEADER_BYTES = 4096
+_SLOT_ALIGNMENT = 4096
 _MAX_NUMA_NODE = 1023  # that the kernel can know
 COPY_PATHS = ("auto", "plain", "merged", "batched", "kernel", "staged", "bulk")
 
@@ -192,6 +195,11 @@ class Config:
     gpu_store_rate: int | str | None = None
     gpu_load_rate: int | str | None = None
 
+    def __new__(cls, *_: Any, **values: Any) -> "Config":
+        """Refuses keys that there are not; __init__ does the rest."""
+        cls._check_keys(values, "Config")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         groups = _checked_groups(self.groups)
         object.__setattr__(self, "groups", groups)
@@ -213,7 +221,7 @@ class Config:
                     f"block_tokens is {self.block_tokens} and page_tokens of groups[{i}] is "
                     f"{layout.page_tokens}; allowed: one a multiple of the other"
                 )
-        one_of_each = sum(layout.block_bytes(self.block_tokens) for layout in groups)
+        one_of_each = sum(self._slot_bytes(layout) for layout in groups)
         if self.host_bytes < one_of_each:
             raise ConfigError(
                 f"host is {self.host!r}; allowed: at least one block of every group, {one_of_each} bytes"
@@ -231,6 +239,12 @@ class Config:
             raise ConfigError(f"gpu_copy_path is {self.gpu_copy_path!r}; allowed: {', '.join(COPY_PATHS)}")
         self._check_integer("gpu_copy_sms", 1, 1024)
         self.gpu_store_limit, self.gpu_load_limit  # noqa: B018 - they check
+
+    def _slot_bytes(self, layout: KVLayout) -> int:
+        """What a block takes in the host tier: header, all ranks' parts, padding (docs/architecture.md)."""
+        stripes = 1 if layout.replicated else self.world_size
+        image = _SLOT_HEADER_BYTES + layout.block_bytes(self.block_tokens) * stripes
+        return -(-image // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
 
     def _check_integer(self, key: str, *bounds: int) -> None:
         """Keeps a NumPy integer as an int, which the fingerprint and the core need."""
@@ -268,6 +282,13 @@ class Config:
             number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
             if not number or not least <= seconds <= most:  # type: ignore[operator]
                 raise ConfigError(f"{name} is {seconds!r}; allowed: {least} to {most}")
+
+    @classmethod
+    def _check_keys(cls, values: Mapping[str, Any], source: str) -> None:
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(known)}")
 
     @property
     def disks(self) -> tuple[Disk, ...]:
@@ -323,10 +344,7 @@ class Config:
             ConfigError: A key is not known or missing, or a value is not allowed.
         """
         given = dict(values)
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                raise ConfigError(f"{source}: {key!r} is not a key; allowed: {', '.join(known)}")
+        cls._check_keys(given, source)
         for key in ("groups", "host", "model"):
             if key not in given:
                 raise ConfigError(f"{source}: {key!r} is missing")
@@ -380,6 +398,10 @@ class Config:
                 raise ConfigError(f"{variable} is not a variable of kvtier; allowed: {names}")
             values[key] = _read_variable(variable, key, text)
         return cls.from_mapping(values, "environment")
+
+
+# What help() shows; else it would be that of __new__.
+Config.__new__.__signature__ = inspect.signature(Config.__init__)  # type: ignore[attr-defined]
 
 
 def _checked_groups(groups: object) -> tuple[KVLayout, ...]:

@@ -17,7 +17,8 @@ Prefix sharing follows PagedAttention (arXiv:2309.06180, section 4.3). Departure
 been proved to be over.
 
 Threads: every method from any thread; one lock guards a cache and all its sequences. It is held while an
-eviction's copy to the host runs, never while a load is waited for.
+eviction's copy to the host runs, never while a load is waited for. In a forked child every call that needs
+a lock raises ClosedError.
 
 Drops: what `Engine.drop` and `reset` take away (the control socket's purge too) is not matched in device
 pages either, nor stored from there. Sequences that are open then run on with what they hold; nothing of them
@@ -34,6 +35,7 @@ arrays for kernels. This one brings them together, under the lock.
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Sequence as Seq
 from types import TracebackType
@@ -127,6 +129,7 @@ class PagedKVCache:
         self._pool = PagePool(self._attached.num_pages)
         self._planner = planner
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._sequences: set[PagedSequence] = set()
         self._closed = False
         self._prompt_tokens = self._device_tokens = self._host_tokens = self._missed_tokens = 0
@@ -165,7 +168,7 @@ class PagedKVCache:
         seq._extend_keys()
         keys = seq._keys.view()
         usable = min(len(keys), (len(tokens) - 1) // self.block_tokens)
-        with self._lock:
+        with self._locked():
             self._check_open()
             self._apply_drops()
             shared = self._match_device(keys[:usable])
@@ -174,7 +177,7 @@ class PagedKVCache:
             available = self._pool.num_available(shared)
             if needed > available:
                 return OutOfPages(needed, available)
-            match = self._engine.lookup(keys[first:usable]) if first < usable else None
+            match = self._engine.lookup(keys[first:usable], record=False) if first < usable else None
             for extent in shared:
                 self._pool.hold(extent)
             seq.cached_tokens = seq.committed_tokens = first * self.block_tokens
@@ -214,6 +217,7 @@ class PagedKVCache:
             self._device_tokens += seq.cached_tokens
             if seq._load is None:
                 self._missed_tokens += len(tokens) - seq.cached_tokens
+        self._engine.record(keys)
         return seq
 
     def _match_device(self, keys: NDArray[np.uint8]) -> list[Extent]:
@@ -228,7 +232,7 @@ class PagedKVCache:
 
     def _settle(self, seq: PagedSequence, load: Load, seconds: float | None) -> None:
         """Takes over the outcome of a load that is over; `seconds`: how long it took, if that is known."""
-        with self._lock:
+        with self._locked():
             if seq._load is not load:
                 return  # another thread did
             valid = end_load(seq, load)
@@ -246,7 +250,7 @@ class PagedKVCache:
                 seq._publish(self._pool)
 
     def _append(self, seq: PagedSequence, tokens: NDArray[np.int32], stream: object) -> Appended | OutOfPages:
-        with self._lock:
+        with self._locked():
             self._check_open(seq)
             begin, end = seq.num_tokens, seq.num_tokens + len(tokens)
             if begin == end:
@@ -277,7 +281,7 @@ class PagedKVCache:
             return Appended(begin, end, copied)
 
     def _commit(self, seq: PagedSequence, num_tokens: int, stream: object) -> None:
-        with self._lock:
+        with self._locked():
             self._check_open(seq)
             if not seq.committed_tokens <= num_tokens <= seq.num_tokens:
                 allowed = f"{seq.committed_tokens} to {seq.num_tokens}"
@@ -293,7 +297,7 @@ class PagedKVCache:
             seq._publish(self._pool)
 
     def _fork(self, seq: PagedSequence) -> PagedSequence:
-        with self._lock:
+        with self._locked():
             self._check_open(seq)
             if seq.committed_tokens != seq.num_tokens:
                 left = seq.num_tokens - seq.committed_tokens
@@ -305,7 +309,7 @@ class PagedKVCache:
             return twin
 
     def _close_sequence(self, seq: PagedSequence) -> None:
-        with self._lock:
+        with self._locked():
             if not seq._open:
                 return
             seq._open = False
@@ -392,7 +396,7 @@ class PagedKVCache:
             ConfigError: width is smaller than a sequence needs.
             ClosedError: a sequence or the cache is closed.
         """
-        with self._lock:
+        with self._locked():
             return block_table(self._pages_of(seqs), pad=pad, width=width)
 
     def csr(self, seqs: Seq[PagedSequence]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
@@ -406,7 +410,7 @@ class PagedKVCache:
         Raises:
             ClosedError: a sequence or the cache is closed.
         """
-        with self._lock:
+        with self._locked():
             return csr(self._pages_of(seqs), self.seq_lens(seqs), self.page_tokens)
 
     def slot_mapping(self, seqs: Seq[PagedSequence], *, begin: ArrayLike | None = None) -> NDArray[np.int64]:
@@ -426,7 +430,7 @@ class PagedKVCache:
             ConfigError: a begin outside its sequence.
             ClosedError: a sequence or the cache is closed.
         """
-        with self._lock:
+        with self._locked():
             begins = [seq.committed_tokens for seq in seqs] if begin is None else begin
             return slot_mapping(self._pages_of(seqs), begins, self.seq_lens(seqs), self.page_tokens)
 
@@ -451,6 +455,7 @@ class PagedKVCache:
         Raises:
             ConfigError: Not a range of tokens.
         """
+        self._check_process()  # the planner has a lock of its own
         if not 0 <= begin <= end:
             raise ConfigError(f"begin, end: {begin}, {end}; allowed: 0 <= begin <= end")
         self._planner.observe_prefill(end - begin, pairs(begin, end), seconds)
@@ -461,6 +466,7 @@ class PagedKVCache:
         Returns:
             None before a prefill rate was learned.
         """
+        self._check_process()
         return self._planner.regret()
 
     def flush(self, timeout: float | None = None, *, stream: object = None) -> None:
@@ -469,7 +475,7 @@ class PagedKVCache:
         Raises:
             TimeoutError: some stores still run.
         """
-        with self._lock:
+        with self._locked():
             self._check_open()
             with self._engine.no_drop():
                 self._apply_drops()
@@ -478,7 +484,7 @@ class PagedKVCache:
 
     def stats(self) -> PagedStats:
         """Counts as of now. Does not wait, except for another thread's eviction."""
-        with self._lock:
+        with self._locked():
             pool = self._pool
             known = self._device_tokens + self._host_tokens + self._missed_tokens
             return PagedStats(
@@ -506,7 +512,7 @@ class PagedKVCache:
         Raises:
             TimeoutError: the pages must not be freed yet; call again.
         """
-        with self._lock:
+        with self._locked():
             self._closed = True
             for seq in self._sequences:
                 seq._open = False
@@ -520,6 +526,15 @@ class PagedKVCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _locked(self) -> contextlib.AbstractContextManager[object]:
+        """The lock, to be taken; in a forked child ClosedError: a thread of the parent may hold it there."""
+        self._check_process()
+        return self._lock
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ClosedError("the paged cache belongs to the parent of this forked process")
 
     def _check_open(self, seq: PagedSequence | None = None) -> None:
         if self._closed:

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ClosedError, ConfigError
 
 VERSION = 1
 _FIRST_KEY = "kvtier_trace"
@@ -307,7 +307,8 @@ class TraceRecorder:
     A file that can no longer be written (a full drive) ends with its last whole request, and so does one with
     100,000,000 keys. That is logged once, and harms no lookup.
 
-    Threads: any. A call waits for the file, as write() does.
+    Threads: any. A call waits for the file, as write() does. In a forked child nothing is written: request()
+    raises ClosedError, and close() does nothing.
 
     Attributes:
         problem: Why it stopped before close(); empty if it did not.
@@ -322,6 +323,7 @@ class TraceRecorder:
 
     def __init__(self, path: str | os.PathLike[str], block_tokens: int) -> None:
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._numbers = _Numbers()
         self._last = b""
         self._begun = time.monotonic_ns()
@@ -337,13 +339,19 @@ class TraceRecorder:
         except OSError as error:
             raise ConfigError(f"trace is {self._path!r}: cannot be written: {error}") from error
 
-    def lookup(self, keys: npt.NDArray[np.uint8]) -> None:
-        """Adds a request for keys [n, 32]."""
+    def request(self, keys: npt.NDArray[np.uint8], *, may_repeat: bool = True) -> None:
+        """Adds a request for keys [n, 32]; where it may be one told again, not if it equals the last.
+
+        Raises:
+            ClosedError: This is a forked child.
+        """
+        if os.getpid() != self._process:  # before the lock: a thread of the parent may hold it for ever
+            raise ClosedError("the trace belongs to the parent of this forked process")
         data = keys.tobytes()
         if not data:
             return
         with self._lock:
-            if data == self._last or self._out.closed:
+            if (may_repeat and data == self._last) or self._out.closed:
                 return
             self._last = data
             each = keys.shape[1]
@@ -358,6 +366,8 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Ends the file; what is looked up later is not written. Idempotent."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             try:
                 self._out.close()

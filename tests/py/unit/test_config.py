@@ -1,5 +1,9 @@
 """Config: what is accepted, and that every refusal names the key, the value and what is allowed."""
 
+import copy
+import dataclasses
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +55,7 @@ def test_a_config_knows_its_sizes_in_bytes() -> None:
         ({"groups": []}, "groups is"),
         ({"groups": ["x"]}, r"groups\[0\] is 'x'"),
         ({"groups": None}, "groups is None"),
-        ({"host": 2047}, "host is 2047; allowed: at least one block of every group, 2048 bytes"),
+        ({"host": 8191}, "host is 8191; allowed: at least one block of every group, 8192 bytes"),
         ({"host": "10 bananas"}, "host is '10 bananas'"),
         ({"model": ""}, "model is ''"),
         ({"block_tokens": 0}, "block_tokens is 0; allowed"),
@@ -66,6 +70,40 @@ def test_a_config_knows_its_sizes_in_bytes() -> None:
 def test_a_bad_value_names_key_value_and_what_is_allowed(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config(**{**GOOD, **changed})
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "least"),
+    [
+        ([LAYOUT], {}, 8192),
+        ([LAYOUT], {"block_tokens": 32}, 8192),  # 4096 bytes: no padding
+        ([LAYOUT], {"world_size": 3}, 12288),
+        ([KVLayout.mla(1, 8, "uint8", 16)], {"world_size": 3}, 8192),  # has its bytes once
+        ([LAYOUT, KVLayout(2, 5, 8, "float16", 16)], {}, 20480),
+    ],
+)
+def test_the_least_host_tier_opens_and_a_byte_less_is_refused_by_the_config(
+    groups: list[KVLayout], options: dict[str, int], least: int
+) -> None:
+    given = {"groups": groups, "model": "m@1", **options}
+    message = f"host is {least - 1}; allowed: at least one block of every group, {least} bytes"
+    with pytest.raises(ConfigError, match=message):
+        Config(host=least - 1, **given)
+    with kvtier.open(Config(host=least, **given)) as engine:
+        assert all(size_class.capacity > 0 for size_class in engine.stats().host)
+
+
+def test_a_key_that_there_is_not_is_named_with_those_there_are() -> None:
+    message = "^Config: 'hots' is not a key; allowed: groups, host, model, .*gpu_load_rate$"
+    with pytest.raises(ConfigError, match=message):
+        Config(**GOOD, hots=1)
+    config = Config(**GOOD, chunk="2MiB")
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, hots=1)  # type: ignore[call-arg]
+    assert pickle.loads(pickle.dumps(config)) == copy.copy(config) == config
+    assert list(inspect.signature(Config).parameters) == [field.name for field in dataclasses.fields(Config)]
+    with pytest.raises(TypeError, match="'groups'"):
+        Config(host=1, model="m@1")  # type: ignore[call-arg]
 
 
 def test_numpy_integers_are_kept_as_ints() -> None:

@@ -18,6 +18,7 @@ from kvtier.testing import SimulatedDevice
 
 Array = npt.NDArray[np.uint16]
 LAYERS, HEADS, DIM, PAGES = 3, 2, 8, 24
+GOOD_SHAPE = (PAGES, 2, 4, HEADS, DIM)
 
 
 def config_of(layout: KVLayout, block_tokens: int) -> Config:
@@ -66,7 +67,7 @@ def page_axis(page_order: str, axes: str | None) -> int:
     return ("P" + page_order if axes is None else axes).index("P")
 
 
-def store_wipe_and_load(config: Config, tensors: list[Any], views: list[Array], axes: str | None) -> None:
+def store_wipe_and_load(config: Config, tensors: list[Any], views: list[Any], axes: str | None) -> None:
     """Stores some pages, wipes everything, loads into other pages and compares whole tensors."""
     layout = config.groups[0]
     at = page_axis(layout.page_order, axes)
@@ -83,7 +84,7 @@ def store_wipe_and_load(config: Config, tensors: list[Any], views: list[Array], 
         stored = engine.store(keys, pages, np.repeat(sources, per_page)).result()
         assert stored.stored == len(keys)
         for view in views:
-            view[...] = 0xABCD
+            view[...] = np.array(0xABCD).astype(view.dtype)
         match = engine.lookup(keys)
         assert match.ready_blocks == len(keys)
         loaded = engine.load(match, pages, np.repeat(targets, per_page)).result()
@@ -91,7 +92,7 @@ def store_wipe_and_load(config: Config, tensors: list[Any], views: list[Array], 
         assert loaded.valid_tokens == tokens
         pages.detach()
     for view, old in zip(views, before, strict=True):
-        wanted = np.full_like(old, 0xABCD)
+        wanted = np.full_like(old, np.array(0xABCD).astype(old.dtype))
         new, source = np.moveaxis(wanted, at, 0), np.moveaxis(old, at, 0)
         new[targets] = source[sources]
         assert (view == wanted).all()
@@ -116,6 +117,20 @@ def test_torch_bfloat16_pages_come_back_byte_for_byte(name: str, page_tokens: in
     store_wipe_and_load(config, tensors, views, axes)
 
 
+@pytest.mark.parametrize(("page_tokens", "block_tokens"), SIZES)
+@pytest.mark.parametrize("axes", ["PKTHD", "PKHTD"])
+@pytest.mark.parametrize(("dtype", "tensor_dtype"), [(3, "V3"), (8, "u8"), ("float64", "f8"), (16, "V16")])
+def test_items_of_any_width_come_back_byte_for_byte(
+    dtype: int | str, tensor_dtype: str, axes: str, page_tokens: int, block_tokens: int
+) -> None:
+    layout = KVLayout(LAYERS, HEADS, 5, dtype, page_tokens)
+    extents = {"P": PAGES, "K": 2, "T": page_tokens, "H": HEADS, "D": 5}
+    shape = (*(extents[axis] for axis in axes), layout.item_bytes)
+    views = [np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i in range(LAYERS)]
+    tensors = [view.view(tensor_dtype)[..., 0] for view in views]
+    store_wipe_and_load(config_of(layout, block_tokens), tensors, views, axes)
+
+
 def test_latent_pages_come_back_byte_for_byte() -> None:
     views = [fresh((PAGES, 4, 24), i) for i in range(LAYERS)]
     store_wipe_and_load(config_of(KVLayout.mla(LAYERS, 24, 2, 4), 8), views, views, None)
@@ -126,6 +141,45 @@ def test_torch_float8_is_attached_by_its_width() -> None:
     tensor = torch.zeros((PAGES, 2, 4, HEADS, DIM), dtype=torch.float8_e4m3fn)
     with kvtier.open(config_of(layout, 4)) as engine:
         assert engine.attach(tensor).num_pages == PAGES
+
+
+@pytest.mark.parametrize(
+    ("dtype", "make", "kind"),
+    [
+        ("bfloat16", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.float16), "float16"),
+        ("bfloat16", lambda: np.zeros(GOOD_SHAPE, np.float16), "float16"),
+        ("bfloat16", lambda: Cuda(np.zeros(GOOD_SHAPE, np.float16)), "float16"),
+        ("bfloat16", lambda: OnlyDLPack(np.zeros(GOOD_SHAPE, np.float16)), "float16"),
+        ("bfloat16", lambda: CudaDLPack(np.zeros(GOOD_SHAPE, np.float16)), "float16"),
+        ("bfloat16", lambda: SimulatedDevice(1).empty(GOOD_SHAPE, np.float16), "float16"),
+        ("float16", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.bfloat16), "bfloat16"),
+        ("float8_e5m2", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
+        ("float64", lambda: np.zeros(GOOD_SHAPE, np.complex64), "complex64"),
+    ],
+)
+def test_another_floating_type_of_the_same_width_is_refused(dtype: str, make: Any, kind: str) -> None:
+    layout = KVLayout(2, HEADS, DIM, dtype, 4)
+    wanted = rf"^tensors\[1\] has items of type {kind}; allowed: {dtype}, .* integers of {layout.item_bytes} "
+    with kvtier.open(config_of(layout, 4)) as engine, pytest.raises(ConfigError, match=wanted):
+        engine.attach([np.zeros(GOOD_SHAPE, f"u{layout.item_bytes}"), make()])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tensor"),
+    [
+        ("bfloat16", lambda: np.zeros(GOOD_SHAPE, np.uint16)),
+        ("bfloat16", lambda: np.zeros(GOOD_SHAPE, np.int16)),
+        ("bfloat16", lambda: np.zeros(GOOD_SHAPE, "V2")),
+        ("bfloat16", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.int16)),
+        ("float8_e4m3fn", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.uint8)),
+        ("uint8", lambda: torch.zeros(GOOD_SHAPE, dtype=torch.float8_e5m2)),
+        ("bytes2", lambda: np.zeros(GOOD_SHAPE, np.float16)),
+        (torch.half, lambda: torch.zeros(GOOD_SHAPE, dtype=torch.half)),
+    ],
+)
+def test_integers_and_bare_bytes_stand_for_any_type_of_their_width(dtype: Any, tensor: Any) -> None:
+    with kvtier.open(config_of(KVLayout(1, HEADS, DIM, dtype, 4), 4)) as engine:
+        assert engine.attach(tensor()).num_pages == PAGES
 
 
 class OnlyDLPack:
@@ -183,9 +237,6 @@ def read_only() -> Array:
     view = fresh((PAGES, 2, 4, HEADS, DIM))
     view.flags.writeable = False
     return view
-
-
-GOOD_SHAPE = (PAGES, 2, 4, HEADS, DIM)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +307,17 @@ def test_importing_kvtier_imports_neither_torch_nor_cupy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_paged_cache_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, kvtier; assert 'PagedKVCache' in dir(kvtier); assert 'kvtier.paged' not in sys.modules; "
+        "cache = kvtier.PagedKVCache; assert cache is sys.modules['kvtier.paged'].PagedKVCache; "
+        "from kvtier import *; assert PagedKVCache is cache; assert 'torch' not in sys.modules; "
+        "assert set(kvtier.__all__) <= set(dir(kvtier)); assert not hasattr(kvtier, 'PagedKV')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cuda_array_interface_is_read_where_the_device_is_named() -> None:

@@ -843,6 +843,54 @@ with kvtier.open(config) as engine:
     assert (done.stdout.strip(), done.returncode) == ("1", 0), done.stderr
 
 
+def test_forked_child_gets_closed_errors_whatever_was_locked() -> None:
+    # In a process of its own: pytest has threads, and fork() is not for programs that have.
+    program = """
+import os, signal, threading, warnings
+import numpy as np
+import kvtier
+from kvtier.paged import PagedKVCache
+warnings.simplefilter("ignore", DeprecationWarning)
+layout = kvtier.KVLayout(1, 1, 4, "float32", 4)
+config = kvtier.Config(groups=[layout], block_tokens=4, model="m@1", host="1MiB")
+with kvtier.open(config) as engine:
+    with PagedKVCache(engine, pages=[np.zeros((8, 2, 4, 1, 4), np.float32)]) as cache:
+        seq = cache.open(range(6))
+        taken, over = threading.Event(), threading.Event()
+        def hold():
+            with cache._lock, cache._planner._lock:
+                taken.set()
+                over.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        taken.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            calls = [lambda: cache.open(range(6)), lambda: seq.append([1]), seq.commit, seq.fork, seq.close,
+                     lambda: cache.block_table([seq]), lambda: cache.csr([seq]),
+                     lambda: cache.slot_mapping([seq]), lambda: cache.observe_prefill(0, 64, 1.0),
+                     cache.regret, cache.flush, cache.stats, cache.close]
+            for i, call in enumerate(calls):
+                try:
+                    call()
+                except kvtier.ClosedError as error:
+                    if "forked" in str(error):
+                        continue
+                os._exit(i + 1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        over.set()
+        thread.join()
+        seq.commit()
+        print(status, cache.stats().sequences)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("0 1", 0), done.stderr
+
+
 def test_threads_share_one_cache(serve: Callable[..., Server]) -> None:
     server = serve(pages=24)
     errors: list[BaseException] = []

@@ -1,17 +1,22 @@
 """Many threads, the GIL, tickets that nobody keeps, and a fork."""
 
+import functools
 import gc
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import kvtier
 from kvtier import testing
+from kvtier.ranks import Keeper, Worker
 
 LAYOUT = kvtier.KVLayout(2, 1, 8, "uint8", 4)
 BLOCKS = 4
@@ -145,6 +150,37 @@ def synchronize(rig: Rig) -> None:
     rig.device.synchronize()
 
 
+ENOUGH = 200_000
+
+
+def count_during(wait: Callable[[], object], then: Callable[[], object] = lambda: None) -> int:
+    """How far another thread has counted when a wait is over; at ENOUGH it does something.
+
+    Whoever has the GIL keeps it until it lets go by itself.
+    """
+    counted = 0
+    waiting = threading.Event()
+
+    def count() -> None:
+        nonlocal counted
+        waiting.wait()
+        while counted < ENOUGH:
+            counted += 1
+        then()
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        waiting.set()
+        wait()
+        return counted
+    finally:
+        sys.setswitchinterval(interval)
+        counter.join()
+
+
 @pytest.mark.parametrize(
     "wait",
     [
@@ -163,29 +199,85 @@ def synchronize(rig: Rig) -> None:
 def test_a_wait_holds_no_gil(wait: Callable[[Rig], object]) -> None:
     """The copies go on only after another thread has counted: with the GIL held, the wait would time out."""
     rig = Rig()
-    counted = 0
-    waiting = threading.Event()
-
-    def count() -> None:
-        nonlocal counted
-        waiting.wait()
-        while counted < 200_000:
-            counted += 1
-        rig.device.release()
-
-    counter = threading.Thread(target=count)
-    counter.start()
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000)  # whoever has the GIL keeps it until it lets go by itself
-    try:
-        waiting.set()
-        wait(rig)
-        assert counted == 200_000
-    finally:
-        sys.setswitchinterval(interval)
-        counter.join()
+    assert count_during(lambda: wait(rig), rig.device.release) == ENOUGH
     assert rig.ticket.result().stored == BLOCKS
     rig.engine.close(PATIENCE)
+
+
+def counted_by_the_way(begin: Callable[[], Callable[[], object]]) -> bool:
+    """Whether another thread counts in a wait that is over by itself, perhaps before that one wakes up."""
+    return any(count_during(begin()) == ENOUGH for _ in range(5))
+
+
+BIG = kvtier.KVLayout(1, 8, 1024, "uint8", 16)
+BIG_BLOCKS = 256  # of 256 KiB
+
+
+def big_config(**options: Any) -> kvtier.Config:
+    options.setdefault("host", BIG_BLOCKS * (BIG.block_bytes(16) + 4096))
+    return kvtier.Config(groups=[BIG], model="m@1", copy_threads=1, **options)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda ticket: ticket.wait(PATIENCE),
+        lambda ticket: ticket.wait_stream(),
+        lambda ticket: ticket.wait_layer(0),
+    ],
+    ids=["wait", "wait_stream", "wait_layer"],
+)
+def test_a_wait_for_the_cpu_holds_no_gil(wait: Callable[[kvtier.LoadTicket], object]) -> None:
+    cfg = big_config()
+    keys = kvtier.block_keys(np.arange(BIG_BLOCKS * 16), cfg)
+    with kvtier.Engine(cfg) as engine:
+        pages = engine.attach([np.ones((BIG_BLOCKS, 2, 16, 8, 1024), np.uint8)])
+        assert engine.store(keys, pages, np.arange(BIG_BLOCKS)).result().stored == BIG_BLOCKS
+
+        def begin() -> Callable[[], object]:
+            ticket = engine.load(keys, pages, np.arange(BIG_BLOCKS), layers_per_batch=1)
+            return lambda: wait(ticket)
+
+        assert counted_by_the_way(begin)
+
+
+def test_wait_until_whole_holds_no_gil() -> None:
+    cfg = big_config(host="512MiB")  # takes longer than to open it
+    with ExitStack() as opened:
+
+        def begin() -> Callable[[], object]:
+            opened.close()
+            return opened.enter_context(kvtier.Engine(cfg)).wait_until_whole
+
+        assert counted_by_the_way(begin)
+
+
+def test_a_wait_for_a_prefetch_holds_no_gil(tmp_path: Path) -> None:
+    cfg = big_config(disk=kvtier.Disk(str(tmp_path), "512MiB"), disk_write_budget="unlimited")
+    keys = kvtier.block_keys(np.arange(BIG_BLOCKS * 16), cfg)
+    with kvtier.Engine(cfg) as engine:
+        pages = engine.attach([np.ones((BIG_BLOCKS, 2, 16, 8, 1024), np.uint8)])
+        engine.store(keys, pages, np.arange(BIG_BLOCKS)).durable.wait(PATIENCE)
+    with ExitStack() as opened:
+
+        def begin() -> Callable[[], object]:
+            opened.close()
+            engine = opened.enter_context(kvtier.Engine(cfg))
+            engine.wait_until_whole()
+            return engine.prefetch(keys).wait
+
+        assert counted_by_the_way(begin)
+
+
+def test_a_wait_for_workers_holds_no_gil(tmp_path: Path) -> None:
+    cfg = config(BLOCKS)
+    with (
+        kvtier.Engine(cfg) as engine,
+        Keeper(engine, tmp_path / "meet") as keeper,
+        Worker(tmp_path / "meet", 0, cfg) as worker,
+    ):
+        joins = functools.partial(worker.join, PATIENCE)
+        assert count_during(lambda: keeper.wait_for_workers(PATIENCE), joins) == ENOUGH
 
 
 def test_a_dropped_ticket_cancels_nothing() -> None:

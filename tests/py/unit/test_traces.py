@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -233,6 +235,53 @@ def test_a_file_that_fails_as_it_is_closed_harms_no_close(
     recorder.close()
 
 
+def test_a_forked_child_neither_waits_for_the_trace_nor_writes_to_it(tmp_path: Path) -> None:
+    # In a process of its own: pytest has threads, and fork() is not for programs that have.
+    path = tmp_path / "recorded.jsonl"
+    program = f"""
+import functools, os, signal, sys, threading, warnings
+import kvtier
+warnings.simplefilter("ignore", DeprecationWarning)
+layout = kvtier.KVLayout(1, 1, 8, "uint8", 16)
+config = kvtier.Config(groups=[layout], host="1MiB", model="m@1", trace={str(path)!r})
+engine = kvtier.open(config)
+engine.lookup(kvtier.block_keys(range(16), config))
+size = os.path.getsize({str(path)!r})
+taken, over = threading.Event(), threading.Event()
+def hold():
+    with engine._recorder._lock:
+        taken.set()
+        over.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+taken.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    keys = kvtier.block_keys(range(32), config)
+    request = functools.partial(engine._recorder.request, may_repeat=True)
+    for call in (engine.lookup, engine.record, request):
+        try:
+            call(keys)
+        except kvtier.ClosedError:
+            continue
+        os._exit(1)
+    sys.exit(0)  # with all that Python does at exit
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+same = os.path.getsize({str(path)!r}) == size
+over.set()
+thread.join()
+engine.lookup(kvtier.block_keys(range(48), config))
+engine.close()
+print(status, same)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout.strip(), done.returncode) == ("0 True", 0), done.stderr
+    assert load_trace(path).num_requests == 2
+
+
 def random_keys(num_keys: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(num_keys).integers(0, 256, (num_keys, 32), np.uint8)
 
@@ -243,7 +292,7 @@ def test_a_recorder_takes_the_memory_that_it_says(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         for begin in range(0, len(keys), 1000):
-            recorder.lookup(keys[begin : begin + 1000])
+            recorder.request(keys[begin : begin + 1000], may_repeat=True)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -262,7 +311,7 @@ def test_a_key_keeps_its_number_however_many_come_after_it(
     rng = np.random.default_rng(7)
     asked = [rng.integers(0, high, 40) for high in range(10, 3000, 5)]
     for each in asked:
-        recorder.lookup(keys[each])
+        recorder.request(keys[each], may_repeat=True)
     assert len(recorder._numbers._runs) > 1
     recorder.close()
     numbers: dict[int, int] = {}
@@ -279,7 +328,7 @@ def test_too_many_keys_end_the_trace_with_one_warning(
     recorder = TraceRecorder(path, 16)
     keys = random_keys(12)
     for begin in (0, 5, 7, 0):
-        recorder.lookup(keys[begin : begin + 5])
+        recorder.request(keys[begin : begin + 5], may_repeat=True)
     recorder.close()
     assert recorder.problem == f"{path}: has 10 different keys"
     assert [record.getMessage() for record in caplog.records] == [f"the trace ends here: {recorder.problem}"]
