@@ -11,6 +11,7 @@ Needs Python >= 3.10 and NumPy, nothing else: it runs in the peers' environments
 import contextlib
 import gc
 import hashlib
+import importlib.metadata
 import json
 import mmap
 import os
@@ -32,6 +33,15 @@ class Store:
     """A store under test. `self.pages` (class Pages) is there before open()."""
 
     pages: "Pages"
+    packages: tuple[str, ...] = ()  # whose versions are reported, where they are installed
+
+    def versions(self) -> dict[str, str]:
+        """Of what is under test. Not timed."""
+        found = {}
+        for name in self.packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
+        return found
 
     def prepare(self, home: Path, size: int, blocks: int, capacity: int, options: dict) -> None:
         """What is not timed as an opening: imports, and memory outside of the store."""
@@ -253,7 +263,8 @@ class Server:
         self.store.prepare(self.home, size, blocks, capacity, options)
         begin = time.perf_counter()
         about = self.store.open(self.home, size, blocks, capacity, options)
-        return {"seconds": time.perf_counter() - begin, "about": about or {}}
+        took = time.perf_counter() - begin
+        return {"seconds": took, "about": about or {}, "versions": self.store.versions()}
 
     def _another(self) -> None:
         """A process serves one store after the other: starting some takes long."""
@@ -322,7 +333,7 @@ class Server:
         self.home = Path(home)
         self.store.home = self.home
         self.store.steps_open(count, options)
-        return {}
+        return {"versions": self.store.versions()}
 
     def op_steps(self, number) -> dict:
         gc.collect()

@@ -16,6 +16,8 @@ TRANSACTION_BYTES = 32 << 20
 class Lmdb(Store):
     """Transactions of 32 MiB without a sync each, one sync at the end; reads out of the memory map."""
 
+    packages = ("lmdb",)
+
     def prepare(self, home, size, blocks, capacity, options):
         import lmdb
 
@@ -25,10 +27,7 @@ class Lmdb(Store):
         self.home, self.capacity = home, capacity
         self._open()
         self.each = max(1, TRANSACTION_BYTES // size)
-        return {
-            "version": self.lmdb.__version__,
-            "config": "sync=False and env.sync() at the end, 32 MiB/txn",
-        }
+        return {"config": "sync=False and env.sync() at the end, 32 MiB/txn"}
 
     def _open(self):
         self.env = self.lmdb.open(
@@ -93,13 +92,20 @@ class Lmdb(Store):
 class Redis(Store):
     """redis-server on a Unix socket, hiredis parser, one SET and one GET a value."""
 
+    packages = ("redis", "hiredis")
+
+    def versions(self):
+        command = ["redis-server", "--version"]  # "Redis server v=7.0.15 sha=..."
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return super().versions() | {"redis-server": said.partition(" v=")[2].split()[0]}
+
     def prepare(self, home, size, blocks, capacity, options):
         import redis  # noqa: F401 - not a part of the opening
 
     def open(self, home, size, blocks, capacity, options):
         self._start(home, options.get("append_only", False))
         log = "AOF, everysec" if options.get("append_only") else "no persistence"
-        return {"version": self.client.info("server")["redis_version"], "config": f"Unix socket, {log}"}
+        return {"config": f"Unix socket, {log}"}
 
     def _start(self, home, append_only):
         import redis

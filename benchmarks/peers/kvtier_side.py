@@ -23,6 +23,8 @@ def _matrix(keys):
 
 
 class Kvtier(Store):
+    packages = ("kvtier", "numpy")
+
     def open(self, home, size, blocks, capacity, options):
         tokens = size // (32 * 2 * 8 * 128 * 2)  # the shape of an 8B model: 128 KiB a token
         layout = kvtier.KVLayout(32, 8, 128, "bfloat16", tokens)

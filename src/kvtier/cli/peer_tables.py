@@ -8,6 +8,10 @@ from kvtier.cli import plots
 from kvtier.cli.results import Report, Result, table
 
 _SUFFIX = "/ratio"
+_REFERENCE = (
+    "of reference: the peer's and kvtier's rate over that of plain calls in the same rounds (machine/...);\n"
+    "no upper limit: on a drive these are Python threads"
+)
 COPIED = "_copied"  # ours with the blocks' bytes, beside a peer's index work, which moves none
 
 
@@ -22,10 +26,11 @@ def print_tables(report: Report) -> None:
             "kvtier's",
             "kvtier is",
             "min-max",
-            "of machine",
+            "of reference",
             "n",
         )
         print(f"\n{table(header, rows)}", file=report.out)
+        print(f"\n{_REFERENCE}", file=report.out)
         print("\nbehind: " + (", ".join(behind(report)) or "nowhere"), file=report.out)
     if seen := _behaviour_rows(report):
         columns = ("store", "after SIGKILL", "after close", "bits flipped", "disk / cap", "newest kept")
@@ -35,21 +40,21 @@ def print_tables(report: Report) -> None:
 
 
 def ratios(report: Report) -> list[Result]:
-    """The results "kvtier/WHAT/SIZE/PEER/ratio"."""
+    """The results "kvtier/WHAT/SIZE/PEER/ratio"; a restart's SIZE is "2MiB/killed_seconds"."""
     return [r for r in report.results if r.name.endswith(_SUFFIX)]
 
 
 def behind(report: Report) -> list[str]:
     """Where kvtier is slower in the median, with the ratio."""
     return [
-        f"{r.name.removeprefix('kvtier/').removesuffix(_SUFFIX)} ({r.value:.2f} x)"
+        f"{r.name.removeprefix('kvtier/').removesuffix(_SUFFIX)} ({_times(r.value)} x)"
         for r in ratios(report)
         if r.value < 1
     ]
 
 
 def _ratio_row(report: Report, ratio: Result) -> tuple[str, ...]:
-    _, what, size, peer, _ = ratio.name.split("/")
+    what, size, peer = _parts(ratio.name)
     of = {r.name: r for r in report.results}
     theirs, ours = of[f"{peer}/{what.removesuffix(COPIED)}/{size}"], of[ratio.name.removesuffix(_SUFFIX)]
     return (
@@ -57,15 +62,20 @@ def _ratio_row(report: Report, ratio: Result) -> tuple[str, ...]:
         peer,
         _short(theirs),
         _short(ours),
-        f"{ratio.value:.2f} x",
-        f"{ratio.min:.2f}-{ratio.max:.2f}",
+        f"{_times(ratio.value)} x",
+        f"{_times(ratio.min)}-{_times(ratio.max)}",
         _of_machine(theirs, of.get(f"{ours.name}/of_machine")),
         str(ratio.n),
     )
 
 
+def _times(ratio: float | None) -> str:
+    """Two places; of less than 0.1 two digits."""
+    return "" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
 def _of_machine(theirs: Result, ours: Result | None) -> str:
-    """Both shares of what the machine itself did: the peer's, ours."""
+    """Both rates over the reference, plain calls: the peer's, ours."""
     return "" if theirs.ratio is None or ours is None else f"{theirs.ratio:.2f}, {ours.value:.2f}"
 
 
@@ -104,7 +114,9 @@ def _restart(of: dict[str, Result], name: str) -> str:
     if name not in of:
         return "-"
     took = of.get(f"{name}_seconds")
-    return f"{of[name].value:.0f} %" + (f" in {took.value:.2f} s" if took else "")
+    return f"{of[name].value:.0f} %" + (
+        f" in {took.value:.3g} s ({took.min:.3g}-{took.max:.3g})" if took else ""
+    )
 
 
 def _flipped(result: Result | None) -> str:
@@ -164,5 +176,11 @@ def _points(axes: Any, found: list[Result]) -> None:
 
 
 def _label(name: str) -> str:
-    _, what, size, peer, _ = name.split("/")
-    return f"{peer}  {what.replace('_', ' ')} {size}"
+    what, size, peer = _parts(name)
+    return f"{peer}  {what.replace('_', ' ')} {size.replace('_', ' ')}"
+
+
+def _parts(ratio_name: str) -> tuple[str, str, str]:
+    """What, size and peer of a ratio."""
+    _, what, *size, peer, _ = ratio_name.split("/")
+    return what, "/".join(size), peer

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ import numpy as np
 from harness import Store, keys_of, serve
 
 class Fake(Store):
+    packages = ("numpy", "no-such-package")
+
     def open(self, home, size, blocks, capacity, options):
         self.home, self.options = home, options | dict.fromkeys(sys.argv[1:], True)
         if self.options.get("forgets"):
@@ -152,13 +155,23 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
         assert of[f"kvtier/{what}_copied/1024/counts"]["limit"] == theirs
         assert f"counts/{what}_copied/1024" not in of
     assert document["machine"]["skipped"] == document["machine"]["wrong_bytes"] == {}
-    memory = document["machine"]["peers"]["works"]["huge_pages"]["2MiB"]
+    peers = document["machine"]["peers"]
+    for name in ("works", "counts"):  # opened for values, and for index work alone
+        assert peers[name]["versions"] == {"numpy": version("numpy")}
+    assert peers["kvtier"]["versions"]["kvtier"] == version("kvtier")
+    memory = peers["works"]["huge_pages"]["2MiB"]
     assert set(memory) == {"kvtier", "works"}
     assert all(side["mib"] >= 2 * MIB and 0 <= side["in_huge_pages"] <= 1 for side in memory.values())
     # kvtier beside itself alone: nothing is lost, nothing wrong is served, and the cap holds.
     for end in ("killed", "closed"):
         assert of[f"kvtier/restart/2MiB/{end}"]["value"] == 100
         assert of[f"works/restart/2MiB/{end}"]["value"] == 100
+        took = f"restart/2MiB/{end}_seconds"
+        for name in (f"kvtier/{took}", f"works/{took}", f"kvtier/{took}/works", f"kvtier/{took}/works/ratio"):
+            assert of[name]["n"] == 3
+            assert 0 < of[name]["min"] <= of[name]["value"] <= of[name]["max"]
+        ratio = of[f"kvtier/{took}/works/ratio"]["value"]  # more is better, of a time too
+        assert ratio == of[f"kvtier/{took}/works"]["ratio"]
     assert of["works/holder_killed/2MiB/found"]["value"] == 100
     assert of["works/holder_killed/2MiB"]["value"] == 0
     assert of["kvtier/bitflip/2MiB"]["value"] == 0
@@ -170,6 +183,7 @@ def test_rows_of_both_sides_and_their_ratios(fakes: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "3 of 3 served wrong" in text
     assert "store_evicting_16_copied 1024" in text
+    assert "restart 2MiB/killed_seconds" in text
     assert "it says that 100 % are there; 0 % can be read" in text
     assert str(fakes) not in (fakes / "out.json").read_text()
 
@@ -260,6 +274,24 @@ def test_what_kvtier_fails_at_fails_the_run_and_is_not_the_peers(
     assert restarted == (fault != "hangs")
 
 
+@pytest.mark.usefixtures("brief")
+def test_what_is_gone_after_an_end_is_looked_for_once(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgets = Peer("forgets", "a fake", "kvtier", (str(fakes / "fake_side.py"), "forgets"), moves=())
+    monkeypatch.setattr(bench_peers, "PEERS", (replace(forgets, bounded=False),))
+    opened: list[str] = []
+    ask = Side.ask
+
+    def noted(side: Side, op: str, **arguments: Any) -> dict[str, Any]:
+        opened.extend([op] * (op == "open"))
+        return ask(side, op, **arguments)
+
+    monkeypatch.setattr(Side, "ask", noted)
+    _, document = run(fakes, "--only", "forgets")
+    of = {result["name"]: result["value"] for result in document["results"]}
+    assert of == {"forgets/restart/2MiB/killed": 0, "forgets/restart/2MiB/closed": 0}
+    assert len(opened) == 4  # for each end once to put and once to look
+
+
 def test_what_kvtier_loses_in_a_restart_and_puts_past_its_cap_fails_the_run(
     fakes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +351,20 @@ def test_asking_what_is_there_is_timed_without_the_harness_own_work(tmp_path: Pa
     stamp = server.store.pages.stamp
     server.store.pages.stamp = lambda number: (time.sleep(0.3), stamp(number))
     assert server.op_found(7)["seconds"] < 0.3
+
+
+def test_versions_of_redis_are_the_clients_and_the_servers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = tmp_path / "redis-server"
+    server.write_text("#!/bin/sh\necho 'Redis server v=7.1.2 sha=00000000:0 malloc=libc bits=64'\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import kv_side; print(kv_side.Redis().versions())"
+    )
+    done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True, check=True)
+    assert "'redis-server': '7.1.2'" in done.stdout
 
 
 @pytest.mark.usefixtures("brief")
@@ -411,12 +457,16 @@ def test_where_we_are_behind_is_said(capsys: pytest.CaptureFixture[str]) -> None
         ("other/get/2MiB", 4.0, "GB/s"),
         ("kvtier/get/2MiB/other", 3.0, "GB/s"),
         ("kvtier/get/2MiB/other/ratio", 0.75, "x"),
+        ("other/restart/2MiB/killed_seconds", 0.1, "s"),
+        ("kvtier/restart/2MiB/killed_seconds/other", 0.2, "s"),
+        ("kvtier/restart/2MiB/killed_seconds/other/ratio", 0.012, "x"),
     ):
         report.add(Result(name, value, unit, n=3, min=value / 2, max=2 * value))
     peer_tables.print_tables(report)
     text = capsys.readouterr().out
-    assert "behind: get/2MiB/other (0.75 x)" in text
+    assert "behind: get/2MiB/other (0.75 x), restart/2MiB/killed_seconds/other (0.012 x)" in text
     assert "0.38-1.50" in text
+    assert "of reference: the peer's and kvtier's rate over that of plain calls" in text
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
