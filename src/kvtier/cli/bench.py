@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kvtier.cli import machine, plots
@@ -68,10 +69,16 @@ def run(args: argparse.Namespace) -> int:
     with turn, Report(f"bench {args.subject}", args.json) as report:
         report.machine |= {"seed": args.seed, "method": method(args, subject)}
         print(machine.describe(report.machine), file=report.out)
+        folder: str | None = getattr(args, "dir", None)
+        if folder is not None and not getattr(args, "list", False):
+            report.machine["drive"] = machine.drive(Path(folder))
+            print(machine.describe_drive(report.machine["drive"]), file=report.out)
         print(f"seed: {args.seed}", file=report.out)
         for name, value in report.machine["method"].items():
             print(f"{name}: {value}", file=report.out)
         subject.measure(args, report)
+        if folder is None and "drive" in report.machine:  # the subject's own choice
+            print(machine.describe_drive(report.machine["drive"]), file=report.out)
         for name, passed in report.checks.items():
             print(f"{'ok    ' if passed else 'FAILED'} {name}", file=report.out)
     return report.status

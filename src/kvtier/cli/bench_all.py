@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -51,6 +51,7 @@ class Step:
         minutes: How long it takes on a machine with 2 cores, about.
         missing: Why it cannot run here; None: it can.
         python: Which Python runs it.
+        unless: The step that runs in its place where both could.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Step:
     minutes: float
     missing: Callable[[], str | None] = lambda: None
     python: Callable[[], str] = lambda: sys.executable
+    unless: str = ""
 
 
 def _no_fio() -> str | None:
@@ -103,17 +105,19 @@ def _no_vllm() -> str | None:
     )
 
 
+# What only a GPU's machine can run comes first: it is not dropped for what any machine can run.
+_GPU_TTFT = ("bench", "ttft", "--device", "cuda", "--minutes", "14", "--dir", "{dir}")
 STEPS = (
+    Step("gpu", ("bench", "device"), 3, _no_gpu),
+    Step("ttft-gpu", _GPU_TTFT, 15, _no_gpu_torch),
     Step("index", ("bench", "index"), 1),
     Step("copy", ("bench", "copy"), 1),
     Step("demo", ("demo", "--disk", "{dir}"), 2, _no_module("torch", "transformers")),
     Step("reopen", ("bench", "reopen", "--dir", "{dir}"), 1),
     Step("disk", ("bench", "disk", "--dir", "{dir}"), 7, _no_fio),
-    Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch")),
+    Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch"), unless="ttft-gpu"),
     Step("peers", ("bench", "peers", "--dir", "{dir}"), 18, _no_module("kvtier.cli.bench_peers")),
     Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 10, _no_vllm, _vllm_python),
-    Step("gpu", ("bench", "device"), 3, _no_gpu),
-    Step("ttft-gpu", ("bench", "ttft", "--device", "cuda", "--dir", "{dir}"), 10, _no_gpu_torch),
 )
 
 
@@ -167,17 +171,25 @@ def _output(report: Report) -> int | None:
     return 2 if report.path == "-" else None
 
 
+def possible(steps: Sequence[Step]) -> tuple[list[Step], dict[str, str]]:
+    """The steps that can run here, and why the others cannot."""
+    left_out = {step.name: why for step in steps if (why := step.missing())}
+    names = {step.name for step in steps} - left_out.keys()
+    left_out |= {
+        step.name: f"{step.unless} runs in its place (--only {step.name} runs it)"
+        for step in steps
+        if step.name in names and step.unless in names
+    }
+    return [step for step in steps if step.name not in left_out], left_out
+
+
 def _all(
     steps: list[Step], args: argparse.Namespace, target: Callable[[Step], Path], report: Report
 ) -> KeyboardInterrupt | None:
     """Runs the steps; what ended them before their time, if anything did."""
     left_out: dict[str, str] = report.machine["left_out"]
-    can = []
-    for step in steps:
-        if why := step.missing():
-            left_out[step.name] = why
-        else:
-            can.append(step)
+    can, why_not = possible(steps)
+    left_out |= why_not
     begin = time.monotonic()
     for index, step in enumerate(can):
         left = args.minutes - (time.monotonic() - begin) / 60
@@ -207,7 +219,7 @@ def _all(
 
 def _run(step: Step, directory: str, target: Path, seconds: float, output: int | None) -> tuple[int, str]:
     """Runs one, for so long; its status, and what became of its file."""
-    part = target.with_suffix(".part")
+    part, begin = target.with_suffix(".part"), time.monotonic()
     words = [word.replace("{dir}", directory) for word in step.command]
     command = bound([step.python(), "-m", "kvtier.cli", *words, "--json", str(part)], signal.SIGTERM)
     try:
@@ -226,13 +238,15 @@ def _run(step: Step, directory: str, target: Path, seconds: float, output: int |
         except KeyboardInterrupt:
             child.wait()
             status = _INTERRUPTED
-        return status, _keep(part, target)
+        return status, _keep(part, target, time.monotonic() - begin)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _keep(part: Path, target: Path) -> str:
-    """Makes what a step wrote its file, whose commit is ours where it knows none; in words what became of it.
+def _keep(part: Path, target: Path, seconds: float) -> str:
+    """Makes what a step wrote its file; in words what became of it.
+
+    With how long the step took, and our commit where it knows none.
 
     An incomplete one replaces nothing, and does not come before a complete one of another day either.
     """
@@ -244,6 +258,7 @@ def _keep(part: Path, target: Path) -> str:
         return f"{older.name} stays"
     if document["commit"] == "unknown":
         document["commit"] = machine.commit()
+    document["machine"]["seconds"] = round(seconds, 1)
     write_json(str(target), document)
     return "what was finished is in its file"
 

@@ -7,6 +7,7 @@ subject's `figures(document)` and `tables(document)` where it has them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import importlib
 import importlib.util
@@ -19,7 +20,7 @@ from typing import Any
 
 from kvtier.cli import machine, plots
 from kvtier.cli.figures import RESULTS, refresh, short
-from kvtier.cli.results import problems
+from kvtier.cli.results import Report, Result, add_json_argument, problems
 from kvtier.errors import ConfigError, UnsupportedError
 
 _STYLE = """
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--readme", action="store_true", help="also write the figures of README.md and docs/ anew"
     )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,14 +68,19 @@ def run(args: argparse.Namespace) -> int:
     found, wrong = collect(folder)
     if not found:
         raise ConfigError(f"--results {folder}: no result files")
-    target.write_text(page(found), encoding="utf-8")
-    print(f"{target}: {len(found)} files, {target.stat().st_size >> 10} KiB")
-    for problem in wrong:
-        print(f"left out: {problem}")
-    if args.readme and root is not None:
-        for path in refresh(root):
-            print(f"figures written anew: {path}")
-    return 1 if wrong else 0
+    with Report("bench report", args.json) as report, contextlib.redirect_stdout(report.out):
+        target.write_text(page(found), encoding="utf-8")
+        size = target.stat().st_size
+        print(f"{target}: {len(found)} files, {size >> 10} KiB")
+        for problem in wrong:
+            print(f"left out: {problem}")
+        report.machine |= {"files": list(found), "left_out": wrong}
+        report.add(Result("files", len(found), "files"), Result("page", size, "B"))
+        report.checks["files"] = not wrong
+        if args.readme and root is not None:
+            for path in refresh(root):
+                print(f"figures written anew: {path}")
+    return report.status
 
 
 def collect(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

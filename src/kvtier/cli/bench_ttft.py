@@ -26,7 +26,7 @@ from typing import Any
 
 from kvtier.cli import bench_ttft_plot, bench_ttft_table, machine, plots
 from kvtier.cli.arguments import finite
-from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Fit, Layer, Room, fit, held_out, place
+from kvtier.cli.bench_ttft_plan import SUFFIX_TOKENS, Fit, Layer, Room, default_lengths, fit, held_out, place
 from kvtier.cli.lives import live
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, Result, measured, table
@@ -55,8 +55,10 @@ _GPU_LENGTHS = [1 << n for n in range(10, 21)]
 _LIFE = "kvtier.cli.bench_ttft_life"
 _DTYPES = ("bfloat16", "float16", "float32", "float64")  # that torch computes in, NaN included
 _KV_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+_PROOFS = ("recompute_repeats", "control_differs")  # without them nothing is proven
 _MOST_MINUTES = 100_000.0
 _USABLE = 0.85  # of free memory
+_USABLE_DISK = 0.95  # of what is free
 _USABLE_GPU = 0.93  # of all its memory: the CUDA context, and what torch cannot use for holes
 
 
@@ -71,14 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{names}; or a Hugging Face config.json's path (CPU: 100m)",
     )
     add("--ranks", type=int, default=1, help="of tensor parallelism: run one of them (default: %(default)s)")
-    add("--tokens", type=int, nargs="+", help="lengths of the prefix (default: 1k to 128k, to 1M on a GPU)")
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="lengths of the prefix (default: 1k to 128k, to 1M on a GPU, as the model allows)",
+    )
     add("--minutes", type=finite, default=10.0, help="for everything, about (default: %(default)s)")
     add("--device", default="cpu", help='torch\'s name, such as "cuda" (default: %(default)s)')
     add("--dtype", help="of weights and arithmetic (default: bfloat16 where the hardware computes in it)")
     add("--kv-dtype", help="of the KV (default: as --dtype; float8_e4m3fn where only that fits a GPU)")
     add("--chunk", type=int, help="tokens of a prefill at once (default: 512, 8192 on a GPU)")
     add("--block-tokens", type=int, help="(default: so that a block has 2 MiB, at most 256)")
-    add("--dir", metavar="D", help="a directory on the drive of the disk tier (default: the current one)")
+    add("--dir", default=".", metavar="D", help="on the drive of the disk tier (default: %(default)s)")
     add("--plot", metavar="PNG", help="draw it there, too")
     parser.set_defaults(rounds=5)
 
@@ -164,7 +171,7 @@ def _layer(args: argparse.Namespace, shape: Shape) -> Layer:
     """How the shape is run with what is free now."""
     return place(
         shape,
-        args.tokens or (_LENGTHS if args.device == "cpu" else _GPU_LENGTHS),
+        args.tokens or default_lengths(shape, _LENGTHS if args.device == "cpu" else _GPU_LENGTHS),
         _room(args),
         dtype=_dtype(args),
         kv_dtype=args.kv_dtype,
@@ -210,7 +217,7 @@ def _device_bytes(device: str) -> int | None:
 def _room(args: argparse.Namespace) -> Room:
     device = _device_bytes(args.device)
     free = shutil.disk_usage(args.dir or ".").free
-    return Room(device, int(_USABLE * machine.available_bytes()), int(0.9 * free))
+    return Room(device, int(_USABLE * machine.available_bytes()), int(_USABLE_DISK * free))
 
 
 @dataclass
@@ -225,6 +232,8 @@ class _Run:
     seconds_behind: float  # what the shapes after it are given
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, dict[int, float]] = field(default_factory=dict)  # medians by tier and tokens
+    unproven: set[int] = field(default_factory=set)  # lengths without figures
+    restarts: list[bool] = field(default_factory=list)  # whether the logits after one were right
 
     def describe(self) -> None:
         layer, out = self.layer, self.report.out
@@ -265,8 +274,10 @@ class _Run:
                 return
             self.progress.phase("killed with SIGKILL; a new process starts")
             opened = live(_LIFE, "second", {"life": life, **saved}, self.progress, self._heard)
-            self._check("killed_and_restored", self.report.checks.get("logits_disk_restarted", False))
-            self.report.add(measured(f"reopen/{self.shape.name}", opened["open"], "s"))
+            restored = self.restarts and all(self.restarts)
+            self._check("killed_and_restored", bool(restored))
+            if restored and self.seconds.get("disk_restarted"):
+                self.report.add(measured(f"reopen/{self.shape.name}", opened["open"], "s"))
 
     def _check(self, name: str, passed: bool) -> None:
         self.report.checks[name] = self.report.checks.get(name, True) and passed
@@ -276,6 +287,10 @@ class _Run:
             self._row(**said["row"])
         for name, passed in said.get("check", {}).items():
             self._check(name, passed)
+            if name == "logits_disk_restarted":
+                self.restarts.append(passed)
+            if not passed and name in _PROOFS:
+                self._withdraw(name, said.get("tokens"))
         if "left_out" in said:
             self._leave_out(**said["left_out"])
         if "expect" in said:
@@ -285,6 +300,18 @@ class _Run:
             sources, missing = (", ".join(facts[key]) for key in ("energy_from", "energy_missing"))
             print(f"energy: {sources or 'absent'}{missing and f' ({missing})'}", file=self.report.out)
         self.facts.update(facts)
+
+    def _withdraw(self, check: str, tokens: int | None) -> None:
+        """Takes back the figures of a length, or of all, and lets no more in."""
+        self.unproven |= set(self.layer.lengths) if tokens is None else {tokens}
+        at = {(self.shape.name, str(n)) for n in self.unproven}
+        results = self.report.results
+        results[:] = [r for r in results if tuple(r.name.split("/")[1:3]) not in at]
+        for by_tokens in self.seconds.values():
+            for n in self.unproven & by_tokens.keys():
+                del by_tokens[n]
+        where = "all lengths" if tokens is None else f"{tokens} tokens"
+        print(f"{self.shape.name}, {where}: no figures, {check} failed", file=self.report.out)
 
     def _bytes(self, tokens: int) -> int:
         return tokens * self.shape.kv_bytes_per_token(self.layer.kv_dtype)
@@ -298,6 +325,8 @@ class _Run:
         bandwidth: list[float],
         joules: list[float],
     ) -> None:
+        if tokens in self.unproven:
+            return
         report, where = self.report, f"{self.shape.name}/{tokens}"
         kv_bytes = self._bytes(tokens)
         limits = [kv_bytes / rate for rate in bandwidth] or None
@@ -360,15 +389,17 @@ def _folder(given: str | None) -> Iterator[Path]:
 
 
 def _summarize(report: Report, shape: Shape) -> None:
-    header, rows = bench_ttft_table.cells(report.document(), shape.name)
+    document = report.document()
+    header, rows = bench_ttft_table.cells(document, shape.name)
     if rows:
-        print(f"\n{shape.about}\n{table(header, rows)}\n{bench_ttft_table.LEGEND}", file=report.out)
+        legend = bench_ttft_table.legend(document)
+        print(f"\n{shape.about}\n{table(header, rows)}\n{legend}", file=report.out)
 
 
 def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]], str]]:
     """What `kvtier bench report` shows of a document: title, header, rows and legend of each table."""
     return [
-        (shape, *bench_ttft_table.cells(document, shape), bench_ttft_table.LEGEND)
+        (shape, *bench_ttft_table.cells(document, shape), bench_ttft_table.legend(document))
         for shape in bench_ttft_plot.shapes_of(document)
     ]
 

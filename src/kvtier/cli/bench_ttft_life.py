@@ -6,7 +6,7 @@ opens what it left on disk. How they talk and end: `kvtier.cli.lives`. What they
     {"facts": {...}}          for the report's `machine`
     {"expect": seconds}       how long all of it takes
     {"left_out": {"tokens": n, "why": "..."}}
-    {"check": {name: bool}}
+    {"check": {name: bool}, "tokens": n}      tokens: of a check that is of one length alone
     {"row": {"tokens": n, "tier": ..., "seconds": [...], ...}}    the fields of Samples
 """
 
@@ -237,7 +237,7 @@ def recompute(world: World, plan: Schedule, model: Fit) -> dict[int, Any]:
             same = same and torch.equal(expected.setdefault(tokens, logits), logits)
             samples[tokens].seconds.append(took + one.seconds[0])
             samples[tokens].joules += [joules + j for j in one.joules if joules is not None]
-            if lengths is plan.recomputed:
+            if lengths is plan.recomputed and same:
                 row(tokens, "recompute", samples[tokens])
     if passes:
         say(check={"recompute_repeats": same})
@@ -315,6 +315,7 @@ def first(life: Life) -> None:
         facts={
             "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(),
+            **({} if life.device == "cpu" else {"device": torch.cuda.get_device_name(life.device)}),
             "energy_from": world.energy.sources,
             "energy_missing": world.energy.missing,
             "kv_bytes_per_token": world.shape.kv_bytes_per_token(world.layer.kv_dtype),
@@ -338,13 +339,13 @@ def first(life: Life) -> None:
             world.lines.phase(f"{tokens} tokens from device, host and disk: round {i + 1} of {rounds}")
             tiers.round()
             world.lines.step(3 * run_seconds(model, tokens))
+        np.save(world.logits_file(tokens), tiers.expected.numpy())
+        world.lines.phase("control: one damaged block")
+        say(check={"control_differs": tiers.control()}, tokens=tokens)
         for tier, right in tiers.right.items():
             say(check={f"logits_{tier}": right})
             if right:
                 row(tokens, tier, tiers.samples[tier])
-        np.save(world.logits_file(tokens), tiers.expected.numpy())
-        world.lines.phase("control: one damaged block")
-        say(check={"control_differs": tiers.control()})
         _mend(world)
     drive.close()
     steps = {tokens: run_seconds(model, tokens) for tokens in plan.rounds}

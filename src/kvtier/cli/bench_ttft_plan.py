@@ -19,8 +19,10 @@ SUFFIX_TOKENS = 128
 FP8 = "float8_e4m3fn"
 LIMIT_BYTES = 512 << 20  # moved at most by each plain copy or read beside a restored run
 _MIN_BLOCK_BYTES = 2 << 20
-_SLOT_OVERHEAD = 1.02  # header, and rounding up
+_SLOT_OVERHEAD = 8 << 10  # header, and rounding up
+_SPARE_SLOTS = 17  # what an engine gets more than a prefix needs, and a block behind the suffix
 _DISK_SPARE = 64 << 20
+_LONGER = 1.05  # a million tokens as people say it are 1,010,000 or 2**20
 _TIERS = 4  # device, host, disk, disk after a restart
 _ROUND_SECONDS = 0.15  # to open an engine and the like, for each of them
 _ROUND_RATE = 4e9  # bytes a second to make its host tier and to poison the pages
@@ -29,6 +31,7 @@ RECOMPUTE_AT_MOST = 0.5  # of the time given; planned are
 _RECOMPUTE_SHARE, _REPEAT_SHARE, _TIER_SHARE = 0.35, 0.08, 0.42  # of the time given
 _CALIBRATION_SHARE, _CALIBRATION_RUNS = 0.1, 6
 _LEAST_CHUNK = 16
+_DEVICE = "device memory"
 _ONE_ROUND_AT_MOST = 2.0  # of the time given: with less than a round of the shortest length nothing is run
 
 
@@ -73,6 +76,13 @@ def block_tokens_for(shape: Shape, kv_dtype: str) -> int:
     return tokens
 
 
+def default_lengths(shape: Shape, lengths: Sequence[int]) -> list[int]:
+    """Those up to the longest context that the model is made for, the shortest at least."""
+    if shape.max_tokens <= 1:  # not known
+        return list(lengths)
+    return [n for n in lengths if n <= _LONGER * shape.max_tokens] or [min(lengths)]
+
+
 def weight_bytes(shape: Shape, dtype: str, *, own: bool) -> int:
     """Of all matrices in memory; the embedding is the output matrix."""
     each = dtype_name_and_bytes(dtype)[1]
@@ -105,14 +115,15 @@ def place(
 ) -> Layer:
     """Decides how a shape is run so that the longest possible prefix fits.
 
-    Tried in this order: as it is; one layer's weights for all; 8-bit KV; both.
+    Tried in this order: as it is; one layer's weights for all; 8-bit KV; both. KV of 8 bits is taken only for
+    lengths that lack device memory otherwise: host memory or a disk that is too small leaves a length out.
 
     Args:
         shape: The model's.
         lengths: Tokens of the prefixes.
         room: What may be used.
         dtype: Of weights and arithmetic.
-        kv_dtype: Of the pages; None: `dtype`, or 8 bits where only they fit a GPU.
+        kv_dtype: Of the pages; None: `dtype`, or 8 bits where only they fit a GPU's memory.
         chunk: Tokens of a prefill at once.
         block_tokens: Of a block; None: see `block_tokens_for`.
 
@@ -121,47 +132,53 @@ def place(
     """
     kinds = [kv_dtype] if kv_dtype is not None else [dtype, *([FP8] if room.device is not None else [])]
     best: Layer | None = None
+    forced: set[int] = set()  # lengths that lack device memory in the best way so far
     for kind in kinds:
         for own in (True, False):
             block = block_tokens or block_tokens_for(shape, kind)
             wrong = [n for n in lengths if n < block or n % block]
             if wrong or not lengths:
                 raise ConfigError(f"--tokens {wrong}: allowed: multiples of the block of {block} tokens")
-            fits, left_out = [], {}
+            fits, left_out, lack_device = [], {}, set()
             for tokens in sorted(set(lengths)):
-                why = _too_much(shape, tokens, room, dtype, kind, own=own, chunk=chunk)
-                if why is None:
+                lack = _lack(shape, tokens, room, dtype, kind, block, own=own, chunk=chunk)
+                if lack is None:
                     fits.append(tokens)
-                else:
-                    left_out[tokens] = why
+                    continue
+                left_out[tokens] = lack[1]
+                if lack[0] == _DEVICE:
+                    lack_device.add(tokens)
             found = Layer(dtype, kind, own, chunk, block, tuple(fits), left_out)
-            if best is None or len(fits) > len(best.lengths):
-                best = found
+            more = best is not None and len(fits) > len(best.lengths)
+            if best is None or (more and (kind == best.kv_dtype or forced & set(fits))):
+                best, forced = found, lack_device
     if best is None:
         raise ConfigError("--tokens: at least one length is wanted")
     return best
 
 
-def _too_much(
-    shape: Shape, tokens: int, room: Room, dtype: str, kv_dtype: str, *, own: bool, chunk: int
-) -> str | None:
-    """Why a length does not fit; None if it does."""
+def _lack(
+    shape: Shape, tokens: int, room: Room, dtype: str, kv_dtype: str, block: int, *, own: bool, chunk: int
+) -> tuple[str, str] | None:
+    """What a length has too little of, and that in a sentence; None if it fits."""
     kv = (tokens + SUFFIX_TOKENS) * shape.kv_bytes_per_token(kv_dtype)
     weights = weight_bytes(shape, dtype, own=own)
     device = kv + weights + work_bytes(shape, dtype, kv_dtype, tokens, chunk)
-    tier = int(kv * _SLOT_OVERHEAD) + _DISK_SPARE
+    slot = block * shape.kv_bytes_per_token(kv_dtype) + _SLOT_OVERHEAD
+    tier = (tokens // block + _SPARE_SLOTS) * slot + _DISK_SPARE
     host = tier + 2 * min(kv, LIMIT_BYTES)
     if room.device is None:
         if own and weights > room.host // _CPU_WEIGHTS_SHARE:
-            return f"weights of {weights / 1e9:.1f} GB are too many for {room.host / 1e9:.1f} GB of memory"
+            have = f"{room.host / 1e9:.1f} GB of memory"
+            return "host memory", f"weights of {weights / 1e9:.1f} GB are too many for {have}"
         host, device = host + device, 0
     for name, needed, there in (
-        ("device memory", device, room.device or 0),
+        (_DEVICE, device, room.device or 0),
         ("host memory", host, room.host),
         ("disk", tier + min(kv, LIMIT_BYTES), room.disk),
     ):
         if needed > there:
-            return f"needs {needed / 1e9:.1f} GB of {name}, {there / 1e9:.1f} are free"
+            return name, f"needs {needed / 1e9:.1f} GB of {name}, {there / 1e9:.1f} are free"
     return None
 
 

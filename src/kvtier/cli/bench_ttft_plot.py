@@ -35,13 +35,31 @@ def rows_of(document: dict[str, Any], shape: str) -> dict[str, dict[int, dict[st
     return found
 
 
+def on_gpu(document: dict[str, Any]) -> bool:
+    """Whether the device that computed was a GPU."""
+    return _device(document["machine"]) != "cpu"
+
+
+def _device(machine: dict[str, Any]) -> str:
+    return str(machine.get("method", {}).get("options", {}).get("device", "cpu"))
+
+
+def device_name(machine: dict[str, Any], shape: str) -> str:
+    """What computed, for people."""
+    device = _device(machine)
+    if device == "cpu":
+        return f"{machine['cpu']}, {machine['cores']} cores"
+    if said := machine.get("ttft", {}).get(shape, {}).get("device"):
+        return str(said)
+    index, gpus = int(device.partition(":")[2] or 0), machine.get("gpus", [])
+    return str(gpus[index]["name"]) if index < len(gpus) else device
+
+
 def draw(document: dict[str, Any], shape: str) -> Any:
     """The figure of one shape out of a document of `kvtier bench ttft --json`."""
     rows = rows_of(document, shape)
-    machine = document["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     drawn, axes = plots.figure(
-        f"{shape}, new suffix of 128 tokens\n{where}",
+        f"{shape}, new suffix of 128 tokens\n{device_name(document['machine'], shape)}",
         "tokens of context (prefix)",
         "time to first token (s)",
         log_x=True,

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from kvtier.cli import machine
 from kvtier.cli.bench_vllm_lookup import measure_lookups
 from kvtier.cli.bench_vllm_memory import into_huge_pages
 from kvtier.cli.bench_vllm_model import write_model
@@ -101,6 +102,10 @@ def measure(args: argparse.Namespace, report: Report) -> None:
     """Runs the benchmark into `report`."""
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedError("kvtier bench vllm needs vLLM in the same environment; it is not installed")
+    if (version := machine.version("vllm")) is not None:
+        report.machine.setdefault("versions", {})["vllm"] = version
+        print(f"vllm: {version}", file=report.out)
+    report.machine["drive"] = machine.drive(Path(args.dir))
     measure_lookups(args.rounds, args.seed, report, native=not args.without_native)
     source = random.Random(args.seed)  # noqa: S311 - prompts, no secrets
     with tempfile.TemporaryDirectory(prefix="kvtier-bench-vllm-", dir=args.dir) as folder:

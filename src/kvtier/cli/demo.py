@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     with alone(out_of(args.json)), Report("demo", args.json) as report:
         report.machine["method"] = METHOD
         print(machine.describe(report.machine), file=report.out)
+        if not args.no_disk:
+            report.machine["drive"] = machine.drive(Path(args.disk or "."))
+            print(machine.describe_drive(report.machine["drive"]), file=report.out)
         print(f"model:  {model.about}\nprompt: {prompt.source}", file=report.out)
         try:
             _measure(args, model, prompt, config, report)

@@ -30,21 +30,48 @@ def facts() -> dict[str, Any]:
         "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **({"gpus": found} if (found := gpus()) else {}),
         "versions": {
-            name: version
+            name: found_version
             for name in ("kvtier", "numpy", "torch", "transformers")
-            if (version := _version(name))
+            if (found_version := _version(name))
         },
     }
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The same in one line for people."""
+    """The same for people: a line, and one for each kind of GPU."""
     gib = found["memory_bytes"] / 2**30
-    versions = " ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return (
+    versions = " ".join(f"{name} {number}" for name, number in found["versions"].items())
+    line = (
         f"{found['cpu']}, {found['cores']} cores, L3 {found['l3_bytes'] >> 20} MiB, {gib:.0f} GiB; "
         f"Linux {found['kernel']}; Python {found['python']}, {versions}; commit {commit()}"
     )
+    kinds = [
+        f"{gpu['name']}, {gpu['memory.total']}, driver {gpu['driver_version']}"
+        for gpu in found.get("gpus", [])
+    ]
+    return "\n".join([line, *(f"GPU: {kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))])
+
+
+def describe_drive(found: dict[str, Any]) -> str:
+    """What `drive` found, in one line for people."""
+    facts = [found[key] for key in ("file_system", "name", "model") if key in found]
+    if "bytes" in found:
+        facts.append(f"{found['bytes'] / 1e9:.0f} GB")
+    if "rotational" in found:
+        facts.append("rotational" if found["rotational"] else "not rotational")
+    if "scheduler" in found:
+        facts.append(f"scheduler {found['scheduler']}")
+    if "mount_options" in found:
+        facts.append(f"mounted {found['mount_options']}")
+    return f"drive: {', '.join(facts)}"
+
+
+def version(name: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def file_system(path: Path) -> str:
@@ -192,10 +219,7 @@ def _selected(path: str) -> str:
 def _version(name: str) -> str | None:
     if name in ("torch", "transformers") and name not in sys.modules:
         return None  # not part of what was measured
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return version(name)
 
 
 def _read(path: str) -> str:

@@ -202,9 +202,13 @@ def measured_rows(monkeypatch: pytest.MonkeyPatch, folder: Path, ours: Scripted,
 
 
 def test_prompts_that_were_not_restored_have_no_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(bench_vllm.machine, "version", {"vllm": "1.2.3"}.get)
     report = measured_rows(monkeypatch, tmp_path, Scripted(256), Scripted(512))
+    assert report.machine["versions"]["vllm"] == "1.2.3"
+    assert capsys.readouterr().out.startswith("vllm: 1.2.3\n")
+    assert " on " in report.machine["drive"]["file_system"]
     of = {result.name: result for result in report.results}
     assert report.checks["kvtier_restored"] is False  # 256 of 512 tokens of the longer prompt
     assert report.checks["vllm_native_restored"] is True

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import pytest
 from kvtier.cli import bench_all, bench_lock, machine, main
 from kvtier.cli.bench_all import Step
 from kvtier.cli.bench_report import collect, page
+from kvtier.cli.bench_ttft_plan import Fit, schedule
 from kvtier.cli.figures import Figures, refresh
 from kvtier.cli.results import Report, Result, measured, problems
+from kvtier.cli.shapes import SHAPES
 from kvtier.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -181,6 +185,26 @@ def test_what_is_no_result_is_left_out_and_status_1(
     assert "left out: odd-1-2026-01-01.json: not an object" in printed
 
 
+def test_the_report_writes_json(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = project / "benchmarks" / "results", project / "out.json"
+    argv = ["bench", "report", "--results", str(folder)]
+    assert main([*argv, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert problems(document) == []
+    assert document["command"] == "bench report"
+    assert document["machine"]["files"] == ["copy-box-2core-2026-01-10.json"]
+    found = {result["name"]: result["value"] for result in document["results"]}
+    assert found == {"files": 1, "page": (folder / "report.html").stat().st_size}
+    assert document["checks"] == {"files": True, "completed": True}
+    (folder / "bad-1-2026-01-01.json").write_text("{")
+    ttft(folder, "ttft-box-2core-2026-01-10.json")
+    capsys.readouterr()
+    assert main([*argv, "--json", "-"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["checks"]["files"] is False
+    assert "left out: bad-1-2026-01-01.json: not JSON" in printed.err
+
+
 def test_files_without_a_date_count_for_themselves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +275,10 @@ def test_all_runs_what_it_can_and_says_what_it_left_out(
     assert set(document["machine"]["left_out"]) == {"disk", "ttft"}
     (found,) = folder.glob("*.json")
     assert found.name.startswith("index-box-20")
-    assert problems(json.loads(found.read_text())) == []
+    index = json.loads(found.read_text())
+    assert problems(index) == []
+    (duration,) = (r["value"] for r in document["results"] if r["name"] == "duration/index")
+    assert index["machine"]["seconds"] == pytest.approx(duration, abs=0.5)
     assert {p.suffix for p in folder.iterdir()} == {".json", ".html"}
 
 
@@ -344,19 +371,21 @@ def test_what_was_cut_short_takes_the_place_of_no_complete_file(tmp_path: Path, 
             raise KeyboardInterrupt
 
     cut_short()
-    assert bench_all._keep(part, target) == "what was finished is in its file"
+    assert bench_all._keep(part, target, 12.34) == "what was finished is in its file"
     assert json.loads(target.read_text())["checks"] == {"completed": False}
     target.unlink()
     older = tmp_path / f"copy-box-{day}.json"
     write(tmp_path, older.name, Result("a", 1.0, "s"))
     write(tmp_path, "copy-box-2-2026-01-11.json", Result("a", 1.0, "s"))  # of another machine
     before = older.read_bytes()
-    assert bench_all._keep(part, target) == f"{older.name} stays"
+    assert bench_all._keep(part, target, 12.34) == f"{older.name} stays"
     assert older.read_bytes() == before
     assert target.exists() == (older == target)
     write(tmp_path, part.name, Result("b", 1.0, "s"))  # a complete one does
-    bench_all._keep(part, target)
-    assert json.loads(target.read_text())["results"][0]["name"] == "b"
+    bench_all._keep(part, target, 12.34)
+    document = json.loads(target.read_text())
+    assert document["results"][0]["name"] == "b"
+    assert document["machine"]["seconds"] == 12.3
 
 
 def test_standard_output_is_the_json_alone(tmp_path: Path) -> None:
@@ -396,7 +425,38 @@ def test_every_step_is_a_command_that_there_is() -> None:
             check=True,
         )
         assert all(word in parsed.stdout for word in words[2:] if word.startswith("--")), step.name
-    assert sum(s.minutes for s in bench_all.STEPS if "gpu" not in s.name) < 60
+
+
+@pytest.mark.parametrize("torch", [True, False], ids=["torch", "no-torch"])
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "no-gpu"])
+def test_all_steps_fit_an_hour_and_those_of_a_gpu_come_first(gpu: bool, torch: bool) -> None:
+    def without(step: Step) -> str | None:
+        lacks_torch = not torch and "ttft" in step.name
+        return "not here" if lacks_torch or (not gpu and "gpu" in step.name) else None
+
+    here = [replace(step, missing=partial(without, step)) for step in bench_all.STEPS]
+    can, left_out = bench_all.possible(here)
+    names = [step.name for step in can]
+    assert sum(step.minutes for step in can) <= 59  # and a minute for the report
+    assert not set(names) & set(left_out)
+    assert set(names) | set(left_out) == {step.name for step in here}
+    first = ["gpu", *(["ttft-gpu"] if torch else [])] if gpu else ["index"]
+    assert names[: len(first)] == first
+    assert ("ttft" in names) == (torch and not gpu)
+    if torch and gpu:
+        assert left_out["ttft"] == "ttft-gpu runs in its place (--only ttft runs it)"
+        alone, _ = bench_all.possible([step for step in here if step.name == "ttft"])
+        assert [step.name for step in alone] == ["ttft"]
+
+
+def test_a_gpus_minutes_are_enough_for_a_million_tokens() -> None:
+    (step,) = (step for step in bench_all.STEPS if step.name == "ttft-gpu")
+    minutes = float(step.command[step.command.index("--minutes") + 1])
+    assert minutes < step.minutes
+    for operations in (100e12, 400e12):
+        model = Fit(SHAPES["qwen2.5-7b-1m"], 1 / operations, 1 / operations)
+        plan = schedule([1 << n for n in range(10, 21)], model, rounds=5, minutes=minutes / 2)  # two shapes
+        assert 1 << 20 in plan.rounds
 
 
 def test_files_are_named_after_the_machine() -> None:
@@ -409,6 +469,25 @@ def test_the_drive_is_described(tmp_path: Path) -> None:
     found = machine.drive(tmp_path)
     assert " on " in found["file_system"]
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_run_says_its_gpus_driver_and_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    gpu = {"name": "NVIDIA Some", "memory.total": "81559 MiB", "driver_version": "580.1"}
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu, gpu])
+    drive = {"file_system": "ext4 on /dev/x1", "name": "x", "model": "Some SSD", "bytes": 64_000_000_000}
+    drive |= {"rotational": False, "scheduler": "none", "mount_options": "rw"}
+    monkeypatch.setattr(machine, "drive", lambda _: drive)
+    line = "drive: ext4 on /dev/x1, x, Some SSD, 64 GB, not rotational, scheduler none, mounted rw\n"
+    argv = ["bench", "reopen", "--blocks", "64", "--rounds", "1"]
+    for more in (["--dir", str(tmp_path)], []):
+        assert main([*argv, *more]) == 0
+        printed = capsys.readouterr().out
+        assert "GPU: 2 x NVIDIA Some, 81559 MiB, driver 580.1\n" in printed
+        assert printed.count(line) == 1
+    assert machine.describe_drive({"file_system": "unknown"}) == "drive: unknown"
 
 
 # --- one at a time ------------------------------------------------------------------------------------------

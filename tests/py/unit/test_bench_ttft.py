@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvtier.cli import bench, bench_ttft, main
+from kvtier.cli import bench, bench_ttft, bench_ttft_plot, bench_ttft_table, main
 from kvtier.cli.bench_ttft_plan import (
     FP8,
     SUFFIX_TOKENS,
@@ -19,17 +20,19 @@ from kvtier.cli.bench_ttft_plan import (
     Room,
     block_tokens_for,
     calibration_chunk,
+    default_lengths,
     fit,
     held_out,
     place,
     schedule,
     weight_bytes,
 )
-from kvtier.cli.results import problems
+from kvtier.cli.results import Result, measured, problems
 from kvtier.cli.shapes import SHAPES
 from kvtier.errors import ConfigError
 
-QWEN, TINY = SHAPES["qwen2.5-7b-1m"], SHAPES["tiny"]
+QWEN, LLAMA, TINY = SHAPES["qwen2.5-7b-1m"], SHAPES["llama-3.1-8b"], SHAPES["tiny"]
+GPU_LENGTHS = [1 << n for n in range(10, 21)]
 BIG = Room(device=None, host=1 << 50, disk=1 << 50)
 GIB = 1 << 30
 
@@ -55,6 +58,46 @@ def test_8_bits_are_taken_where_only_they_fit_a_gpu() -> None:
     as_told = place(QWEN, [1 << 20], gpu(48), dtype="bfloat16", kv_dtype="bfloat16", chunk=8192)
     assert as_told.lengths == ()
     assert "GB of device memory" in as_told.left_out[1 << 20]
+
+
+def lent(gigabytes: float) -> Room:
+    """A GPU in a machine with 128 GiB of memory and a drive of 64 GiB."""
+    return Room(int(0.93 * gigabytes * 1e9), int(0.85 * 128 * GIB), int(0.95 * 64 * GIB))
+
+
+@pytest.mark.parametrize("gigabytes", [80, 141])
+def test_an_8b_is_run_as_it_is_at_every_length_on_a_gpu(gigabytes: float) -> None:
+    lengths = default_lengths(LLAMA, GPU_LENGTHS)
+    assert lengths[-1] == 128 << 10
+    layer = place(LLAMA, lengths, lent(gigabytes), dtype="bfloat16", chunk=8192)
+    assert layer.lengths == tuple(lengths)
+    assert (layer.kv_dtype, layer.own_weights) == ("bfloat16", True)
+
+
+def test_a_million_tokens_are_run_beside_a_drive_of_64_gib() -> None:
+    lengths = default_lengths(QWEN, GPU_LENGTHS)
+    assert lengths[-1] == 1 << 20
+    small = place(QWEN, lengths, lent(80), dtype="bfloat16", chunk=8192)
+    assert small.lengths == tuple(lengths)
+    assert small.kv_dtype == FP8 or not small.own_weights
+    large = place(QWEN, lengths, lent(141), dtype="bfloat16", chunk=8192)
+    assert large.lengths == tuple(lengths)
+    assert (large.kv_dtype, large.own_weights) == ("bfloat16", True)
+
+
+def test_a_small_drive_makes_no_8_bits() -> None:
+    lengths = default_lengths(QWEN, GPU_LENGTHS)
+    room = Room(int(0.93 * 141e9), 1 << 50, 40 * GIB)
+    layer = place(QWEN, lengths, room, dtype="bfloat16", chunk=8192)
+    assert (layer.kv_dtype, layer.lengths) == ("bfloat16", tuple(lengths[:-1]))
+    assert "GB of disk" in layer.left_out[1 << 20]
+
+
+def test_default_lengths_end_where_the_model_does() -> None:
+    assert default_lengths(replace(TINY, max_tokens=4096), GPU_LENGTHS) == [1024, 2048, 4096]
+    assert default_lengths(replace(TINY, max_tokens=512), GPU_LENGTHS) == [1024]
+    for unknown in (0, 1):
+        assert default_lengths(replace(TINY, max_tokens=unknown), GPU_LENGTHS) == GPU_LENGTHS
 
 
 def test_what_does_not_fit_is_left_out_with_its_reason() -> None:
@@ -208,6 +251,70 @@ def test_bench_ttft(shape: str, kv_dtype: str, tmp_path: Path, capsys: pytest.Ca
     assert {p.name for p in tmp_path.iterdir()} == {"out.json", "out.png"}  # nothing else is left
 
 
+# What one of its processes does wrong, as a module that runs in its place; and what must have no figure.
+LIFE = """import sys
+from kvtier.cli import bench_ttft_life as life
+{}
+life.main(*sys.argv[1:])
+"""
+DAMAGED_RESTORE = """
+right = life.World.first_token
+def first_token(self, tokens, samples, restore=None):
+    def damaged():
+        restore()
+        self.decoder.damage(0, self.layer.block_tokens)
+    return right(self, tokens, samples, restore and damaged)
+life.World.first_token = first_token
+"""
+OTHER_RECOMPUTE = """
+right, calls = life.World.first_token, []
+def first_token(self, tokens, samples, restore=None):
+    calls.append(tokens)
+    return right(self, tokens, samples, restore) + (len(calls) == 1)
+life.World.first_token = first_token
+"""
+BLIND_CONTROL = "life.Decoder.damage = lambda *arguments: None"
+RESTORED = {"host", "disk", "disk_restarted"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "failed", "left"),
+    [
+        (DAMAGED_RESTORE, {f"logits_{tier}" for tier in RESTORED}, {"recompute"}),
+        (OTHER_RECOMPUTE, {"recompute_repeats"}, set()),
+        (BLIND_CONTROL, {"control_differs"}, set()),
+    ],
+    ids=["damaged-restore", "other-recompute", "blind-control"],
+)
+def test_what_failed_its_check_has_no_figure(
+    wrong: str,
+    failed: set[str],
+    left: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "wrong_life.py").write_text(LIFE.format(wrong))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(bench_ttft, "_LIFE", "wrong_life")
+    path = tmp_path / "out.json"
+    more = ["--shape", "tiny", "--dtype", "float32", "--dir", str(tmp_path), "--json", str(path)]
+    assert main([*ARGV, *more]) == 1
+    document = json.loads(path.read_text())
+    assert problems(document) == []
+    assert failed <= {name for name, passed in document["checks"].items() if not passed}
+    found = results(document)
+    assert {name.split("/")[-1] for name in found if name.startswith("ttft/")} == left
+    for kind in ("restore", "overhead", "speedup", "energy"):
+        tiers = {name.split("/")[-1] for name in found if name.startswith(f"{kind}/")}
+        assert tiers <= left
+    assert "reopen/tiny" not in found
+    if not left:
+        assert not any(name.startswith(("break_even/", "kv_bytes/")) for name in found)
+        assert "no figures, " in capsys.readouterr().out
+
+
 def test_lengths_that_take_too_long_are_extrapolated_and_marked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +430,58 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path: Path) -> None:
     assert document["checks"]["completed"] is False
     assert "ttft/tiny/1024/recompute" in results(document)
     assert {p.name for p in tmp_path.iterdir()} == {"out.json", "lock"}
+
+
+# --- the figure and the table of a GPU ----------------------------------------------------------------------
+
+CPU_FACTS: dict[str, Any] = {"cpu": "Some CPU", "cores": 16, "method": {"options": {"device": "cpu"}}}
+GPU_FACTS = CPU_FACTS | {
+    "gpus": [
+        {"name": "NVIDIA First", "driver_version": "1"},
+        {"name": "NVIDIA Second", "driver_version": "1"},
+    ],
+    "method": {"options": {"device": "cuda:1"}},
+    "ttft": {"s": {}},
+}
+
+
+def of_a_run(facts: dict[str, Any]) -> dict[str, Any]:
+    """A document with one length: 970 MB/s beside 970 MB."""
+    rows = [
+        Result("kv_bytes/s/1024", 970e6, "B"),
+        measured("ttft/s/1024/recompute", [9.0], "s"),
+        measured("ttft/s/1024/host", [1.1], "s", [0.97]),
+        measured("overhead/s/1024/host", [130.0], "ms"),
+    ]
+    return {"machine": facts, "results": [row.as_json() for row in rows]}
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (CPU_FACTS, "Some CPU, 16 cores"),
+        (CPU_FACTS | {"gpus": GPU_FACTS["gpus"]}, "Some CPU, 16 cores"),
+        (GPU_FACTS, "NVIDIA Second"),
+        (GPU_FACTS | {"ttft": {"s": {"device": "What torch says"}}}, "What torch says"),
+    ],
+)
+def test_the_figure_names_the_device_that_ran(facts: dict[str, Any], name: str) -> None:
+    pytest.importorskip("matplotlib")
+    (axes,) = bench_ttft_plot.draw(of_a_run(facts), "s").axes
+    assert axes.get_title() == f"s, new suffix of 128 tokens\n{name}"
+
+
+def test_the_target_of_a_gpu_is_beside_what_is_above_the_limit() -> None:
+    header, (row,) = bench_ttft_table.cells(of_a_run(GPU_FACTS), "s")
+    at = header.index("over ms")
+    assert header[at : at + 2] == ["over ms", "target ms"]
+    assert row[at : at + 2] == [
+        "130",
+        "90",
+    ]  # 970 MB / (0.97 x 1 GB/s) + 60 ms is 1060 ms, 970 of it the limit
+    header, (row,) = bench_ttft_table.cells(of_a_run(CPU_FACTS), "s")
+    assert "target ms" not in header
+    assert len(header) == len(row)
 
 
 # --- the model ----------------------------------------------------------------------------------------------

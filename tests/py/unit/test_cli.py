@@ -302,6 +302,7 @@ class TestDemo:
         assert checks["identical_logits"] is checks["control_differs"] is checks["completed"] is True
         assert "memcpy GB/s" in printed
         assert "[100 %]" in printed
+        assert "drive" not in document["machine"]  # of which no row is
 
     def test_the_disk_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         disk = tmp_path / "disk"
@@ -315,6 +316,8 @@ class TestDemo:
         assert {"disk_saved_whole_prefix", "disk_restored_whole_prefix"} <= checks
         assert {"disk_identical_logits", "disk_cold_identical_logits", "disk_control_differs"} <= checks
         assert "SIGKILL" in printed
+        file_system = document["machine"]["drive"]["file_system"]
+        assert f"\ndrive: {file_system}" in printed
         # Each run is of a process of its own, after the kill of the one before; the table shows the row.
         assert {
             r["n"] for r in document["results"] if r["name"] in {"ttft_disk_after_sigkill", "reopen"}
