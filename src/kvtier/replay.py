@@ -10,8 +10,8 @@ import re
 import reprlib
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ LEAST_SECONDS = 60.0  # of a trace, for figures of a day
 WORD_BYTES = 8  # of each block, proved by a real replay, whose blocks are multiples of it
 _SEED = 7
 _LONGEST_WAIT = 120.0
+_RATES = ("host_bytes_per_s", "disk_bytes_per_s")  # of Speeds
 
 
 def policies() -> list[str]:
@@ -163,6 +164,8 @@ class Replay:
         look_ahead: Requests that were known before they ran.
         reads_hidden: Blocks that were on disk alone when their request became known, and in
             the host tier when it ran. hits_disk are those that were not.
+        measured: Of a real replay: bytes a second of its loads, by the names of the rates in Speeds. Without
+            what no load has shown.
     """
 
     tiers: Tiers
@@ -179,6 +182,7 @@ class Replay:
     wrong_blocks: int = 0
     look_ahead: int = 0
     reads_hidden: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def hit_rate_host(self) -> float:
@@ -403,6 +407,7 @@ def replay_real(
         wrong_blocks=run.wrong,
         look_ahead=look_ahead,
         reads_hidden=run.hidden,
+        measured=run.rates(config.groups[0].page_bytes()),
     )
 
 
@@ -418,6 +423,7 @@ class _RealRun:
         self.disk = np.zeros(trace.num_requests, np.uint32)
         self.wrong = 0
         self.hidden = 0
+        self._loads = np.zeros((trace.num_requests, 3))  # blocks from the host tier, from disk, seconds
         # Of each request that waits: what ends it, and which of its keys were on disk alone.
         self._waiting: deque[tuple[Expected, npt.NDArray[np.bool_]]] = deque()
         self._look_ahead = look_ahead
@@ -446,18 +452,40 @@ class _RealRun:
         loaded = 0
         if found:
             self._memory[:found] = ~np.uint64(0)
+            begun = time.perf_counter()
             ticket = self._engine.load(keys[:found], self._pages, ids[:found])
             loaded = ticket.result().valid_blocks
+            seconds = time.perf_counter() - begun
             stands = self._memory[:loaded] == blocks[:loaded, None]
             self.wrong += loaded - int(stands.all(axis=1).sum())
         on_disk = match.tiers()[:loaded] == Tier.DISK
         self.disk[number] = int(on_disk.sum())
         self.host[number] = loaded - int(on_disk.sum())
+        if loaded:
+            self._loads[number] = (self.host[number], self.disk[number], seconds)
         if was_on_disk is not None:
             self.hidden += int((was_on_disk[:loaded] & ~on_disk).sum())
         self._memory[: len(blocks)] = blocks[:, None]
         self._engine.store(keys, self._pages, ids).result()
         self._engine.flush(_LONGEST_WAIT)
+
+    def rates(self, block_bytes: int) -> dict[str, float]:
+        """Bytes a second by the names in Speeds: least squares over all loads, through the origin.
+
+        So a load's latency is in them, and long loads count most. Where the two together give no sense, one
+        tier is fitted to the loads without the other.
+        """
+        blocks, seconds = self._loads[:, :2], self._loads[:, 2]
+        both = np.full(len(seconds), True)
+        for tiers, loads in (((0, 1), both), ((0,), blocks[:, 1] == 0), ((1,), blocks[:, 0] == 0)):
+            used = blocks[loads][:, tiers]
+            if not used.any(axis=0).all():
+                continue
+            of_block = np.linalg.lstsq(used, seconds[loads], rcond=None)[0]
+            if (of_block > 0).all():
+                rates = (block_bytes / of_block).tolist()
+                return {_RATES[tier]: rate for tier, rate in zip(tiers, rates, strict=True)}
+        return {}
 
 
 def _real_config(tiers: Tiers, directory: str | None, bucket_bytes: int | None) -> Config:

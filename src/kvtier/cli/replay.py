@@ -7,6 +7,7 @@ how the figures are to be read, and holds those of the public conversation trace
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,10 +25,12 @@ from kvtier.cli.results import Report, Result, add_json_argument, table
 from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
 from kvtier.layout import check_extent
+from kvtier.replay import Speeds
 from kvtier.traces import Trace, load_trace
 
 _DEFAULT_HOST = "10000blocks"
 _UNLIMITED = "unlimited"
+_HOST_BANDWIDTH, _DISK_BANDWIDTH = "50GB", "10GB"  # assumed where none was given or measured
 _LOADING = 0.1  # of the work, for the progress bar
 _PERCENTILES = (50, 90, 99)
 
@@ -91,10 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-rate", metavar="N", type=finite, help="tokens per second that the server prefills"
     )
     speeds.add_argument(
-        "--host-bandwidth", metavar="SIZE", default="50GB", help="host to GPU, a second; default 50GB"
+        "--host-bandwidth",
+        metavar="SIZE",
+        help=f"host to GPU, a second; default {_HOST_BANDWIDTH}, with --real as measured in the replay",
     )
     speeds.add_argument(
-        "--disk-bandwidth", metavar="SIZE", default="10GB", help="disk to GPU, a second; default 10GB"
+        "--disk-bandwidth",
+        metavar="SIZE",
+        help=f"disk to GPU, a second; default {_DISK_BANDWIDTH}, with --real as measured in the replay",
     )
     parser.add_argument(
         "--plot", metavar="FILE.png", help="hit rate against host capacity (needs matplotlib)"
@@ -122,10 +129,14 @@ def run(args: argparse.Namespace) -> int:
             prefixes = ["", *(f"{tiers.policy}.{tiers.host_blocks}." for tiers in setups[1:])]
             report.machine["replay"] = _what(args, trace, dict(zip(prefixes, setups, strict=True)))
             rows = [_replay(args, trace, tiers, speeds, progress) for tiers in setups]
+            for setup, row in zip(report.machine["replay"]["setups"], rows, strict=True):
+                setup.update(_rates(row))
         for prefix, row in zip(prefixes, rows, strict=True):
             report.add(*_results(row, prefix))
         report.checks["no_wrong_bytes"] = not any(row.replay.wrong_blocks for row in rows)
         print(_summary(trace, setups[0]), file=report.out)
+        for line in _assumptions(rows):
+            print(line, file=report.out)
         print(_table(rows), file=report.out)
         for line in _warnings(rows):
             print(line, file=report.out)
@@ -145,6 +156,8 @@ class _Row:
     ttft: Sequence[float] | None  # _PERCENTILES
     ttft_cold: Sequence[float] | None
     gpu_seconds_saved: float | None
+    speeds: Speeds | None
+    measured: frozenset[str]  # which of the speeds were, by their names
 
 
 def _block_bytes(args: argparse.Namespace) -> int | None:
@@ -188,16 +201,26 @@ def _setups(args: argparse.Namespace) -> list[replay.Tiers]:
     return list(dict.fromkeys(setups))  # of a pair that is there twice, one: results have names
 
 
-def _speeds(args: argparse.Namespace) -> replay.Speeds | None:
+def _speeds(args: argparse.Namespace) -> Speeds | None:
     if args.prefill_rate is None:
         return None
     if not 1e-6 <= args.prefill_rate <= 1e15:
         raise ConfigError(f"--prefill-rate is {args.prefill_rate}; allowed: 1e-6 to 1e15")
-    return replay.Speeds(
+    return Speeds(
         args.prefill_rate,
-        parse_size(args.host_bandwidth, "--host-bandwidth"),
-        parse_size(args.disk_bandwidth, "--disk-bandwidth"),
+        _bandwidth(args.host_bandwidth, _HOST_BANDWIDTH, "--host-bandwidth"),
+        _bandwidth(args.disk_bandwidth, _DISK_BANDWIDTH, "--disk-bandwidth"),
     )
+
+
+def _bandwidth(given: str | None, default: str, key: str) -> int:
+    return parse_size(default if given is None else given, key)
+
+
+def _measured(args: argparse.Namespace, done: replay.Replay) -> dict[str, float]:
+    """The rates that a real replay has measured and nobody has given."""
+    given = {"host_bytes_per_s": args.host_bandwidth, "disk_bytes_per_s": args.disk_bandwidth}
+    return {name: rate for name, rate in done.measured.items() if given[name] is None}
 
 
 def _load(args: argparse.Namespace, progress: Progress) -> Trace:
@@ -228,7 +251,7 @@ def _replay(
     args: argparse.Namespace,
     trace: Trace,
     tiers: replay.Tiers,
-    speeds: replay.Speeds | None,
+    speeds: Speeds | None,
     progress: Progress,
 ) -> _Row:
     progress.phase(f"{tiers.policy}, {tiers.host_blocks} blocks")
@@ -247,14 +270,14 @@ def _replay(
     belady = None if args.no_belady else replay.belady_hit_rate(trace, tiers.host_blocks + tiers.disk_blocks)
     per_day, capacities = replay.written_per_day(trace, done), replay.drive_writes_per_day(trace, done)
     ttft = cold = saved = None
+    measured = _measured(args, done)
     if speeds is not None:
+        speeds = dataclasses.replace(speeds, **measured)
         ttft, cold, saved = _times(trace, done, speeds)
-    return _Row(done, belady, per_day, capacities, ttft, cold, saved)
+    return _Row(done, belady, per_day, capacities, ttft, cold, saved, speeds, frozenset(measured))
 
 
-def _times(
-    trace: Trace, done: replay.Replay, speeds: replay.Speeds
-) -> tuple[list[float], list[float], float]:
+def _times(trace: Trace, done: replay.Replay, speeds: Speeds) -> tuple[list[float], list[float], float]:
     warm = replay.times_to_first_token(trace, done, speeds)
     cold = replay.times_to_first_token(trace, None, speeds)
     hits = (done.host_of_request.astype(np.int64) + done.disk_of_request) * trace.block_tokens
@@ -343,6 +366,42 @@ def _summary(trace: Trace, tiers: replay.Tiers) -> str:
         if not replay.has_days(trace):
             budget += ", all of it at once: the trace takes less than a minute"
     return f"{text}\ndisk: {tiers.eviction_on_disk}, admission {tiers.admission}, write budget {budget}"
+
+
+def _rates(row: _Row) -> dict[str, Any]:
+    """What times to first token were made with, for the JSON; empty without them."""
+    if row.speeds is None:
+        return {}
+    rates: dict[str, Any] = dataclasses.asdict(row.speeds)
+    if not row.replay.tiers.disk_blocks:
+        del rates["disk_bytes_per_s"]
+    return {"rates": {**rates, "measured": sorted(row.measured & set(rates))}}
+
+
+def _assumptions(rows: Sequence[_Row]) -> list[str]:
+    """The same for people, one line for all rows that have the same rates."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.speeds is not None:
+            tiers = row.replay.tiers
+            names.setdefault(_rates_text(row), []).append(f"{tiers.policy} {tiers.host_blocks}")
+    if len(names) < 2:
+        return list(names)
+    return [f"{', '.join(of)}: {text}" for text, of in names.items()]
+
+
+def _rates_text(row: _Row) -> str:
+    rates = _rates(row)["rates"]
+    measured = rates.pop("measured")
+    texts = {"prefill_tokens_per_s": f"prefill {rates['prefill_tokens_per_s']:g} tokens/s"}
+    for name, tier in (("host_bytes_per_s", "host tier"), ("disk_bytes_per_s", "disk")):
+        if name in rates:
+            texts[name] = f"{tier} {rates[name] / 1e9:.3g} GB/s"
+    text = "assumed: " + ", ".join(texts[name] for name in texts if name not in measured)
+    if measured:
+        of_engine = ", ".join(texts[name] for name in texts if name in measured)
+        text += f"; measured in the replay, on the CPU device: {of_engine}"
+    return text
 
 
 def _warnings(rows: Sequence[_Row]) -> list[str]:

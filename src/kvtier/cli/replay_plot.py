@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from kvtier.cli import plots
 from kvtier.replay import Replay
 
-_SIZE_INCHES = (8, 5)
+_SIZE_INCHES = (6.4, 4.2)  # a picture of all policies has less than 120 KB
+_LARGEST, _STEP = 10, 0.7  # markers shrink from line to line, so that one shows through those drawn over it
 
 
 def plot(path: str, title: str, rows: Sequence[tuple[Replay, float | None]]) -> None:
@@ -18,27 +19,23 @@ def plot(path: str, title: str, rows: Sequence[tuple[Replay, float | None]]) -> 
         title: Of the picture.
         rows: Replays with their ceiling, 0 to 1.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, set[tuple[int, float]]] = {}
+    ceiling = set()
     for replay, belady in rows:
-        lines.setdefault(replay.tiers.policy, []).append((replay.tiers.host_blocks, 100 * replay.hit_rate))
+        host = replay.tiers.host_blocks
+        lines.setdefault(replay.tiers.policy, set()).add((host, 100 * replay.hit_rate))
         if belady is not None:
-            lines.setdefault("Belady", []).append((replay.tiers.host_blocks, 100 * belady))
-    figure: Any
-    figure, axes = pyplot.subplots(figsize=_SIZE_INCHES)
-    for name, points in lines.items():
-        xs, ys = zip(*sorted(set(points)), strict=True)
-        style = (
-            {"color": "black", "linestyle": "--"} if name == "Belady" else {"marker": "o", "markersize": 3}
-        )
-        axes.plot(xs, ys, label=name, **style)
-    axes.set(xscale="log", xlabel="host tier, blocks", ylabel="hit rate, %", title=title)
+            ceiling.add((host, 100 * belady))
+    drawn, axes = plots.figure(title, "host tier, blocks", "blocks hit, %", log_x=True)
+    drawn.set_size_inches(*_SIZE_INCHES)
+    for index, (name, points) in enumerate(lines.items()):
+        size = max(_LARGEST - _STEP * index, 5)
+        axes.plot(*zip(*sorted(points), strict=True), label=name, markersize=size, **plots.style(index))
+    if ceiling:
+        axes.plot(*zip(*sorted(ceiling), strict=True), label="Belady", color="#000000", linestyle="--")
+    hosts = sorted({replay.tiers.host_blocks for replay, _ in rows})
+    axes.set_xticks(hosts, [f"{host:,}" for host in hosts])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.grid(visible=True, alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
+    plots.save(drawn, path)

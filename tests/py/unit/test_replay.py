@@ -1,5 +1,6 @@
 """The simulation against known figures, and against a real engine; `kvtier replay`."""
 
+import importlib
 import json
 import os
 import random
@@ -13,9 +14,10 @@ import pytest
 from kvtier import replay
 from kvtier.cli import main
 from kvtier.cli.results import problems
-from kvtier.config import EVICTIONS
+from kvtier.config import EVICTIONS, Config
 from kvtier.engine import Engine, Expected
 from kvtier.errors import ConfigError
+from kvtier.layout import KVLayout
 from kvtier.replay import Speeds, Tiers, belady_hit_rate, replay_real, simulate, times_to_first_token
 from kvtier.traces import Trace, load_trace, make_trace
 
@@ -145,26 +147,57 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
 
 
 @pytest.mark.parametrize(
-    ("policy", "admission"),
-    [("lru", "second-use"), ("arc", "all"), ("sieve", "tiny-lfu"), ("lru", "return-hazard")],
+    ("policy", "disk_policy", "admission"),
+    [
+        ("lru", "lru", "second-use"),
+        ("arc", "arc", "all"),
+        ("sieve", "sieve", "tiny-lfu"),
+        ("lru", "lru", "return-hazard"),
+        ("fifo", "fifo", "all"),
+        ("lfu", "lfu", "tiny-lfu"),
+        ("slru", "slru", "second-use"),
+        ("s3-fifo", "s3-fifo", "all"),
+        (OURS, OURS, "return-hazard"),
+    ],
 )
-def test_with_a_disk_tier_too(policy: str, admission: str, tmp_path: Path) -> None:
+def test_with_a_disk_tier_too(policy: str, disk_policy: str, admission: str, tmp_path: Path) -> None:
     trace = conversations(5, 90)
-    tiers = Tiers(32, 70, policy=policy, disk_policy=policy, admission=admission, bytes_per_block=64)
+    tiers = Tiers(32, 70, policy=policy, disk_policy=disk_policy, admission=admission, bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path))
     same(real, simulate(trace, tiers))
     assert real.hits_disk > 0
     assert real.disk_blocks_written > 0
 
 
-def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path) -> None:
-    # Beside the talks, prompts that nobody asks for again; a request a minute, so that the budget fills.
-    talks = conversations(5, 240)
+def beside_prompts_asked_once(talks: Trace) -> Trace:
+    """The talks, and between them prompts that nobody asks for again; a request a minute."""
     requests = []
     for number in range(talks.num_requests):
         once = range(10_000 + 6 * number, 10_006 + 6 * number)
         requests += [(120.0 * number, talks.request(number).tolist()), (120.0 * number + 60, list(once))]
-    trace = make_trace(requests)
+    return make_trace(requests)
+
+
+def test_what_is_shipped_agrees_with_its_simulation(tmp_path: Path) -> None:
+    trace = beside_prompts_asked_once(conversations(5, 60))
+    tiers = Tiers(32, 70, bytes_per_block=64)
+    shipped = Config(groups=[KVLayout.mla(1, 64, "uint8", 1)], host="1MiB", model="m@1", block_tokens=1)
+    assert (tiers.policy, tiers.eviction_on_disk, tiers.admission) == (
+        shipped.eviction,
+        shipped.disk_eviction,
+        shipped.disk_admission,
+    )
+    real = replay_real(trace, tiers, str(tmp_path))
+    same(real, simulate(trace, tiers))
+    assert real.hits_disk > 0
+    takes_all = simulate(trace, replace(tiers, admission="all"))
+    assert (
+        70 < real.disk_blocks_written < takes_all.disk_blocks_written
+    )  # a full drive takes some, and refuses
+
+
+def test_return_hazard_refuses_and_spares_the_budget_for_real_too(tmp_path: Path) -> None:
+    trace = beside_prompts_asked_once(conversations(5, 240))  # takes eight hours, so that the budget fills
     free = Tiers(32, 120, policy="lru", admission="return-hazard", bytes_per_block=4096)
     real = replay_real(trace, free, str(tmp_path / "free"))
     same(real, simulate(trace, free))
@@ -221,6 +254,25 @@ def test_a_simulation_with_look_ahead_is_the_real_one_s(
     assert simulate(trace, tiers).reads_hidden == 0
 
 
+def test_look_ahead_of_a_queue_hides_nearly_all_reads_of_a_real_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    workloads: Any = importlib.import_module("benchmarks.workloads")
+    traffic: Any = workloads.generate("chat", 3, 2)
+    trace = make_trace([(request.at_s, list(request.block_ids)) for request in traffic], block_tokens=512)
+    tiers = Tiers(500, 3000, bytes_per_block=4096)
+    ahead = replay_real(trace, tiers, str(tmp_path / "ahead"), look_ahead=32)
+    assert ahead.wrong_blocks == 0
+    assert ahead.disk_reads_hidden is not None
+    assert ahead.disk_reads_hidden >= 0.9
+    assert ahead.reads_hidden + ahead.hits_disk <= ahead.promotions  # no read hides twice
+    behind = replay_real(trace, tiers, str(tmp_path / "behind"))
+    assert behind.hits_disk > 100
+    assert (behind.reads_hidden, behind.disk_reads_hidden) == (0, 0.0)
+    assert ahead.hits_host > behind.hits_host + 100
+
+
 def test_what_is_not_allowed_is_said() -> None:
     trace = make_trace([(0, [1])])
     for tiers, message in [
@@ -270,6 +322,18 @@ def test_times_to_first_token_by_hand() -> None:
     speeds = Speeds(prefill_tokens_per_s=1000, host_bytes_per_s=10_000, disk_bytes_per_s=1)
     assert times_to_first_token(trace, None, speeds).tolist() == pytest.approx([0.2, 0.3])
     assert times_to_first_token(trace, done, speeds).tolist() == pytest.approx([0.2, 0.2 + 0.1])
+
+
+def test_a_real_replay_measures_its_loads(tmp_path: Path) -> None:
+    trace = conversations(5, 90)
+    real = replay_real(trace, Tiers(32, 70, admission="all", bytes_per_block=4096), str(tmp_path))
+    assert set(real.measured) == {"host_bytes_per_s", "disk_bytes_per_s"}
+    assert all(1e3 < rate < 1e12 for rate in real.measured.values())
+    in_host = replay_real(trace, Tiers(90, bytes_per_block=64))
+    assert set(in_host.measured) == {"host_bytes_per_s"}
+    nothing_hits = make_trace([(0, [1]), (1, [2])])
+    assert replay_real(nothing_hits, Tiers(8, bytes_per_block=64)).measured == {}
+    assert simulate(trace, Tiers(32, bytes_per_block=64)).measured == {}
 
 
 def document_of(argv: list[str], path: Path) -> dict[str, Any]:
@@ -471,6 +535,50 @@ def test_the_command_says_what_look_ahead_hid(tmp_path: Path) -> None:
     values = results_of([*argv, "--real", "--look-ahead", "2"], tmp_path / "out.json")
     assert values["look_ahead"] == 2
     assert 0 <= values["disk_reads_hidden"] <= 1
+
+
+TIMED = ["replay", str(SMALL), "--bytes-per-block", "4096", "--prefill-rate", "1000"]
+
+
+def test_the_command_says_which_rates_it_assumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*TIMED, "--host", "3blocks", "--disk", "100blocks", "--policy", "lru,arc"]
+    document = document_of(argv, tmp_path / "out.json")
+    rates = {"prefill_tokens_per_s": 1000, "host_bytes_per_s": 50e9, "disk_bytes_per_s": 10e9, "measured": []}
+    assert [setup["rates"] for setup in document["machine"]["replay"]["setups"]] == [rates, rates]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "assumed" in line]
+    assert lines == ["assumed: prefill 1000 tokens/s, host tier 50 GB/s, disk 10 GB/s"]
+    given = document_of([*TIMED, "--host-bandwidth", "20GB"], tmp_path / "out.json")
+    assert given["machine"]["replay"]["setups"][0]["rates"] == {
+        "prefill_tokens_per_s": 1000,
+        "host_bytes_per_s": 20e9,
+        "measured": [],
+    }
+    assert "assumed: prefill 1000 tokens/s, host tier 20 GB/s\n" in capsys.readouterr().out
+
+
+def test_a_real_replay_s_rates_are_those_that_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*TIMED, "--host", "3blocks", "--disk", "100blocks", "--policy", "lru", "--real"]
+    document = document_of([*argv, "--disk-bandwidth", "3GB"], tmp_path / "out.json")
+    rates = document["machine"]["replay"]["setups"][0]["rates"]
+    assert rates["measured"] == ["host_bytes_per_s"]
+    assert rates["disk_bytes_per_s"] == 3e9
+    assert rates["host_bytes_per_s"] not in (0, 50e9)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("assumed: "))
+    assert line.startswith(
+        "assumed: prefill 1000 tokens/s, disk 3 GB/s; measured in the replay, on the CPU device: host tier "
+    )
+
+
+def test_times_to_first_token_come_from_the_rates_that_are_said(tmp_path: Path) -> None:
+    document = document_of([*TIMED, "--host", "100blocks", "--real"], tmp_path / "out.json")
+    rate = document["machine"]["replay"]["setups"][0]["rates"]["host_bytes_per_s"]
+    trace = load_trace(SMALL)
+    done = simulate(trace, Tiers(100, bytes_per_block=4096))
+    times = times_to_first_token(trace, done, Speeds(1000, rate, 1))
+    values = {result["name"]: result["value"] for result in document["results"]}
+    assert values["ttft_p90"] == pytest.approx(np.percentile(times, 90))
 
 
 def test_list_policies_prints_the_default_first(capsys: pytest.CaptureFixture[str]) -> None:
