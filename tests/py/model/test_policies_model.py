@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvtier
-from kvtier.config import EVICTIONS
+from kvtier.config import ADMISSIONS, EVICTIONS
 from kvtier.testing import ManualClock
 
 NUM_KEYS = 60
@@ -108,13 +108,22 @@ def test_pins_bytes_and_books_under_random_use(policy: str) -> None:
 
 
 class RunWithDisk(Run):
-    """With a drive that holds more than the host tier and less than all prompts, and a policy that learns."""
+    """With a drive that holds more than the host tier and less than all prompts."""
 
-    def __init__(self, path: Path, seed: int, **more: Any) -> None:
+    def __init__(
+        self, path: Path, seed: int, *, policy: str = OURS, admission: str = OURS, **more: Any
+    ) -> None:
         disk = kvtier.Disk(str(path), CATALOG_BYTES + DISK_BLOCKS * STRIDE)
         super().__init__(
-            OURS, seed, disk=disk, disk_eviction=OURS, disk_admission=OURS, disk_commit_seconds=0.01, **more
+            policy,
+            seed,
+            disk=disk,
+            disk_eviction=policy,
+            disk_admission=admission,
+            disk_commit_seconds=0.01,
+            **more,
         )
+        self.policy = policy
         self.waiting: list[Any] = []
 
     def step(self) -> None:
@@ -136,41 +145,80 @@ class RunWithDisk(Run):
         else:
             super().step()
 
+    def run_to_the_end(self, steps: int) -> Any:
+        """Returns the last stats of the engine, which is closed."""
+        with self.engine:
+            for _ in range(steps):
+                self.step()
+                self.check(self.policy)
+            for each in self.waiting:
+                each.end()
+            self.engine.flush(PATIENCE)
+            self.check(self.policy)
+            stats = self.engine.stats()
+        assert stats.lookup_blocks == (
+            stats.lookup_hits_host
+            + stats.lookup_hits_disk
+            + stats.lookup_misses_absent
+            + stats.lookup_misses_pending
+            + stats.lookup_misses_failed
+        )
+        if self.policy in LEAF_FIRST:
+            assert stats.disk_orphans == 0
+        return stats
+
+    def load_what_is_there(self) -> None:
+        """Of an engine that was opened again."""
+        with self.engine:
+            for _ in range(30):
+                self.load()
+                self.check(self.policy)
+            assert self.engine.stats().promote_good > 0
+
 
 @pytest.mark.parametrize("budget", ["unlimited", None])
 def test_tiers_that_learn_give_right_bytes_under_random_use(tmp_path: Path, budget: str | None) -> None:
     evicted = written = promoted = declined = 0
     for seed in range(6):
         path = tmp_path / str(seed)
-        run = RunWithDisk(path, seed, disk_write_budget=budget)
-        with run.engine:
-            for _ in range(300):
-                run.step()
-                run.check(OURS)
-            for each in run.waiting:
-                each.end()
-            run.engine.flush(PATIENCE)
-            run.check(OURS)
-            stats = run.engine.stats()
-            assert stats.lookup_blocks == (
-                stats.lookup_hits_host
-                + stats.lookup_hits_disk
-                + stats.lookup_misses_absent
-                + stats.lookup_misses_pending
-                + stats.lookup_misses_failed
-            )
-            assert stats.disk_orphans == 0
-            evicted += stats.disk_evictions
-            promoted += stats.promote_good
-            declined += stats.disk_declined_admission
-            written += stats.disk_durable
-        again = RunWithDisk(path, seed + 100, disk_write_budget=budget)  # what is on disk is there again
-        with again.engine:
-            for _ in range(30):
-                again.load()
-                again.check(OURS)
+        stats = RunWithDisk(path, seed, disk_write_budget=budget).run_to_the_end(300)
+        evicted += stats.disk_evictions
+        promoted += stats.promote_good
+        declined += stats.disk_declined_admission
+        written += stats.disk_durable
+        RunWithDisk(path, seed + 100, disk_write_budget=budget).load_what_is_there()
     assert promoted > 100
     assert written > 40
     if budget == "unlimited":
         assert evicted > 50
         assert declined > 0
+
+
+def check_with_a_drive(folder: Path, policy: str, seeds: range, steps: int) -> int:
+    """Each seed with another admission, every fourth with the default budget; returns what was declined."""
+    evicted = promoted = declined = 0
+    for seed in seeds:
+        path = folder / str(seed)
+        admission = ADMISSIONS[seed % len(ADMISSIONS)]
+        budget = None if seed % 4 == 3 else "unlimited"
+        run = RunWithDisk(path, seed, policy=policy, admission=admission, disk_write_budget=budget)
+        stats = run.run_to_the_end(steps)
+        evicted += stats.disk_evictions
+        promoted += stats.promote_good
+        declined += stats.disk_declined_admission
+        again = RunWithDisk(path, seed + 100, policy=policy, admission=admission, disk_write_budget=budget)
+        again.load_what_is_there()
+    assert evicted > 10 * len(seeds)
+    assert promoted > 10 * len(seeds)
+    return declined
+
+
+@pytest.mark.parametrize("policy", [policy for policy in EVICTIONS if policy != OURS])
+def test_every_policy_of_a_drive_gives_right_bytes_under_random_use(tmp_path: Path, policy: str) -> None:
+    check_with_a_drive(tmp_path, policy, range(3), 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", EVICTIONS)
+def test_every_policy_of_a_drive_under_long_random_use(tmp_path: Path, policy: str) -> None:
+    assert check_with_a_drive(tmp_path, policy, range(10, 22), 400) > 0

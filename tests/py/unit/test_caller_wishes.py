@@ -198,6 +198,48 @@ def test_a_drive_too_lets_a_high_priority_go_last_and_a_low_one_first(tmp_path: 
         assert left_the_drive(engine, kept) == 2
 
 
+# A sketch learns at once what was never offered; return-hazard must see what returns and what does not, on a
+# drive that is small enough for its victims to be worth something.
+@pytest.mark.parametrize(
+    ("admission", "disk_blocks", "prompts"),
+    [("second-use", 40, 14), ("tiny-lfu", 40, 14), ("return-hazard", 20, 42)],
+)
+def test_a_full_drive_takes_a_high_priority_that_its_admission_declines(
+    tmp_path: Path, admission: str, disk_blocks: int, prompts: int
+) -> None:
+    clock = ManualClock()
+    disk = Disk(str(tmp_path / "disk"), CATALOG + disk_blocks * SLOT)
+    config = config_of(tmp_path, blocks=16, disk=disk, disk_admission=admission)
+    with opened(config, clock=clock, hash_seed=7) as engine:
+        pages = attached(engine)
+
+        def offer(number: int, blocks: int = 1, **wish: Any) -> tuple[int, int, int]:
+            """Returns how many the admission declined, how many were written, and how many went for them."""
+            clock.advance_us(1_000_000)
+            before = engine.stats()
+            store(engine, pages, keys_of(config, number, blocks), **wish)
+            engine.flush(PATIENCE)
+            after = engine.stats()
+            return (
+                after.disk_declined_admission - before.disk_declined_admission,
+                after.disk_durable - before.disk_durable,
+                after.disk_evictions - before.disk_evictions,
+            )
+
+        for number in range(prompts):  # the heads of two blocks return, single blocks never
+            offer(number, 2)
+            if number >= 6:
+                engine.load(keys_of(config, number - 6)[:1], pages, range(1)).result()
+            offer(1000 + number)
+        assert engine.stats().disks[0].classes[0].free == 0
+        normal, high = [], []
+        for number in range(12):
+            normal.append(offer(2000 + number))
+            high.append(offer(3000 + number, priority="high"))
+        assert normal.count((1, 0, 0)) >= 8  # else nothing stood against the others
+        assert high == [(0, 1, 1)] * 12
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [

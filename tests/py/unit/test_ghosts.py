@@ -2,20 +2,30 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import kvtier
+from kvtier import _core
+from kvtier.engine import group_spec
 
 SLOT_BYTES = 8192
 KEYS = 32
+PATIENCE = 30.0
 
 
 class Cache:
-    """An engine of so many blocks; a request is looked up, what is found is loaded and the rest stored."""
+    """An engine of so many blocks; a request is looked up, what is found is loaded and the rest stored.
 
-    def __init__(self, blocks: int, ghosts: bool = True) -> None:
+    With a drive of `disk_blocks` in `directory` each request waits for what it wrote.
+    """
+
+    def __init__(
+        self, blocks: int, ghosts: bool = True, directory: Path | None = None, disk_blocks: int = 0
+    ) -> None:
         layout = kvtier.KVLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="uint8", page_tokens=1)
         config = kvtier.Config(
             groups=[layout],
@@ -25,7 +35,15 @@ class Cache:
             chunk="1MiB",
             ghosts=ghosts,
             eviction="lru",  # which ghost caches estimate
+            disk_eviction="lru",
+            disk_admission="all",  # as they suppose
+            disk_write_budget="unlimited",
+            disk_commit_seconds=0.01,
         )
+        self.has_disk = directory is not None
+        if directory is not None:
+            _, disk_bytes = _core.bytes_for_blocks([group_spec(layout, config)], disk_blocks)
+            config = replace(config, disk=kvtier.Disk(str(directory), disk_bytes))
         self.engine = kvtier.open(config)
         self.engine.wait_until_whole()
         self.pages = self.engine.attach([np.zeros((64, 2, 1, 1, 16), np.uint8)])
@@ -42,6 +60,8 @@ class Cache:
         if ready < len(keys):
             parent = keys[ready - 1].tobytes() if ready else None
             self.engine.store(keys[ready:], self.pages, ids[ready:], first_block=ready, parent=parent).wait()
+        if self.has_disk:
+            self.engine.flush(PATIENCE)
 
     def close(self) -> None:
         self.pages.detach()
@@ -141,6 +161,32 @@ def test_the_disk_tier_has_its_own_and_knows_it_again_after_a_restart(tmp_path: 
         assert stats.ghost_disk is not None
         assert stats.ghost_disk.points[0].hit_rate == 1
         assert stats.to_dict()["ghost_disk"]["points"][0]["factor"] == 0.5
+
+
+def test_the_disk_tier_s_ghost_knows_what_drives_of_other_capacities_find(tmp_path: Path) -> None:
+    blocks = 100
+    caches = {
+        factor: Cache(48, directory=tmp_path / str(factor), disk_blocks=int(blocks * factor))
+        for factor in (0.5, 1, 2, 4)
+    }
+    for keys in requests(400, 30, seed=1):
+        for cache in caches.values():
+            cache.request(keys)
+    ghost = caches[1].engine.stats().ghost_disk
+    assert ghost is not None
+    assert ghost.sample_rate == 1
+    assert ghost.asked_blocks == caches[1].asked
+    assert [point.factor for point in ghost.points] == [0.5, 1, 2, 4]
+    rates = []
+    for point in ghost.points:
+        other = caches[point.factor]
+        assert point.capacity_blocks == other.engine.stats().disks[0].classes[0].capacity
+        rates.append(other.found / other.asked)  # in host memory or on the drive
+        # Not equal: a drive does not hear of what is found in host memory.
+        assert point.hit_rate == pytest.approx(rates[-1], abs=0.01)
+    assert min(np.diff(rates)) > 0.05  # else a point would do for its neighbour
+    for cache in caches.values():
+        cache.close()
 
 
 def test_ghosts_must_be_true_or_false() -> None:
