@@ -58,7 +58,11 @@ bool ReturnAdmission::admit(const Offer& offer) {
   double cost = 0;
   if (offer.victim) cost = any_victim_ ? usual_cost_ : worth(*offer.victim);
   if (offer.budget <= 0 || value - cost < price * static_cast<double>(offer.bytes)) {
-    if (value < cost) usual_cost_ *= 1 - kRefusalWeight;
+    if (value < cost) {
+      // Also of a first victim that nobody has beaten yet: it does not keep everybody out for ever.
+      usual_cost_ = cost * (1 - kRefusalWeight);
+      any_victim_ = true;
+    }
     return false;
   }
   if (offer.victim) average(usual_cost_, any_victim_, worth(*offer.victim), kVictimWeight);

@@ -114,6 +114,18 @@ TEST(ReturnAdmission, a_victim_that_is_worth_more_than_they_are_keeps_nobody_out
   EXPECT_TRUE(traffic.admit(Traffic::head(last), Traffic::head(last)));
 }
 
+TEST(ReturnAdmission, a_first_victim_that_nobody_beats_keeps_nobody_out_for_ever) {
+  Traffic traffic(400);
+  traffic.write_all(40'000);
+  const BlockKey head = Traffic::head(traffic.last());
+  const BlockKey middling = Traffic::head(traffic.last() - 100);  // it has had its return
+  ASSERT_GT(traffic.worth(middling), 0);
+  int refused = 0;
+  while (refused < 40'000 && !traffic.admit(middling, head)) ++refused;
+  EXPECT_GT(refused, 100);
+  EXPECT_LT(refused, 20'000);
+}
+
 TEST(ReturnAdmission, what_is_refused_lowers_the_bar) {
   Traffic traffic(400);
   traffic.write_all(40'000);
