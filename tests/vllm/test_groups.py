@@ -1,6 +1,7 @@
 """Models with several cache groups, windows, latent attention, and quantised or compiled ones."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
+from kvtier.adapters.vllm.connector import _check_parallel
 from kvtier.adapters.vllm.groups import group_spec, plan_cache
 from kvtier.errors import UnsupportedError
 
@@ -135,3 +137,14 @@ def test_other_pages_come_back_as_the_device_would_have_kept_them(
         assert [r.cached for r in restored] == [(len(p) - 1) // BLOCK * BLOCK for p in PROMPTS]
         assert server.count("load_bytes") > 0
         assert [(r.tokens, r.logprobs) for r in restored] == [(r.tokens, r.logprobs) for r in device]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size", "nnodes"],
+)
+def test_parts_of_a_model_elsewhere_are_refused(name: str) -> None:
+    sizes = dict.fromkeys(("pipeline_parallel_size", "nnodes"), 1) | {"tensor_parallel_size": 2}
+    _check_parallel(SimpleNamespace(**sizes))
+    with pytest.raises(UnsupportedError, match=f"{name} is 2; allowed with kvtier: 1"):
+        _check_parallel(SimpleNamespace(**sizes | {name: 2}))

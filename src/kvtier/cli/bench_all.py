@@ -106,18 +106,20 @@ def _no_vllm() -> str | None:
 
 
 # What only a GPU's machine can run comes first: it is not dropped for what any machine can run.
-_GPU_TTFT = ("bench", "ttft", "--device", "cuda", "--minutes", "14", "--dir", "{dir}")
+_GPU_TTFT = ("bench", "ttft", "--device", "cuda", "--minutes", "13", "--dir", "{dir}")
+_VLLM_300M = ("bench", "vllm", "--size", "300m", "--tokens", "8193", "--dir", "{dir}")
 STEPS = (
     Step("gpu", ("bench", "device"), 3, _no_gpu),
-    Step("ttft-gpu", _GPU_TTFT, 15, _no_gpu_torch),
+    Step("ttft-gpu", _GPU_TTFT, 14, _no_gpu_torch),
     Step("index", ("bench", "index"), 1),
     Step("copy", ("bench", "copy"), 1),
     Step("demo", ("demo", "--disk", "{dir}"), 2, _no_module("torch", "transformers")),
     Step("reopen", ("bench", "reopen", "--dir", "{dir}"), 1),
-    Step("disk", ("bench", "disk", "--dir", "{dir}"), 7, _no_fio),
-    Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch"), unless="ttft-gpu"),
+    Step("disk", ("bench", "disk", "--dir", "{dir}"), 6, _no_fio),
+    Step("vllm-300m", _VLLM_300M, 5, _no_vllm, _vllm_python),
     Step("peers", ("bench", "peers", "--dir", "{dir}"), 18, _no_module("kvtier.cli.bench_peers")),
-    Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 10, _no_vllm, _vllm_python),
+    Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 8, _no_vllm, _vllm_python),
+    Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch"), unless="ttft-gpu"),
 )
 
 

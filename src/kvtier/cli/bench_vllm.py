@@ -29,7 +29,7 @@ import numpy as np
 from kvtier.cli import machine
 from kvtier.cli.bench_vllm_lookup import measure_lookups
 from kvtier.cli.bench_vllm_memory import into_huge_pages
-from kvtier.cli.bench_vllm_model import write_model
+from kvtier.cli.bench_vllm_model import SIZES, write_model
 from kvtier.cli.progress import Progress
 from kvtier.cli.results import Report, measured, results_table
 from kvtier.cli.vllm_server import Answer, VllmServer
@@ -64,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kvtier bench vllm`."""
     parser.set_defaults(rounds=3)
     parser.add_argument(
-        "--model", help="a model of vLLM's: a folder, or a hub name (default: a small seeded one, made here)"
+        "--model", help="a model of vLLM's: a folder, or a hub name (default: a seeded one, made here)"
+    )
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="20m",
+        help="of the seeded model: parameters, and 16 or 48 KiB of KV a token (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens",
@@ -112,7 +118,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         model = args.model
         if model is None:
             model = str(Path(folder) / "model")
-            write_model(Path(model), args.seed)
+            write_model(Path(model), args.seed, SIZES[args.size])
         contenders = [Contender("", model, _ours(args, folder), args, Path(folder) / "kvtier")]
         if not args.without_native:
             contenders.append(

@@ -1,36 +1,60 @@
-"""A model for benchmarks of real servers: a Llama with seeded random weights in bfloat16, as vLLM reads it.
+"""Models for benchmarks of real servers: Llamas with seeded random weights in bfloat16, as vLLM reads them.
 
 Written without torch: safetensors (huggingface.co/docs/safetensors) is a length, a JSON header and bytes.
-Its KV is 16 KiB a token: a prompt has as many bytes as a larger model's, and two cores can still compute it.
+The small one's KV is 16 KiB a token: two cores can compute prompts of some length.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VOCAB, HIDDEN, INTER, LAYERS, HEADS, HEAD_DIM = 512, 512, 1024, 8, 8, 64
 _MAX_TOKENS = 32768
 
 
-def write_model(path: Path, seed: int) -> None:
+@dataclass(frozen=True)
+class Size:
+    """What a model's shapes are made of, and the KV of a token in bytes."""
+
+    vocab: int
+    hidden: int
+    inter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 64
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of all layers, bfloat16."""
+        return 4 * self.layers * self.kv_heads * self.head_dim
+
+
+SIZES = {
+    "20m": Size(vocab=512, hidden=512, inter=1024, layers=8, heads=8, kv_heads=8),
+    "300m": Size(vocab=8192, hidden=1024, inter=2816, layers=24, heads=16, kv_heads=8),
+}
+
+
+def write_model(path: Path, seed: int, size: Size) -> None:
     """Writes config, weights and a tokenizer with one word for each token into a new folder."""
     path.mkdir()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "head_dim": HEAD_DIM,
+        "vocab_size": size.vocab,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.inter,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
         "max_position_embeddings": _MAX_TOKENS,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -41,36 +65,38 @@ def write_model(path: Path, seed: int) -> None:
     }
     (path / "config.json").write_text(json.dumps(config))
     (path / "generation_config.json").write_text(json.dumps(ids))
-    _write_tokenizer(path)
-    _write_weights(path / "model.safetensors", np.random.default_rng(seed))
+    _write_tokenizer(path, size.vocab)
+    _write_weights(path / "model.safetensors", _shapes(size), np.random.default_rng(seed))
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
-    wide = HEADS * HEAD_DIM
+def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    hidden, inter = size.hidden, size.inter
+    wide = {"q": size.heads * size.head_dim, "k": size.kv_heads * size.head_dim}
+    wide["v"] = wide["k"]
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "lm_head.weight": (VOCAB, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
+        "model.embed_tokens.weight": (size.vocab, hidden),
+        "lm_head.weight": (size.vocab, hidden),
+        "model.norm.weight": (hidden,),
     }
-    for i in range(LAYERS):
+    for i in range(size.layers):
         layer = f"model.layers.{i}."
         shapes |= {
-            **{f"{layer}self_attn.{name}_proj.weight": (wide, HIDDEN) for name in "qkv"},
-            f"{layer}self_attn.o_proj.weight": (HIDDEN, wide),
-            f"{layer}mlp.gate_proj.weight": (INTER, HIDDEN),
-            f"{layer}mlp.up_proj.weight": (INTER, HIDDEN),
-            f"{layer}mlp.down_proj.weight": (HIDDEN, INTER),
-            f"{layer}input_layernorm.weight": (HIDDEN,),
-            f"{layer}post_attention_layernorm.weight": (HIDDEN,),
+            **{f"{layer}self_attn.{name}_proj.weight": (wide[name], hidden) for name in "qkv"},
+            f"{layer}self_attn.o_proj.weight": (hidden, wide["q"]),
+            f"{layer}mlp.gate_proj.weight": (inter, hidden),
+            f"{layer}mlp.up_proj.weight": (inter, hidden),
+            f"{layer}mlp.down_proj.weight": (hidden, inter),
+            f"{layer}input_layernorm.weight": (hidden,),
+            f"{layer}post_attention_layernorm.weight": (hidden,),
         }
     return shapes
 
 
-def _write_weights(file: Path, random: np.random.Generator) -> None:
+def _write_weights(file: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts: list[bytes] = []
     at = 0
-    for name, shape in _shapes().items():
+    for name, shape in shapes.items():
         if len(shape) == 1:
             values = np.ones(shape, np.float32)
         else:
@@ -87,9 +113,9 @@ def _write_weights(file: Path, random: np.random.Generator) -> None:
         handle.writelines(parts)
 
 
-def _write_tokenizer(path: Path) -> None:
+def _write_tokenizer(path: Path, vocab: int) -> None:
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: i for i, word in enumerate([*special, *(f"t{i}" for i in range(len(special), VOCAB))])}
+    words = {word: i for i, word in enumerate([*special, *(f"t{i}" for i in range(len(special), vocab))])}
     tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,

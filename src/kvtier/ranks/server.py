@@ -161,18 +161,21 @@ class RankServer:
 
     def _serve(self) -> None:
         while True:
+            well = True
             for key, _ in self._selector.select():
                 action: Callable[[], None] = key.data
                 with self.changed:
                     if self._stopped:
                         return
-                    self._guarded(action)
+                    well = self._guarded(action) and well
             with self.changed:
                 for member in self.members.values():
-                    self._guarded(functools.partial(self._flush, member))
+                    well = self._guarded(functools.partial(self._flush, member)) and well
+            if not well:
+                time.sleep(_SHORTAGE_SECONDS)  # what caused it may still stand there
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs an action; one that an action before it has made moot does nothing.
+    def _guarded(self, action: Callable[[], None]) -> bool:
+        """Runs an action; one that an action before it has made moot does nothing. False: it failed.
 
         This thread is the only one that hears of ended copies and dead processes: nothing that a peer sends
         and no shortage may end it.
@@ -181,7 +184,8 @@ class RankServer:
             action()
         except Exception:  # noqa: BLE001 - see above; what went wrong is logged
             _log.exception("the keeper could not handle a message")
-            time.sleep(_SHORTAGE_SECONDS)  # what caused it may still stand there
+            return False
+        return True
 
     def _flush(self, member: Member) -> None:
         if member.connected:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,30 @@ def test_supported_versions(version: str) -> None:
 def test_an_older_vllm_is_refused_with_what_is_supported(version: str) -> None:
     with pytest.raises(kvtier.UnsupportedError, match=rf"vLLM is {version}; allowed: 0\.31 or later"):
         adapter.check_vllm(version)
+
+
+def test_a_newer_vllm_is_tried_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    for version in ("0.33.9", "7.31.1", "7.31.1"):
+        adapter.check_vllm(version)
+    assert [record.getMessage() for record in caplog.records] == [
+        "vLLM is 7.31.1; kvtier.adapters.vllm is written for vLLM up to 0.33, and was not tried with it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "raised"), [("7.32.0", kvtier.UnsupportedError), ("0.32.0", ImportError)]
+)
+def test_a_newer_vllm_whose_interface_is_another_one_is_refused(
+    version: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = types.ModuleType("vllm")  # without anything in it
+    vllm.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(adapter, "_vllm_version", lambda: version)
+    with pytest.raises(raised) as refused:
+        adapter.register()
+    if raised is kvtier.UnsupportedError:
+        assert "allowed: 0.31 to 0.33, or a newer kvtier" in str(refused.value)
 
 
 def test_a_missing_vllm_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +373,11 @@ def test_layers_that_are_alike_are_kept_whether_each_has_a_spec_or_all_have_one(
     assert len(names) == 1  # else no worker could join
 
 
+def test_what_a_drafter_may_still_change_is_not_stored_whether_its_group_is_flagged_or_not() -> None:
+    config = CacheConfig([Group(FullAttentionSpec(16, 1600), ["a"])])
+    assert [plan_cache(config, 1, drafts=drafts).volatile_blocks for drafts in (False, True)] == [0, 1]
+
+
 def test_groups_whose_pages_differ_share_the_larger_block() -> None:
     config = CacheConfig(
         [Group(FullAttentionSpec(16, 1600), ["a"]), Group(FullAttentionSpec(64, 640), ["b"])]
@@ -426,11 +456,18 @@ def vllm_config(model: Path | str, **changes: Any) -> Any:
 
 
 def identity(
-    model: Path | str, *, backend: str = "cpu AVX512", version: str = "0.32.0", **changes: Any
+    model: Path | str,
+    *,
+    backend: str = "cpu AVX512",
+    version: str = "0.32.0",
+    attention_config: Any = None,
+    capability: str = "",
+    **changes: Any,
 ) -> tuple[str, bytes]:
     cache = CacheConfig([Group(FullAttentionSpec(16, 64), ["a"])])
     config = vllm_config(model, **changes)
-    return model_identity(config, cache, version, backend), computed_as(config)
+    config.attention_config = attention_config
+    return model_identity(config, cache, version, backend), computed_as(config, capability)
 
 
 @pytest.fixture
@@ -462,6 +499,9 @@ def test_everything_that_changes_the_bytes_changes_the_identity(weights: Path) -
         identity(weights, cache_config__prefix_caching_hash_algo="xxhash"),
         identity(weights, parallel_config__tensor_parallel_size=2),
         identity(weights, load_config__load_format="dummy"),
+        identity(weights, attention_config=SimpleNamespace(flash_attn_version=3)),
+        identity(weights, attention_config=SimpleNamespace(backend_per_kind={"mla_attention": "FLASHMLA"})),
+        identity(weights, capability="9.0"),
     ]
     assert len(set(changed)) == len(changed)
     assert identity(weights) == changed[0]

@@ -1129,6 +1129,51 @@ def test_blocks_that_are_being_stored_are_waited_for_at_most_as_long_as_they_tak
     assert bench.side.match(waiting, 0) == 100 * T
 
 
+def test_before_anything_was_measured_a_request_waits_two_seconds_at_most(bench: Bench) -> None:
+    storing = request("a", 5)
+    bench.side.on_new_request(storing)
+    _, stores, _ = bench.step({"a": (storing.num_tokens, ([1, 2, 3, 4, 5],))})
+    waiting = request("b", 5)
+    bench.side.on_new_request(waiting)
+    asked = []
+    for now in (10.0, 11.99, 12.01):
+        bench.now = now
+        asked.append(bench.side.match(waiting, 0))
+    assert asked == [None, None, 0]
+    bench.execute(stores)
+    bench.settle()
+
+
+def test_hits_and_misses_by_cause_add_up_to_lookups(bench: Bench) -> None:
+    bench.store(request("a", 5), [1, 2, 3, 4, 5])
+    longer = request("b", 9)  # the same five blocks, and four more
+    longer.block_hashes[:5] = request("a", 5).block_hashes
+    bench.side.on_new_request(longer)
+    assert bench.side.match(longer, 0) == 5 * T
+    _, stores, _ = bench.step({"b": (longer.num_tokens, ([*range(1, 10)],))})
+    bench.side.finish(longer)
+    third = request("c", 12)  # those nine, of which four are being stored, and three more
+    third.block_hashes[:9] = longer.block_hashes
+    bench.side.on_new_request(third)
+    bench.now += 100.0
+    bench.side.match(third, 0)
+    bench.now += 100.0
+    bench.side.match(third, 0)
+    counted = bench.side.counters.take()
+    causes = (
+        "hit_tokens_host",
+        "hit_tokens_disk",
+        "miss_tokens_absent",
+        "miss_tokens_pending",
+        "left_tokens",
+    )
+    parts = {name: int(counted.get(name, 0)) for name in (*causes, "left_tokens")}
+    assert sum(parts.values()) == counted["lookup_tokens"]
+    assert min(parts["miss_tokens_pending"], parts["miss_tokens_absent"], parts["hit_tokens_host"]) > 0
+    bench.execute(stores)
+    bench.settle()
+
+
 def measure(bench: Bench, seconds_per_token: float, bytes_per_second: float) -> None:
     """Gives the planner rates: of the server's steps, and of the hop to the device."""
     for begin in range(0, 6000, 1000):

@@ -7,14 +7,19 @@ vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVTierConnector",
 This module imports neither vLLM nor CUDA; the connector is imported when it is asked for.
 """
 
+import functools
 import importlib
 import importlib.util
+import logging
 import re
 from typing import Any
 
 from kvtier.errors import UnsupportedError
 
+_log = logging.getLogger(f"vllm.{__name__}")  # below vLLM's logger, so that it is shown
+
 OLDEST = (0, 31)
+NEWEST = (0, 33)  # whose interface this was written against; newer ones are tried
 MODULE = "kvtier.adapters.vllm"
 CONNECTOR = "KVTierConnector"
 
@@ -22,7 +27,7 @@ __all__ = ["check_vllm", "register"]  # and KVTierConnector, where vLLM is insta
 
 
 def check_vllm(version: str | None) -> None:
-    """Refuses a vLLM whose connector interface is another one.
+    """Refuses a vLLM whose connector interface is another one; warns once of one that is newer than NEWEST.
 
     Args:
         version: vllm.__version__, None if vLLM is not installed.
@@ -40,6 +45,21 @@ def check_vllm(version: str | None) -> None:
             f"vLLM is {version}; allowed: {oldest} or later, whose connectors have the interface that "
             f"{MODULE} implements"
         )
+    if _is_newer(version):
+        _warn_of(version)
+
+
+def _is_newer(version: str) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) > NEWEST
+
+
+@functools.cache
+def _warn_of(version: str) -> None:
+    newest = ".".join(map(str, NEWEST))
+    _log.warning(
+        "vLLM is %s; %s is written for vLLM up to %s, and was not tried with it", version, MODULE, newest
+    )
 
 
 def register() -> None:
@@ -49,9 +69,24 @@ def register() -> None:
         UnsupportedError: vLLM is too old or not installed.
     """
     check_vllm(_vllm_version())
-    factory = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
+    factory = _import("vllm.distributed.kv_transfer.kv_connector.factory").KVConnectorFactory
     if CONNECTOR not in factory._registry:
         factory.register_connector(CONNECTOR, MODULE, CONNECTOR)
+
+
+def _import(name: str) -> Any:
+    """A module of vLLM, or one of ours that builds on it."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, AttributeError, TypeError) as error:
+        version = _vllm_version() or ""
+        if not _is_newer(version):
+            raise
+        oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+        raise UnsupportedError(
+            f"vLLM is {version}, and its connector interface is not the one that {MODULE} implements "
+            f"({error}); allowed: {oldest} to {newest}, or a newer kvtier"
+        ) from error
 
 
 def _vllm_version() -> str | None:
@@ -65,4 +100,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_vllm(_vllm_version())
     register()  # vLLM looks the class up by its name too: in MultiConnector, for statistics
-    return importlib.import_module(f"{MODULE}.connector").KVTierConnector
+    return _import(f"{MODULE}.connector").KVTierConnector

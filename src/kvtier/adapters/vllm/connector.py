@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.platforms import current_platform
 
 from kvtier.adapters.vllm.groups import CachePlan, plan_cache
 from kvtier.adapters.vllm.identity import check_persistent, computed_as, model_identity
@@ -48,7 +49,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         _check_sleep(vllm_config.model_config)
         tp_size = vllm_config.parallel_config.tensor_parallel_size
         try:
-            plan = plan_cache(kv_cache_config, tp_size)
+            plan = plan_cache(kv_cache_config, tp_size, drafts=_drafts(vllm_config.speculative_config))
         except UnsupportedError as error:
             # Every worker finds the same: one line is enough.
             level = logging.WARNING if role == KVConnectorRole.SCHEDULER else logging.DEBUG
@@ -72,7 +73,7 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             plan,
             options,
             directory,
-            identity=computed_as(vllm_config),
+            identity=computed_as(vllm_config, _capability()),
             events=_wants_events(vllm_config),
             extra_keys=extra_keys,
         )
@@ -249,6 +250,19 @@ class KVTierConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 def _wants_events(vllm_config: Any) -> bool:
     events = vllm_config.kv_events_config
     return events is not None and bool(events.enable_kv_cache_events)
+
+
+def _drafts(speculative: Any) -> bool:
+    """Whether a drafter may still change the last block of a request; vLLM 0.31 has no say in it."""
+    if speculative is None:
+        return False
+    asked = getattr(speculative, "use_eagle_block_drop", speculative.use_eagle)
+    return bool(asked())
+
+
+def _capability() -> str:
+    """Of the GPUs; asked without a context on any."""
+    return str(current_platform.get_device_capability() or "")
 
 
 def _check_parallel(parallel: Any) -> None:

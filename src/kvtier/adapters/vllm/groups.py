@@ -56,12 +56,14 @@ class CachePlan:
     volatile_blocks: int
 
 
-def plan_cache(kv_cache_config: Any, tp_size: int) -> CachePlan:
+def plan_cache(kv_cache_config: Any, tp_size: int, *, drafts: bool = False) -> CachePlan:
     """Reads vLLM's KVCacheConfig.
 
     Args:
         kv_cache_config: As vLLM gives it to a connector.
         tp_size: Ranks that share the cache.
+        drafts: Whether a drafter reads the model's hidden states (EAGLE, MTP). vLLM flags the groups of one
+            only where it can tell them; without a flag it takes all groups for such.
 
     Raises:
         UnsupportedError: A group has state that cannot be restored (yet): then no prefix of this model can.
@@ -95,8 +97,8 @@ def plan_cache(kv_cache_config: Any, tp_size: int) -> CachePlan:
         _make_group(index, group, window, block_tokens, replicated=replicated)
         for index, group, window in checked
     )
-    drafts = any(bool(getattr(group, "is_eagle_group", None)) for _, group, _ in checked)
-    return CachePlan(groups, block_tokens, hash_tokens, 1 if drafts else 0)
+    flagged = any(bool(getattr(group, "is_eagle_group", None)) for _, group, _ in checked)
+    return CachePlan(groups, block_tokens, hash_tokens, 1 if drafts or flagged else 0)
 
 
 def group_spec(group: Any) -> Any:

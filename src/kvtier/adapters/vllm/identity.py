@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +94,15 @@ def model_identity(vllm_config: Any, kv_cache_config: Any, version: str, backend
     return f"{Path(str(model.model)).name}@{_digest_of(facts).hex()}"
 
 
-def computed_as(vllm_config: Any) -> bytes:
+def computed_as(vllm_config: Any, capability: str = "") -> bytes:
     """What else decides the numbers in a page, 32 bytes. Only the scheduler may ask, and mixes it into keys.
 
     Models rewrite their configuration as they are built, each worker its own: there it would differ from
     the scheduler's, and the worker could not join.
+
+    Args:
+        vllm_config: VllmConfig.
+        capability: Of the GPUs, by which vLLM chooses kernels where nobody does; "" without any.
     """
     model = vllm_config.model_config
     media = getattr(model, "multimodal_config", None)
@@ -117,8 +122,17 @@ def computed_as(vllm_config: Any) -> bytes:
         ),
         "media": {name: getattr(media, name, None) for name in _MEDIA},
         "drafter": None if drafter is None else weights_identity(drafter.model, _revision(drafter)),
+        "attention": _plain_fields(getattr(vllm_config, "attention_config", None)),
+        "capability": capability,
     }
     return _digest_of(facts)
+
+
+def _plain_fields(config: Any) -> dict[str, str]:
+    """What of a configuration says the same in every process: no objects that may print their address."""
+    plain = (bool, int, float, str, Enum, dict, list, tuple)
+    fields = vars(config) if config is not None else {}
+    return {name: str(value) for name, value in fields.items() if isinstance(value, plain)}
 
 
 def _digest_of(facts: Mapping[str, Any]) -> bytes:
