@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from kvtier import stores
-from kvtier.cli.results import check_json, out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, told, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     found = stores.inspect(args.directory)
     _print(found, {stores.namespace_tag(name): name for name in ["", *args.namespace]}, out_of(args.json))
-    write_json(args.json, found)
+    write_json(args.json, told("inspect", found))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kvtier import stores
-from kvtier.cli.results import check_json, out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, told, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(table(("store", "purged by", "blocks", "problem"), rows), file=out)
     dropped = sum(store["dropped"] for store in purged)
-    write_json(args.json, {"dropped": dropped, "stores": purged})
-    return 1 if any(store["problem"] for store in purged) else 0
+    whole = not any(store["problem"] for store in purged)
+    write_json(args.json, told("purge", {"dropped": dropped, "stores": purged}, purged=whole))
+    return 0 if whole else 1

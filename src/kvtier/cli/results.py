@@ -151,6 +151,24 @@ class Report:
         self.write()
 
 
+def told(command: str, found: dict[str, Any], **checks: bool) -> dict[str, Any]:
+    """A document of the schema by a command that tells of a trace or of drives.
+
+    Args:
+        command: As typed.
+        found: All that it tells, under `machine.<command>`; its own numbers are results too.
+        checks: Of what it found.
+    """
+    report = Report(command)
+    report.machine[command] = found
+    for name, value in found.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            unit = "B" if name.endswith("_bytes") else "s" if name == "seconds" else ""
+            report.add(Result(name, value, unit))
+    report.checks |= checks | {"completed": True}
+    return report.document()
+
+
 def out_of(json_path: str | None) -> TextIO:
     """Where to print for people: standard error when the JSON goes to standard output."""
     return sys.stderr if json_path == "-" else sys.stdout

@@ -5,7 +5,7 @@ Times to first token come from a model without queues: what hits is loaded, the 
 arithmetic that the model's shape takes (`kvtier.cli.shapes`), at the rates that are given. The device's own
 cache is not counted. The drives may write what an engine's may, one capacity a day, if nothing else is said.
 
-`--json FILE`: one object; rates are a second, times in seconds, sizes in bytes.
+`--json FILE`: one object under machine.size; rates are a second, times in seconds, sizes in bytes.
 
     trace, requests, seconds           the trace's name, its requests, its length
     model, ranks, dtype                the shape's name, the ranks on this host, of the KV
@@ -36,7 +36,7 @@ import numpy.typing as npt
 from kvtier.cli import plots
 from kvtier.cli.arguments import finite
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import add_json_argument, check_json, out_of, table, write_json
+from kvtier.cli.results import add_json_argument, check_json, out_of, table, told, write_json
 from kvtier.cli.shapes import SHAPES, Shape, find
 from kvtier.config import ADMISSIONS, parse_size
 from kvtier.errors import ConfigError
@@ -232,7 +232,8 @@ def run(args: argparse.Namespace) -> int:
             ),
             file=out,
         )
-    write_json(args.json, document)
+    checks = {"target": answer is not None} if targets else {}
+    write_json(args.json, told("size", document, **checks))
     if args.plot is not None:
         _plot(args.plot, document, points)
     return 3 if targets and answer is None else 0

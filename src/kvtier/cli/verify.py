@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtier import stores
 from kvtier.cli.progress import Progress
-from kvtier.cli.results import check_json, out_of, table, write_json
+from kvtier.cli.results import check_json, out_of, table, told, write_json
 from kvtier.disk_keys import read_keys
 from kvtier.errors import KVTierError
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - begin
         _print(found, seconds, out)
         out.flush()
-        write_json(args.json, {**found, "seconds": seconds})
+        write_json(args.json, told("verify", {**found, "seconds": seconds}, ok=found["ok"]))
     except (KVTierError, OSError) as error:
         print(f"kvtier verify: {error}", file=sys.stderr)
         return 2  # 1 says that something is wrong with the blocks

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvtier.cli import main, plots, size
+from kvtier.cli.results import problems
 from kvtier.cli.shapes import find
 from kvtier.cli.size import (
     Point,
@@ -113,12 +114,18 @@ def written(tmp_path: Path) -> str:
     return str(path)
 
 
+def told(out: Path) -> Any:
+    document = json.loads(out.read_text())
+    assert problems(document) == []
+    return document["machine"]["size"]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "size.json"
     words = ["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
     sizes = ["--host", f"{BLOCK},{8 * BLOCK}", "--disk", f"0,{8 * BLOCK}"]
     assert main([*words, *sizes, "--target-hit-rate", "0.5"]) == 0
-    document = json.loads(out.read_text())
+    document = told(out)
     assert document["block_bytes"] == BLOCK
     assert [(p["host_blocks"], p["disk_blocks"]) for p in document["points"]] == [
         (1, 0),
@@ -132,14 +139,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "DWPD" in text
     assert "smallest that reaches the target" in text
     assert main([*words, *sizes, "--target-hit-rate", "0.9"]) == 3  # more than everything kept
-    assert json.loads(out.read_text())["answer"] is None
+    assert told(out)["answer"] is None
 
 
 def test_the_help_names_every_field_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "size.json"
     words = ["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
     assert main([*words, "--target-hit-rate", "0.5"]) == 0
-    document = json.loads(out.read_text())
+    document = told(out)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["size", "--help"])
@@ -170,7 +177,7 @@ def test_a_drive_is_written_as_an_engine_may_unless_more_is_asked_for(
     for given in ("", f"{600 * BLOCK}", "unlimited"):
         more = ["--write-budget", given] if given else []
         assert main([*words, *more, *target]) == (0 if given == "unlimited" else 3)
-        documents[given] = json.loads(out.read_text())
+        documents[given] = told(out)
         texts = {"": "one capacity a day, an engine's default", "unlimited": "unlimited; an engine's default"}
         assert f"write budget: {texts.get(given, '')}" in capsys.readouterr().out
     point = documents[""]["points"][1]
@@ -196,7 +203,7 @@ def test_a_trace_without_times_says_nothing_of_a_day(
     words = ["size", busy(tmp_path, 0), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]
     sizes = ["--host", f"{10 * BLOCK}", "--disk", f"{400 * BLOCK}", "--target-hit-rate", "0"]
     assert main([*words, *sizes]) == 0
-    document = json.loads(out.read_text())
+    document = told(out)
     for point in (*document["points"], document["answer"]):
         assert not [name for name in point if name.endswith("_per_day") and "budget" not in name]
     assert capsys.readouterr().out.splitlines()[-3].split()[-3:] == ["-", "-", "-"]
@@ -207,7 +214,7 @@ def test_capacities_need_not_be_given(tmp_path: Path) -> None:
     assert (
         main(["size", written(tmp_path), "--model", "tiny", "--block-tokens", "16", "--json", str(out)]) == 0
     )
-    points = json.loads(out.read_text())["points"]
+    points = told(out)["points"]
     assert max(p["hit_rate"] for p in points) == 0.5
     assert {p["disk_bytes"] > 0 for p in points} == {True, False}
 

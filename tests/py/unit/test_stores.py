@@ -18,6 +18,7 @@ import pytest
 import kvtier
 from kvtier import Config, Disk, KVLayout, StorageError, Tier, control, stores
 from kvtier.cli import main
+from kvtier.cli.results import problems
 from kvtier.control import ControlServer, ask_for_hits, ask_to_purge
 from kvtier.keys import Keys
 
@@ -82,7 +83,10 @@ def store_of(config: Config) -> Path:
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
     status = main([*argv, "--json", "-"])
-    return status, json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    assert problems(document) == []
+    assert all(document["checks"].values()) == (status == 0)
+    return status, document["machine"][argv[0]]
 
 
 def damage(config: Config, change: Callable[[bytearray], None]) -> None:
