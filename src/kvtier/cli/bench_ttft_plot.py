@@ -37,7 +37,7 @@ def rows_of(document: dict[str, Any], shape: str) -> dict[str, dict[int, dict[st
 
 def on_gpu(document: dict[str, Any]) -> bool:
     """Whether the device that computed was a GPU."""
-    return _device(document["machine"]) != "cpu"
+    return _device(document.get("machine", {})) != "cpu"
 
 
 def _device(machine: dict[str, Any]) -> str:

@@ -164,7 +164,7 @@ def test_every_rank_gets_back_its_own_bytes(trio: tuple[Process, Process, Proces
     check_conserved(keeper)
     first("close")
     second("close")
-    assert keeper("workers") == [None, None]
+    eventually(lambda: keeper("workers") == [None, None])
     keeper("close")
     assert list((tmp_path / "meet").iterdir()) == []
 
