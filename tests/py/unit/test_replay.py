@@ -162,8 +162,8 @@ def test_a_real_replay_agrees_with_the_simulation_block_for_block(policy: str) -
 )
 def test_with_a_disk_tier_too(policy: str, disk_policy: str, admission: str, tmp_path: Path) -> None:
     trace = conversations(5, 90)
-    # An engine writes back an eighth of its host blocks at once. Where a block that was just written may be the
-    # next victim, what goes depends on when drives end their writes, unless it is one at a time.
+    # An engine writes back an eighth of its host blocks at once. Where a block that was just written may be
+    # the next victim, what goes depends on when drives end their writes, unless it is one at a time.
     host = 32 if disk_policy in ("lru", "fifo") else 15
     tiers = Tiers(host, 70, policy=policy, disk_policy=disk_policy, admission=admission, bytes_per_block=64)
     real = replay_real(trace, tiers, str(tmp_path))
