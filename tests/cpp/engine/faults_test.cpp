@@ -44,7 +44,8 @@ struct Scene {
   FaultPlan plan;
   FaultyHostMemory memory{linux_host_memory(), plan};
   std::shared_ptr<FaultyDevice> device;
-  std::weak_ptr<Engine> engine;  // once it is open
+  Mutex mutex;
+  std::weak_ptr<Engine> engine KVTIER_GUARDED_BY(mutex);  // once it is open
 };
 
 struct Ending {
@@ -71,7 +72,10 @@ Ending scenario(Scene& scene) {
   Result<std::shared_ptr<Engine>> opened = Engine::open(config);
   if (!typed(opened.status())) return result;
   const std::shared_ptr<Engine> engine = *opened;
-  scene.engine = engine;
+  {
+    MutexLock lock(scene.mutex);
+    scene.engine = engine;
+  }
 
   std::list<Memory> memories;
   std::vector<std::shared_ptr<Pages>> attached(2);
@@ -209,7 +213,11 @@ TEST(Faults, devices_and_memory_are_not_called_under_the_engines_mutex_I6) {
   std::atomic<std::size_t> locked_out = 0;
   const auto looked_for = keys({0});
   scene.plan.watch([&](FaultCall) {
-    const std::shared_ptr<Engine> engine = scene.engine.lock();
+    std::shared_ptr<Engine> engine;
+    {
+      MutexLock lock(scene.mutex);
+      engine = scene.engine.lock();
+    }
     if (!engine) return;
     ++asked;
     auto looked_up = std::async(std::launch::async, [&] { static_cast<void>(engine->lookup(looked_for)); });
