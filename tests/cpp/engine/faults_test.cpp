@@ -7,6 +7,7 @@
 
 #include "support/engine_world.h"
 
+#include "kvtier/core/mutex.h"
 #include "kvtier/platform/faulty_device.h"
 
 namespace kvtier {
