@@ -115,10 +115,10 @@ STEPS = (
     Step("copy", ("bench", "copy"), 1),
     Step("demo", ("demo", "--disk", "{dir}"), 2, _no_module("torch", "transformers")),
     Step("reopen", ("bench", "reopen", "--dir", "{dir}"), 1),
-    Step("disk", ("bench", "disk", "--dir", "{dir}"), 6, _no_fio),
+    Step("disk", ("bench", "disk", "--dir", "{dir}"), 7, _no_fio),
     Step("vllm-300m", _VLLM_300M, 5, _no_vllm, _vllm_python),
     Step("peers", ("bench", "peers", "--dir", "{dir}"), 18, _no_module("kvtier.cli.bench_peers")),
-    Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 8, _no_vllm, _vllm_python),
+    Step("vllm", ("bench", "vllm", "--dir", "{dir}"), 7, _no_vllm, _vllm_python),
     Step("ttft", ("bench", "ttft", "--dir", "{dir}"), 10, _no_module("torch"), unless="ttft-gpu"),
 )
 
