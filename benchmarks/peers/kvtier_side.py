@@ -105,6 +105,7 @@ class Kvtier(Store):
         return tickets
 
     def get(self, keys):
+        self.engine.wait_until_whole()  # right behind an opening not every block finds a slot to be read into
         ticket = self.engine.load(_matrix(keys), self.attached, self.ids + self.blocks).wait()
         return [int(o) == kvtier.BlockOutcome.LOADED for o in ticket.result().outcomes]
 

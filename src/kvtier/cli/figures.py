@@ -25,7 +25,7 @@ from kvtier.errors import ConfigError
 
 RESULTS = Path("benchmarks") / "results"
 _BLOCK = re.compile(r"(<!-- figures (\S+)\n(.*?)-->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
-_FIELD = re.compile(r"\{(\w+) ([^\s}]+)(?: (\w+)(?::([^}]*))?)?\}")
+_FIELD = re.compile(r"\{([\w-]+) ([^\s}]+)(?: (\w+)(?::([^}]*))?)?\}")
 _FIELDS = ("value", "min", "max", "limit", "ratio", "n")
 _DATE = "[0-9]" * 4 + "-" + "[0-9]" * 2 + "-" + "[0-9]" * 2
 
