@@ -16,7 +16,6 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +28,7 @@ from kvtier.arrays import key_array, page_array, stream_handle, tensor_views
 from kvtier.config import Config
 from kvtier.control import ControlServer
 from kvtier.disk_keys import read_keys
+from kvtier.drops import Dropped, DroppedLog
 from kvtier.epochs import find_epoch, named_epoch, random_epoch, save_epoch
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.gpus import OpenGpus, located, numa_node_of
@@ -155,51 +155,6 @@ def disk_options(config: Config) -> _core.DiskOptions | None:
         answer_seconds=config.disk_answer_seconds,
         catalog_helper="",
     )
-
-
-@dataclass(eq=False, slots=True)
-class Dropped:
-    """What one drop() takes away: these keys, or a namespace; neither is everything, as of reset().
-
-    Attributes:
-        keys: Keys [n, 32].
-        namespace: The tenant.
-        running: It may not have come to all of them yet.
-    """
-
-    keys: Keys | None = None
-    namespace: str | None = None
-    running: bool = False
-
-
-class DroppedLog:
-    """What an engine has dropped since the last look. For whoever keeps blocks of its own above the engine.
-
-    Threads: any. Nothing waits.
-    """
-
-    _MOST = 64  # nobody may ever look: beyond that, it is everything
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._drops: list[Dropped] = []
-
-    def add(self, dropped: Dropped) -> None:
-        """Notes a drop."""
-        with self._lock:
-            if len(self._drops) >= self._MOST:
-                self._drops = [Dropped(), *(drop for drop in self._drops if drop.running)]
-            self._drops.append(dropped)
-
-    def drops(self) -> list[Dropped]:
-        """Those that nobody has said to be applied, oldest first."""
-        with self._lock:
-            return list(self._drops)
-
-    def applied(self, dropped: Dropped) -> None:
-        """Forgets a drop. Not one that was running when it was applied: it has to be applied again."""
-        with self._lock:
-            self._drops = [drop for drop in self._drops if drop is not dropped]
 
 
 class Engine:
